@@ -1,0 +1,276 @@
+"""Folders, captions, key frames, the latent cache, and the draws of a batch."""
+
+import json
+import os
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+import data
+import masks
+import media
+from curriculum import LENGTHS, Curriculum
+from encoders import PatchPCA
+from masks import NUM_FRAMES
+
+UNIFORM = Curriculum("none", 1).probabilities(0)
+
+
+def moving_square(path, frames=10, colour=(220, 30, 30), size=40):
+    pictures = []
+    for i in range(frames):
+        picture = Image.new("RGB", (size, size), "white")
+        x = 2 + (size - 16) * i // max(1, frames - 1)
+        ImageDraw.Draw(picture).rectangle([x, 8, x + 10, 30], fill=colour)
+        pictures.append(picture)
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=80, loop=0)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "stickers"
+    (folder / "deeper").mkdir(parents=True)
+    for i in range(12):
+        moving_square(folder / ("deeper" if i % 2 else ".") / f"{i:02}.gif", frames=3 + i, colour=(20 * i, 250 - 20 * i, 90))
+    lines = [dict(file_name=f"{'deeper/' if i % 2 else ''}{i:02}.gif", text=f"square number {i}") for i in range(12)]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def open_folder(folder, cache, **codec):
+    stickers, _ = data.scan_folder(folder)
+    pca = PatchPCA(**{**dict(patch_size=8, latent_channels=6), **codec})
+    data.fit_codec(pca, stickers, 16, num_workers=0)
+    return data.open_dataset(stickers, pca, 16, cache), pca
+
+
+# ---------------------------------------------------------------------------------------------------------------- folders
+
+
+def test_captions_of_jsonl_csv_and_sidecars(folder):
+    stickers, problems = data.scan_folder(folder)
+    assert len(stickers) == 12 and not problems
+    assert {s.name: s.caption for s in stickers}["deeper/07.gif"] == "square number 7"
+
+    (folder / "metadata.jsonl").unlink()
+    (folder / "02.txt").write_text("  a  sidecar\ncaption ")
+    captions = {s.name: s.caption for s in data.scan_folder(folder)[0]}
+    assert captions["02.gif"] == "a sidecar caption" and captions["04.gif"] == ""
+
+    (folder / "metadata.csv").write_text("file_name,caption\n04.gif,from a table\n")
+    captions = {s.name: s.caption for s in data.scan_folder(folder)[0]}
+    assert captions["04.gif"] == "from a table" and captions["02.gif"] == "a sidecar caption"
+
+
+def test_a_broken_entry_is_named_and_the_rest_used(folder):
+    with open(folder / "metadata.jsonl", "a") as file:
+        file.write('not json\n{"text": "no name"}\n{"file_name": "absent.gif", "text": "x"}\n{"file_name": "../out.gif"}\n[]\n')
+    stickers, problems = data.scan_folder(folder)
+    assert len(stickers) == 12
+    reasons = dict(problems)
+    assert "no such file" in reasons["absent.gif"]
+    assert "outside" in reasons["../out.gif"]
+    assert sum("usable file_name" in reason for _, reason in problems) == 3
+
+
+def test_held_out_tenth_does_not_depend_on_the_other_files(folder):
+    held_out = {s.name for s in data.scan_folder(folder)[0] if s.split == "validation"}
+    assert len(held_out) == 1  # a tenth of twelve
+    again = {s.name for s in data.scan_folder(folder)[0] if s.split == "validation"}
+    assert again == held_out
+    lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    lines[0]["split"], lines[1]["split"] = "validation", "train"
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    split = {s.name: s.split for s in data.scan_folder(folder)[0]}
+    assert split["00.gif"] == "validation" and split["deeper/01.gif"] == "train"
+
+
+def test_missing_and_empty_folders(tmp_path):
+    with pytest.raises(data.DataError, match="not a folder"):
+        data.scan_folder(tmp_path / "absent")
+    with pytest.raises(data.DataError, match=r"no sticker.*\.gif"):
+        data.scan_folder(tmp_path)
+
+
+def test_unusable_files_are_dropped_with_a_reason(folder):
+    moving_square(folder / "still.gif", frames=1)
+    (folder / "text.gif").write_text("hello")
+    (folder / "cut.gif").write_bytes((folder / "10.gif").read_bytes()[:300])
+    reasons = {s.name: data.load_clip(s, 16) for s in data.scan_folder(folder)[0]}
+    dropped = {name: reason for name, reason in reasons.items() if isinstance(reason, str)}
+    assert set(dropped) == {"still.gif", "text.gif", "cut.gif"}
+    assert "distinct" in dropped["still.gif"]
+
+
+# ------------------------------------------------------------------------------------------------------------- key frames
+
+
+def test_kmeans_is_as_good_as_scikit_learns():
+    from sklearn.cluster import KMeans
+
+    ours, theirs = [], []
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        n, k = int(rng.integers(8, 60)), int(rng.integers(3, 9))
+        centers = rng.normal(0, 3, (k, 20))
+        x = centers[rng.integers(k, size=n)] + rng.normal(0, 1, (n, 20))
+        assignment, distances = data.kmeans(x @ x.T, k, np.random.default_rng((0, k)))
+        # the distances are those to the means of the clusters
+        means = np.stack([x[assignment == c].mean(axis=0) for c in range(k)])
+        np.testing.assert_allclose(distances, ((x[:, None] - means) ** 2).sum(-1), atol=1e-6)
+        ours.append(distances[np.arange(n), assignment].sum())
+        theirs.append(KMeans(k, n_init=4, random_state=seed).fit(x).inertia_)
+    ratio = np.array(ours) / np.array(theirs)
+    assert ratio.mean() < 1.02 and ratio.max() < 1.15
+
+
+def test_key_frames_are_one_per_scene_in_order_of_time():
+    scenes = np.random.default_rng(0).integers(0, 255, (4, data.THUMBNAIL**2 * 3))
+    order = [2] * 7 + [0] * 1 + [3] * 9 + [1] * 4
+    noise = np.random.default_rng(1).integers(-3, 4, (len(order), scenes.shape[1]))
+    features = np.clip(scenes[order] + noise, 0, 255).astype(np.uint8)
+    key_frames = data.extract_key_frames(features)
+    assert list(key_frames) == list(LENGTHS)
+    assert [order[i] for i in key_frames[4]] == [2, 0, 3, 1]
+    for k, indices in key_frames.items():
+        assert len(set(indices)) == k and (np.diff(indices) > 0).all()
+
+
+@pytest.mark.parametrize("distinct", [1, 2, 3, 5, 8])
+def test_k_never_exceeds_the_distinct_frames(distinct):
+    base = np.random.default_rng(0).integers(0, 255, (distinct, 3072)).astype(np.uint8)
+    key_frames = data.extract_key_frames(np.repeat(base, 4, axis=0))
+    assert list(key_frames) == [k for k in LENGTHS if k <= distinct]
+    for k, indices in key_frames.items():
+        assert len({i // 4 for i in indices}) == k  # no frame twice, though each stands there four times
+
+
+def test_equal_frames_span_the_clip():
+    assert data.equal_frames(8).tolist() == list(range(8))
+    assert data.equal_frames(40)[[0, -1]].tolist() == [0, 39] and (np.diff(data.equal_frames(40)) > 0).all()
+
+
+# ------------------------------------------------------------------------------------------------------------------ cache
+
+
+def test_cached_latents_are_those_of_the_key_frames(folder, tmp_path):
+    dataset, codec = open_folder(folder, tmp_path / "cache")
+    assert not dataset.dropped and len(dataset.clips) == 12
+    for clip in dataset.clips:
+        frames, _ = media.read_clip(folder / clip["name"], 16)
+        key_frames = data.extract_key_frames(data.thumbnails(frames))
+        assert list(clip["key_frames"]) == list(key_frames)
+        for k, indices in key_frames.items():
+            expected = codec.encode(torch.from_numpy(frames[indices])).numpy()
+            np.testing.assert_allclose(dataset.read(clip, k), expected, rtol=1e-3, atol=1e-2)  # half precision on disk
+        assert (clip["equal"] is not None) == (len(frames) >= NUM_FRAMES)
+        if clip["equal"] is not None:
+            expected = codec.encode(torch.from_numpy(frames[data.equal_frames(len(frames))])).numpy()
+            np.testing.assert_allclose(dataset.read(clip), expected, rtol=1e-3, atol=1e-2)
+
+
+def test_cache_is_rebuilt_when_files_or_codec_change_and_only_then(folder, tmp_path):
+    dataset, codec = open_folder(folder, tmp_path / "cache")
+    os.utime(folder / "00.gif")
+    (folder / "metadata.jsonl").write_text("")  # captions are no part of the key
+    same, _ = open_folder(folder, tmp_path / "cache")
+    assert same.folder == dataset.folder and same.clips[0]["caption"] == ""
+    assert open_folder(folder, tmp_path / "cache", latent_channels=5)[0].folder != dataset.folder
+    moving_square(folder / "00.gif", frames=9)
+    stickers, _ = data.scan_folder(folder)
+    changed = data.open_dataset(stickers, codec, 16, tmp_path / "cache")
+    assert changed.folder != dataset.folder and len(changed.clips[0]["key_frames"]) > 1
+
+
+def test_an_interrupted_build_leaves_no_cache(folder, tmp_path, monkeypatch):
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PatchPCA, "encode", fail)
+    with pytest.raises(KeyboardInterrupt):
+        open_folder(folder, tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_several_processes_read_what_one_does(folder):
+    stickers, _ = data.scan_folder(folder)
+    one, two = (list(data.load_clips(stickers, 16, workers, "")) for workers in (0, 2))
+    for a, b in zip(one, two, strict=True):
+        assert np.array_equal(a.pixels, b.pixels)
+
+
+# ------------------------------------------------------------------------------------------------------------------ draws
+
+
+def draw(dataset, indices, step=0, seed=0, global_batch=8, ddu=True, probabilities=UNIFORM):
+    return data.draw_batch(dataset, dataset.clips, probabilities, seed, step, indices, global_batch, ddu)
+
+
+def test_two_halves_of_a_batch_are_the_whole(folder, tmp_path):
+    dataset, _ = open_folder(folder, tmp_path / "cache")
+    whole, first, second = draw(dataset, range(8)), draw(dataset, range(4)), draw(dataset, range(4, 8))
+    for name in whole._fields:
+        parts = getattr(first, name), getattr(second, name)
+        if isinstance(parts[0], list):
+            assert getattr(whole, name) == parts[0] + parts[1]
+        else:
+            assert torch.equal(getattr(whole, name), torch.cat(parts))
+    other_step, other_seed = draw(dataset, range(8), step=1), draw(dataset, range(8), seed=1)
+    assert not torch.equal(whole.noise, other_step.noise) and not torch.equal(whole.noise, other_seed.noise)
+
+
+def test_an_epoch_shows_every_clip_once(folder, tmp_path, monkeypatch):
+    dataset, _ = open_folder(folder, tmp_path / "cache")
+    seen = []
+    monkeypatch.setattr(dataset, "read", lambda clip, k=None: seen.append(clip["name"]) or np.zeros((k, 6, 2, 2), np.float32))
+    for step in range(6):  # two epochs of twelve, four samples a step
+        draw(dataset, range(4), step=step, global_batch=4)
+    assert set(Counter(seen[:12]).values()) == {1} and sorted(seen[:12]) == sorted(seen[12:])
+    assert seen[:12] != seen[12:]
+
+
+def test_samples_obey_their_row(folder, tmp_path):
+    dataset, _ = open_folder(folder, tmp_path / "cache")
+    by_length = {len(clip["key_frames"]) + 2: clip for clip in dataset.clips}
+    assert 3 in by_length
+    for step in range(40):
+        batch = draw(dataset, range(8), step=step)
+        for given, valid, latents, caption, task, k in zip(
+            batch.given, batch.valid, batch.latents, batch.captions, batch.tasks, batch.lengths
+        ):
+            assert valid.tolist() == masks.loss_mask(k).tolist()
+            assert (latents[k:] == 0).all() and latents[:k].abs().sum() > 0
+            allowed = [masks.condition_mask(row, k) for row in masks.admissible_rows(task, k)] + [np.zeros(NUM_FRAMES, bool)]
+            assert any((given.numpy() == mask).all() for mask in allowed)
+    batch = draw(dataset, range(64), global_batch=64)
+    assert 0.6 < sum(bool(caption) for caption in batch.captions) / 64 < 0.95
+    assert set(batch.timesteps.tolist()) <= set(range(1000)) and len(set(batch.timesteps.tolist())) > 40
+
+
+def test_k_shrinks_to_the_distinct_frames_before_the_row_is_drawn(folder, tmp_path):
+    dataset, _ = open_folder(folder, tmp_path / "cache")
+    short = [clip for clip in dataset.clips if max(clip["key_frames"]) == 3]
+    only_prediction_at_8 = np.zeros_like(UNIFORM)
+    only_prediction_at_8[1, -1] = 1.0
+    batch = data.draw_batch(dataset, short, only_prediction_at_8, 0, 0, range(30), 30)
+    assert set(batch.lengths) == {3}
+    given = {tuple(row) for row in batch.given.int().tolist()}
+    assert given == {(0, 0, 1, 0, 0, 0, 0, 0), (0,) * 8}  # P2 cut at 3, or dropped; never P1, which leaves nothing
+
+
+def test_without_dual_masks(folder, tmp_path):
+    dataset, _ = open_folder(folder, tmp_path / "cache")
+    clips = dataset.split("train", ddu=False)
+    assert clips and all(clip["count"] >= NUM_FRAMES for clip in clips)
+    batch = data.draw_batch(dataset, clips, None, 0, 0, range(16), 16, ddu=False)
+    assert batch.valid.all() and not batch.given.any() and set(batch.lengths) == {NUM_FRAMES}
+
+
+def test_hashed_words():
+    rng = np.random.default_rng(0)
+    words = data.hash_words(" ".join(["word"] * 5000), rng).split()
+    assert set(words) == {"word", "#"} and words.count("#") / 5000 == pytest.approx(data.HASH_PROBABILITY, abs=0.03)
+    assert data.hash_words("", rng) == ""

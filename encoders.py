@@ -41,6 +41,7 @@ class PatchPCA(ModelMixin, ConfigMixin):
     # Components are scaled by std ** -WHITENING: 1 makes all equally loud, as noise is; 0 keeps the spectrum of pixels,
     # where faint components drown in noise until the last diffusion steps.
     WHITENING = 1.0
+    STD = 1.0
 
     @register_to_config
     def __init__(self, patch_size=8, latent_channels=48):
@@ -80,7 +81,7 @@ class PatchPCA(ModelMixin, ConfigMixin):
         variance, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))  # ascending
         top = variance.flip(0)[: self.latent_channels].clamp_min(1e-6)
         weight = vectors.flip(1)[:, : self.latent_channels].T * top.pow(-self.WHITENING / 2)[:, None]  # (C, P)
-        weight /= ((x - mean) @ weight.T).square().mean().sqrt().clamp_min(1e-6)  # unit variance, as the noise schedule expects
+        weight *= self.STD / ((x - mean) @ weight.T).square().mean().sqrt().clamp_min(1e-6)  # unit variance, as the noise schedule expects
         self.encoder_weight.copy_(weight[:, :, None, None])
         self.encoder_bias.copy_(-weight @ mean)
 

@@ -136,8 +136,8 @@ class STI(nn.Module):
     def forward(self, h, frames):
         s, e = self.semantic(h, frames), self.detail(h, frames)
         w = self.fusion(torch.cat([s, e], dim=1).permute(0, 2, 3, 1)).softmax(dim=-1)  # (N, H, W, 2)
-        w = w.permute(0, 3, 1, 2)  # (N, 2, H, W)
-        return h + self.alpha * (w[:, :1] * s + w[:, 1:] * e)
+        w_1 = w[..., 0].unsqueeze(1)  # (N, 1, H, W); w_2 = 1 - w_1
+        return h + self.alpha * torch.lerp(e, s, w_1)  # w_1 s + w_2 e
 
 
 class Conv3D(nn.Module):

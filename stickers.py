@@ -201,8 +201,11 @@ MOTIONS = {     # the word every caption contains -> a longer way to say it, whi
 }
 COMBINATIONS = [(subject, colour, motion) for subject in SUBJECTS for colour in COLOURS for motion in MOTIONS]
 
-PROMPTS = ("a red heart bouncing", "a blue fish sliding", "a yellow star spinning", "a purple ghost waving",
-           "a green cat blinking", "an orange balloon growing")     # trained combinations, for sample sheets
+PROMPTS = (     # for sample sheets: every subject once, every colour twice, every motion; trained combinations
+    "a red heart bouncing", "a green star spinning", "a blue cat blinking", "a yellow fish sliding",
+    "a purple ghost shaking", "an orange flower waving", "a red balloon blinking", "a green mushroom growing",
+    "a blue rabbit bouncing", "a yellow moon spinning", "a purple smiling face pulsing", "an orange sad face sliding",
+)
 
 def is_held_out(subject, colour, motion):
     """True for the ninth of all combinations that is kept for validation, whatever the seed.

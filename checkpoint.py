@@ -1,11 +1,14 @@
 """
 What a run leaves on disk.
 
-    output_dir/checkpoint-N/    unet/, unet_ema/, codec/, scheduler/, model_index.json    what sample.py reads
-                                optimizer.pt, state.json                                  what resuming needs besides
-    output_dir/                 at the end: unet/ (EMA weights where EMA is on), codec/, scheduler/, model_index.json
+    output_dir/checkpoint-N/    unet/, unet_ema/, codec/, scheduler/,
+                                model_index.json            what sample.py reads
+                                optimizer.pt, state.json    what resuming needs besides
+    output_dir/                 at the end: unet/ (EMA weights where EMA is on), codec/, scheduler/,
+                                model_index.json
 
-A folder is written under a temporary name and renamed when it is whole, so whatever carries its final name can be trusted.
+A folder is written under a temporary name and renamed when it is whole,
+so whatever carries its final name can be trusted.
 """
 
 import json
@@ -50,7 +53,9 @@ def write_model(folder, unet, encoders, scheduler, settings):
 
 def list_checkpoints(output_dir):
     """[(step, path)] of the whole checkpoints in `output_dir`, oldest first."""
-    found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(output_dir).glob("checkpoint-*")]
+    found = [
+        (re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(output_dir).glob("checkpoint-*")
+    ]
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
@@ -78,17 +83,20 @@ def save_checkpoint(output_dir, step, limit, unet, ema, encoders, scheduler, set
 
 
 def load_checkpoint(path, unet, ema):
-    """Puts the weights of a checkpoint into `unet` and `ema` (or None). Returns (tensors, state) as they were saved.
+    """Puts the weights of a checkpoint into `unet` and `ema` (or None).
+    Returns (tensors, state) as they were saved.
 
     Raises ValueError if the checkpoint is of another network, OSError if a part of it is missing."""
     state = json.loads((path / "state.json").read_text())
     saved = DFGN.load_config(path / "unet")
     for name in dict(unet.config):
         if not name.startswith("_") and json.dumps(saved.get(name)) != json.dumps(unet.config[name]):
-            raise ValueError(f"{path} is of another size: its {name} is {saved.get(name)}, here it is {unet.config[name]}.")
-    unet.load_state_dict(DFGN.from_pretrained(path / "unet").state_dict())
+            raise ValueError(
+                f"{path} is of another size: its {name} is {saved.get(name)}, here it is {unet.config[name]}."
+            )
+    unet.load_state_dict(DFGN.from_pretrained(path / "unet", low_cpu_mem_usage=False).state_dict())
     if ema is not None:
-        averaged = DFGN.from_pretrained(path / "unet_ema")
+        averaged = DFGN.from_pretrained(path / "unet_ema", low_cpu_mem_usage=False)
         ema.shadow_params = [p.detach().clone().to(unet.device) for p in averaged.parameters()]
         ema.optimization_step = state["ema_step"]
     return torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True), state
@@ -100,7 +108,9 @@ def write_finished(output_dir, unet, ema, encoders, scheduler, settings):
     shutil.rmtree(writing, ignore_errors=True)
     writing.mkdir(parents=True)
     with_ema(unet, ema, lambda: write_model(writing, unet, encoders, scheduler, settings))
-    for part in sorted(writing.iterdir(), key=lambda part: part.is_file()):  # model_index.json last: with it the folder is whole
+    for part in sorted(
+        writing.iterdir(), key=lambda part: part.is_file()
+    ):  # model_index.json last: with it the folder is whole
         final = Path(output_dir) / part.name
         if final.is_dir():
             shutil.rmtree(final)

@@ -2,12 +2,14 @@
 A folder of stickers -> captions, key frames, cached latents, batches.
 
     python data.py stickers/                          what would be used, what is dropped and why
-    python data.py stickers/ --preview sheet.png      the same, with a histogram of lengths and a sheet of key frames
+    python data.py stickers/ --preview sheet.png      the same, with a histogram of lengths and a sheet
+                                                      of key frames
 
     sticker folder    captions from metadata.jsonl / metadata.csv, or NAME.txt beside NAME.gif
     key frames        clustering-based frame extraction (section 4.2, Figure 3), for every k in 3..8
     latent cache      every frame that training can ask for, encoded once, memory-mapped
-    batches           clip, task, k, row, dropout, "#", timestep and noise, drawn for (seed, step, index of the sample)
+    batches           clip, task, k, row, dropout, "#", timestep and noise,
+                      drawn for (seed, step, index of the sample)
 """
 
 import argparse
@@ -34,12 +36,14 @@ from curriculum import LENGTHS, TASKS
 from masks import NUM_FRAMES
 
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.1, 500  # of a user's folder, for validation
-HASH_PROBABILITY = 0.2  # chance that a word of a caption becomes "#" (section 3.2; the value is the released code's)
+HASH_PROBABILITY = (
+    0.2  # chance that a word of a caption becomes "#" (section 3.2; the value is the released code's)
+)
 NUM_TIMESTEPS = 1000  # diffusion steps (Table 6)
 MIN_FRAMES = LENGTHS[0]  # distinct frames that a clip needs
 CACHE_VERSION = 1  # raise it when key frames or the layout of the cache change
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The folder
 
 
@@ -63,7 +67,10 @@ def read_metadata(folder):
         rows = [(f"{jsonl.name} line {number}", line) for number, line in lines if line.strip()]
     elif table.exists():
         with open(table, newline="", encoding="utf-8", errors="replace") as file:
-            rows = [(f"{table.name} row {number}", row) for number, row in enumerate(csv.DictReader(file), start=2)]
+            rows = [
+                (f"{table.name} row {number}", row)
+                for number, row in enumerate(csv.DictReader(file), start=2)
+            ]
     else:
         rows = []
     for where, row in rows:
@@ -85,9 +92,10 @@ def read_metadata(folder):
 def scan_folder(folder):
     """Finds the stickers of a folder and its subfolders, with captions, in the order of their names.
 
-    Returns (stickers, problems); problems are pairs (name, reason) for entries that cannot be used. Nothing is decoded.
-    A metadata entry may set "split" to "train" or "validation"; otherwise the tenth of the files (at most 500) whose names
-    hash lowest is validation. Raises DataError if the folder is missing or holds no sticker file.
+    Returns (stickers, problems); problems are pairs (name, reason) for entries that cannot be used. Nothing
+    is decoded. A metadata entry may set "split" to "train" or "validation"; otherwise the tenth of the files
+    (at most 500) whose names hash lowest is validation. Raises DataError if the folder is missing or holds no
+    sticker file.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -95,7 +103,8 @@ def scan_folder(folder):
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in media.SUFFIXES and p.is_file())
     if not paths:
         raise DataError(
-            f"{folder} holds no sticker: looked, in its subfolders too, for files that end in {', '.join(media.SUFFIXES)}."
+            f"{folder} holds no sticker: looked, in its subfolders too, "
+            f"for files that end in {', '.join(media.SUFFIXES)}."
         )
     entries, problems = read_metadata(folder)
 
@@ -116,7 +125,7 @@ def scan_folder(folder):
     return stickers, problems
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Key frames: k-means over 32 x 32 thumbnails (section 4.2)
 
 THUMBNAIL = 32
@@ -124,16 +133,20 @@ THUMBNAIL = 32
 
 def thumbnails(frames):
     """frames uint8 (N, R, R, 3) -> uint8 (N, 32 * 32 * 3), one feature vector per frame"""
-    small = [np.asarray(Image.fromarray(f).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)) for f in frames]
+    small = [
+        np.asarray(Image.fromarray(f).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)) for f in frames
+    ]
     return np.stack(small).reshape(len(frames), -1)
 
 
 def kmeans(gram, k, rng, restarts=6, iterations=50):
-    """Lloyd's k-means with k-means++ starts, on inner products alone: the clips are short and their features long, so
-    the N x N Gram matrix holds all that is needed. An empty cluster takes the frame farthest from its centroid.
+    """Lloyd's k-means with k-means++ starts, on inner products alone: the clips are short and their features
+    long, so the N x N Gram matrix holds all that is needed. An empty cluster takes the frame farthest from
+    its centroid.
 
     gram: float64 (N, N) inner products of the features; at least k of them distinct
-    Returns (assignment int (N,), squared distances float (N, k) to the centroids) of the best of `restarts` runs.
+    Returns (assignment int (N,), squared distances float (N, k) to the centroids)
+    of the best of `restarts` runs.
     """
     n = len(gram)
     norms = np.diag(gram)
@@ -142,7 +155,9 @@ def kmeans(gram, k, rng, restarts=6, iterations=50):
     def to_centroids(assignment):
         member = np.eye(k)[assignment]  # (N, k)
         share = member / member.sum(axis=0)
-        return norms[:, None] - 2 * gram @ share + ((gram @ share) * share).sum(axis=0)  # |x|^2 - 2 x c + |c|^2
+        return (
+            norms[:, None] - 2 * gram @ share + ((gram @ share) * share).sum(axis=0)
+        )  # |x|^2 - 2 x c + |c|^2
 
     best = None
     for _ in range(restarts):
@@ -175,8 +190,8 @@ def extract_key_frames(features, seed=0):
     """Clustering-based frame extraction for every k that the clip allows (section 4.2).
 
     features: (N, D), one vector per frame
-    Returns {k: int array (k,)}: for each k in 3..8 up to the number of distinct frames, the frame nearest the centroid of
-    each of k clusters, in the order of time; empty where there are fewer than 3 distinct frames.
+    Returns {k: int array (k,)}: for each k in 3..8 up to the number of distinct frames, the frame nearest the
+    centroid of each of k clusters, in the order of time; empty where there are fewer than 3 distinct frames.
     """
     distinct = len(np.unique(features, axis=0))
     x = features.astype(np.float64)
@@ -207,7 +222,8 @@ class Clip(NamedTuple):
 
 
 def load_clip(sticker, resolution):
-    """Decodes one sticker. Returns a Clip, or the reason (str) for dropping it; nothing that a file holds raises."""
+    """Decodes one sticker. Returns a Clip, or the reason (str) for dropping it;
+    nothing that a file holds raises."""
     try:
         frames, _ = media.read_clip(sticker.path, resolution)
     except media.MediaError as error:
@@ -224,7 +240,8 @@ def load_clip(sticker, resolution):
 
 
 def load_clips(stickers, resolution, num_workers, description):
-    """Yields load_clip for each sticker, in order, from `num_workers` processes (0 = this one), with a progress bar."""
+    """Yields load_clip for each sticker, in order, from `num_workers` processes (0 = this one),
+    with a progress bar."""
     load = partial(load_clip, resolution=resolution)
     bar = partial(tqdm, total=len(stickers), desc=description, unit="file", disable=not sys.stderr.isatty())
     if num_workers == 0:
@@ -234,14 +251,15 @@ def load_clips(stickers, resolution, num_workers, description):
         yield from bar(pool.map(load, stickers, chunksize=4))
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The latent cache
 
 
 class LatentDataset:
     """Latents of all frames that training can ask for, memory-mapped from disk.
 
-    clips: list of dicts with name, caption, split, count, start (first row), key_frames {k: rows}, equal (rows or None)
+    clips: list of dicts with name, caption, split, count, start (first row), key_frames {k: rows},
+        equal (rows or None)
     latents: float16 (rows, C, h, w)
     """
 
@@ -262,11 +280,13 @@ class LatentDataset:
         ]
 
     def split(self, name, ddu=True):
-        """The clips of "train" or "validation". Without dual masks (`ddu`) clips of fewer than 8 frames are dropped."""
+        """The clips of "train" or "validation".
+        Without dual masks (`ddu`) clips of fewer than 8 frames are dropped."""
         return [clip for clip in self.clips if clip["split"] == name and (ddu or clip["equal"] is not None)]
 
     def read(self, clip, k=None):
-        """The k key frames of a clip, or with k None its equally spaced ones: latents float32 (k | 8, C, h, w)."""
+        """The k key frames of a clip, or with k None its equally spaced ones:
+        latents float32 (k | 8, C, h, w)."""
         rows = np.asarray(clip["equal"] if k is None else clip["key_frames"][k])
         return np.asarray(self.latents[clip["start"] + rows], dtype=np.float32)
 
@@ -283,16 +303,25 @@ def file_digest(path):
 def fit_codec(codec, stickers, resolution, num_workers, most_clips=384, frames_per_clip=4):
     """Fits a codec that learns from the stickers (PatchPCA) to an even selection of the training files."""
     train = [sticker for sticker in stickers if sticker.split == "train"]
-    chosen = [train[i] for i in np.unique(np.linspace(0, len(train) - 1, most_clips).astype(int))] if train else []
-    clips = [clip for clip in load_clips(chosen, resolution, num_workers, "fitting the codec") if isinstance(clip, Clip)]
+    chosen = (
+        [train[i] for i in np.unique(np.linspace(0, len(train) - 1, most_clips).astype(int))] if train else []
+    )
+    clips = [
+        clip
+        for clip in load_clips(chosen, resolution, num_workers, "fitting the codec")
+        if isinstance(clip, Clip)
+    ]
     if not clips:
         raise DataError("none of the stickers can be used: `python data.py FOLDER` says why for each file.")
-    frames = [clip.pixels[np.linspace(0, len(clip.pixels) - 1, frames_per_clip).astype(int)] for clip in clips]
+    frames = [
+        clip.pixels[np.linspace(0, len(clip.pixels) - 1, frames_per_clip).astype(int)] for clip in clips
+    ]
     codec.fit(torch.from_numpy(np.concatenate(frames)))
 
 
 def build_cache(folder, stickers, codec, resolution, num_workers):
-    """Decodes and encodes every sticker into `folder`: latents.npy and index.json. Written under a temporary name."""
+    """Decodes and encodes every sticker into `folder`: latents.npy and index.json.
+    Written under a temporary name."""
     building = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     building.mkdir(parents=True)
     try:
@@ -308,11 +337,17 @@ def build_cache(folder, stickers, codec, resolution, num_workers):
                 raw.write(latents.tobytes())
                 key_frames = {k: places.tolist() for k, places in clip.key_frames.items()}
                 equal = None if clip.equal is None else clip.equal.tolist()
-                clips.append(dict(name=sticker.name, count=clip.count, start=rows, key_frames=key_frames, equal=equal))
+                clips.append(
+                    dict(name=sticker.name, count=clip.count, start=rows, key_frames=key_frames, equal=equal)
+                )
                 rows += len(latents)
         if not clips:
-            raise DataError("none of the stickers can be used: `python data.py FOLDER` says why for each file.")
-        out = np.lib.format.open_memmap(building / "latents.npy", mode="w+", dtype=np.float16, shape=(rows, *latents.shape[1:]))
+            raise DataError(
+                "none of the stickers can be used: `python data.py FOLDER` says why for each file."
+            )
+        out = np.lib.format.open_memmap(
+            building / "latents.npy", mode="w+", dtype=np.float16, shape=(rows, *latents.shape[1:])
+        )
         out[:] = np.memmap(raw_path, dtype=np.float16, mode="r", shape=out.shape)
         out.flush()
         raw_path.unlink()
@@ -324,9 +359,9 @@ def build_cache(folder, stickers, codec, resolution, num_workers):
 
 
 def open_dataset(stickers, codec, resolution, cache_dir, num_workers=0):
-    """The latent cache of these stickers under this codec, built if it is missing. The key is made of the names and the
-    contents of the files, the codec and the resolution, so a stale cache is never read. Raises DataError if no file is
-    usable."""
+    """The latent cache of these stickers under this codec, built if it is missing. The key is made of the
+    names and the contents of the files, the codec and the resolution, so a stale cache is never read. Raises
+    DataError if no file is usable."""
     key = hashlib.sha256(f"{CACHE_VERSION} {codec.identity} {resolution}".encode())
     for sticker in stickers:
         key.update(f"{sticker.name!r} {file_digest(sticker.path)}".encode())
@@ -336,7 +371,7 @@ def open_dataset(stickers, codec, resolution, cache_dir, num_workers=0):
     return LatentDataset(folder, stickers)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Batches: everything random is drawn for (seed, step, index of the sample in the global batch)
 
 
@@ -373,7 +408,9 @@ def draw_sample(dataset, clips, probabilities, seed, step, index, global_batch, 
     if ddu:
         level = rng.choice(probabilities.size, p=probabilities.flatten())
         task, k = TASKS[level // len(LENGTHS)], LENGTHS[level % len(LENGTHS)]
-        k = min(k, max(clip["key_frames"]))  # a clip of few distinct frames: k shrinks first, then the row is drawn
+        k = min(
+            k, max(clip["key_frames"])
+        )  # a clip of few distinct frames: k shrinks first, then the row is drawn
         row = masks.draw_row(task, k, rng)
         frames = dataset.read(clip, k)
     else:
@@ -398,12 +435,13 @@ def draw_batch(dataset, clips, probabilities, seed, step, indices, global_batch,
     return Batch(*tensors, list(captions), list(tasks), list(lengths))
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What is in a folder
 
 
 def preview(clips, captions, counts):
-    """A picture of a data set: a histogram of lengths above rows of key frames with their captions (PIL.Image)."""
+    """A picture of a data set: a histogram of lengths
+    above rows of key frames with their captions (PIL.Image)."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -426,11 +464,19 @@ def preview(clips, captions, counts):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Say which stickers of a folder would be used, and why others would not.")
+    parser = argparse.ArgumentParser(
+        description="Say which stickers of a folder would be used, and why others would not."
+    )
     parser.add_argument("folder", help="folder of stickers")
-    parser.add_argument("--preview", metavar="FILE.png", help="write a histogram of lengths and a sheet of key frames")
-    parser.add_argument("--resolution", type=int, default=96, help="side of the frames in the preview, in pixels")
-    parser.add_argument("--num_workers", type=int, default=os.cpu_count() or 1, help="decoding processes, 0 = this one alone")
+    parser.add_argument(
+        "--preview", metavar="FILE.png", help="write a histogram of lengths and a sheet of key frames"
+    )
+    parser.add_argument(
+        "--resolution", type=int, default=96, help="side of the frames in the preview, in pixels"
+    )
+    parser.add_argument(
+        "--num_workers", type=int, default=os.cpu_count() or 1, help="decoding processes, 0 = this one alone"
+    )
     args = parser.parse_args()
     try:
         stickers, problems = scan_folder(args.folder)
@@ -440,7 +486,9 @@ def main():
         parser.exit(2, f"data.py: {error}\n")
 
     used, shown, counts = [], [], []
-    for sticker, clip in zip(stickers, load_clips(stickers, args.resolution, args.num_workers, "reading stickers")):
+    for sticker, clip in zip(
+        stickers, load_clips(stickers, args.resolution, args.num_workers, "reading stickers")
+    ):
         if isinstance(clip, Clip):
             used.append(sticker)
             counts.append(clip.count)

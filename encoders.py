@@ -1,12 +1,12 @@
 """
 The frozen parts around the U-Net, behind one small interface (section 3.2 and Table 6 of the paper):
 
-    codec      frames uint8 (N, R, R, 3)  <->  latents (N, C, R/f, R/f)                   the paper's VAE
-    clip, t5   captions -> token states (B, L, width) and a mask bool (B, L)              the paper's CLIP and T5
+    codec      frames uint8 (N, R, R, 3)  <->  latents (N, C, R/f, R/f)               the paper's VAE
+    clip, t5   captions -> token states (B, L, width) and a mask bool (B, L)          the paper's CLIP and T5
 
-The built-in ones need no download and no pre-trained weights: PatchPCA is fitted to the stickers at hand in closed form
-and saved with the checkpoint; WordVectors and NgramVectors are computed from the letters of the caption. A real VAE, CLIP
-or T5 has to offer the same attributes and calls.
+The built-in ones need no download and no pre-trained weights: PatchPCA is fitted to the stickers at hand in
+closed form and saved with the checkpoint; WordVectors and NgramVectors are computed from the letters of the
+caption. A real VAE, CLIP or T5 has to offer the same attributes and calls.
 """
 
 import hashlib
@@ -23,32 +23,37 @@ from diffusers.models.embeddings import get_timestep_embedding
 
 MAX_TOKENS = 77  # text sequence length, per encoder (Table 6)
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The codec
 
 
 class PatchPCA(ModelMixin, ConfigMixin):
-    """Linear codec: principal components of image patches in, ridge regression from 3 x 3 neighbouring codes out.
+    """Linear codec: principal components of image patches in,
+    ridge regression from 3 x 3 neighbouring codes out.
 
-    The cousin of a VAE that can be fitted in seconds: `encode` cuts a frame into patches and keeps the `latent_channels`
-    strongest components of each; `decode` predicts the pixels of a patch from its own code and the eight around it, which
-    recovers a part of what the components drop and hides the seams between patches.
+    The cousin of a VAE that can be fitted in seconds: `encode` cuts a frame into patches and keeps the
+    `latent_channels` strongest components of each; `decode` predicts the pixels of a patch from its own code
+    and the eight around it, which recovers a part of what the components drop and hides the seams between
+    patches.
 
     patch_size: f, pixels per latent along each side; the resolution must be a multiple of it
     latent_channels: C
     """
 
-    # Components are scaled by std ** -WHITENING: 1 makes all equally loud, as noise is; 0 keeps the spectrum of pixels,
-    # where faint components drown in noise until the last diffusion steps.
-    WHITENING = 1.0
-    STD = 1.0
+    # Components are scaled by std ** -WHITENING: 1 makes all equally loud, 0 keeps the spectrum of pixels.
+    WHITENING = 0.75
+    # Standard deviation of the latents. Below 1, because neighbouring patches and frames say the same thing
+    # many times over: at 1 the colour of a sticker shines through the noise of the last diffusion step, and
+    # the network reads it there instead of in the text.
+    STD = 0.15
 
     @register_to_config
-    def __init__(self, patch_size=8, latent_channels=48):
+    def __init__(self, patch_size=8, latent_channels=32):
         super().__init__()
         pixels = 3 * patch_size**2
         self.register_buffer("encoder_weight", torch.zeros(latent_channels, pixels, 1, 1))
         self.register_buffer("encoder_bias", torch.zeros(latent_channels))
+        self.register_buffer("std", torch.ones(latent_channels))  # of each latent channel
         self.register_buffer("decoder_weight", torch.zeros(pixels, latent_channels, 3, 3))
         self.register_buffer("decoder_bias", torch.zeros(pixels))
 
@@ -74,14 +79,18 @@ class PatchPCA(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def fit(self, frames):
-        """Fits both directions to `frames`, uint8 (N, R, R, 3), in closed form. A thousand frames are plenty."""
+        """Fits both directions to `frames`, uint8 (N, R, R, 3), in closed form.
+        A thousand frames are plenty."""
         patches = self._patches(frames)  # (N, P, h, w)
         x = patches.permute(0, 2, 3, 1).flatten(0, 2).double()  # (N h w, P)
         mean = x.mean(dim=0)
         variance, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))  # ascending
         top = variance.flip(0)[: self.latent_channels].clamp_min(1e-6)
-        weight = vectors.flip(1)[:, : self.latent_channels].T * top.pow(-self.WHITENING / 2)[:, None]  # (C, P)
-        weight *= self.STD / ((x - mean) @ weight.T).square().mean().sqrt().clamp_min(1e-6)  # unit variance, as the noise schedule expects
+        weight = (
+            vectors.flip(1)[:, : self.latent_channels].T * top.pow(-self.WHITENING / 2)[:, None]
+        )  # (C, P)
+        weight *= self.STD / ((x - mean) @ weight.T).square().mean().sqrt().clamp_min(1e-6)
+        self.std.copy_(((x - mean) @ weight.T).square().mean(dim=0).sqrt())
         self.encoder_weight.copy_(weight[:, :, None, None])
         self.encoder_bias.copy_(-weight @ mean)
 
@@ -108,7 +117,7 @@ class PatchPCA(ModelMixin, ConfigMixin):
         return ((pixels + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The text encoders
 
 
@@ -120,7 +129,8 @@ def hashed_vector(key, width):
 
 
 class WordVectors:
-    """One token per word, one fixed random vector per word: in the place of CLIP. Unrelated words are nearly orthogonal."""
+    """One token per word, one fixed random vector per word: in the place of CLIP.
+    Unrelated words are nearly orthogonal."""
 
     width = 256
 
@@ -128,10 +138,11 @@ class WordVectors:
         return hashed_vector(word, self.width)
 
     def __call__(self, captions):
-        """captions: B strings -> states float32 (B, L, width), mask bool (B, L); L is that of the longest caption.
+        """captions: B strings -> states float32 (B, L, width), mask bool (B, L);
+        L is that of the longest caption.
 
-        The first token is a start token, so that an empty caption still gives attention something to look at. The rest
-        are the words and the "#" signs; what is beyond MAX_TOKENS is cut."""
+        The first token is a start token, so that an empty caption still gives attention something to look at.
+        The rest are the words and the "#" signs; what is beyond MAX_TOKENS is cut."""
         tokens = [["<start>", *re.findall(r"\w+|#", caption.lower())][:MAX_TOKENS] for caption in captions]
         length = max(map(len, tokens))
         states = torch.zeros(len(tokens), length, self.width)
@@ -144,8 +155,8 @@ class WordVectors:
 
 
 class NgramVectors(WordVectors):
-    """One token per word, the normalized sum over its character n-grams: in the place of T5. Words that share a stem
-    ("bouncing", "bounces") get similar vectors, so that wording generalizes."""
+    """One token per word, the normalized sum over its character n-grams: in the place of T5. Words that share
+    a stem ("bouncing", "bounces") get similar vectors, so that wording generalizes."""
 
     SIZES = (3, 4, 5)
 
@@ -155,7 +166,7 @@ class NgramVectors(WordVectors):
         return sum(hashed_vector("ngram:" + ngram, self.width) for ngram in ngrams) / len(ngrams) ** 0.5
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The three together
 
 
@@ -175,4 +186,4 @@ class Encoders:
     @classmethod
     def load(cls, folder, device="cpu"):
         """Reads what `save` wrote. OSError if there is no codec in `folder`."""
-        return cls(PatchPCA.from_pretrained(Path(folder) / "codec").to(device))
+        return cls(PatchPCA.from_pretrained(Path(folder) / "codec", low_cpu_mem_usage=False).to(device))

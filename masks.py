@@ -1,5 +1,6 @@
 """
-The dual masks of RDTF (section 4 of the paper): Table 7 as data, the condition mask, the loss mask, guidance dropout.
+The dual masks of RDTF (section 4 of the paper):
+Table 7 as data, the condition mask, the loss mask, guidance dropout.
 
 Polarity, said once for the whole project:
     given  1 / True = the clean frame in this slot is shown to the network        (condition mask)
@@ -13,7 +14,7 @@ import numpy as np
 
 NUM_FRAMES = 8  # frame slots of a clip; k of them, 3 <= k <= 8, hold a frame
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Table 7: one row, one way of hiding frames and text
 
 
@@ -25,8 +26,9 @@ class Row(NamedTuple):
     weight: float  # share of the row among the rows of its task
 
 
-# The paper's table lost its tick marks for text: the two identical pairs of generation rows are read as with and without
-# text. G0, text alone, is named in the paper's text and absent from its table; half of generation is spent on it.
+# The paper's table lost its tick marks for text: the two identical pairs of generation rows are read as with
+# and without text. G0, text alone, is named in the paper's text and absent from its table; half of generation
+# is spent on it.
 #        name  task             frames 1..8               text   weight
 TABLE7 = (
     Row("I1", "interpolation", (0, 1, 0, 1, 0, 1, 0, 1), True,  1.0),
@@ -43,7 +45,7 @@ TABLE7 = (
 TEXT_ONLY = TABLE7[-1]  # the one row of the ablation without dual masks (Table 3, "DFGN")
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # From (row, k) to masks
 
 
@@ -59,7 +61,8 @@ def condition_mask(row, k):
 
 
 def admissible_rows(task, k):
-    """The rows of `task` that leave at least one of the first `k` frames to predict (P1 does only from k = 6 on).
+    """The rows of `task` that leave at least one of the first `k` frames to predict
+    (P1 does only from k = 6 on).
 
     A row without unknown frames would teach copying alone and report a falsely low loss to the curriculum."""
     return [row for row in TABLE7 if row.task == task and condition_mask(row, k).sum() < k]
@@ -73,18 +76,20 @@ def draw_row(task, k, rng):
 
 
 def is_trained(given, k):
-    """Whether some row of Table 7 shows exactly these frames of a k-frame clip. `given`: set of slots, all < k."""
+    """Whether some row of Table 7 shows exactly these frames of a k-frame clip.
+    `given`: set of slots, all < k."""
     return any(set(np.flatnonzero(condition_mask(row, k))) == set(given) for row in TABLE7)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Guidance dropout, so that one network also knows the unguided noise prediction (classifier-free guidance)
 
 DROP_TEXT, DROP_IMAGE, DROP_BOTH = 0.10, 0.05, 0.05
 
 
 def draw_dropout(rng):
-    """Returns (keep_text, keep_image). Text alone is dropped with 10 %, the given frames alone with 5 %, both with 5 %."""
+    """Returns (keep_text, keep_image). Text alone is dropped with 10 %,
+    the given frames alone with 5 %, both with 5 %."""
     u = rng.random()
     drop_both = u < DROP_BOTH
     drop_text = drop_both or u < DROP_BOTH + DROP_TEXT
@@ -92,16 +97,20 @@ def draw_dropout(rng):
     return not drop_text, not drop_image
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Eq. 1 under the loss mask
 
 
 def masked_loss(noise_pred, noise, valid):
-    """Squared error of the predicted noise over the valid frames, given ones included (Eq. 1 and section 4.2).
+    """Squared error of the predicted noise over the valid frames, given ones included
+    (Eq. 1 and section 4.2).
 
     noise_pred, noise: (B, F, C, H, W); valid: bool (B, F), at least one frame per sample.
-    Returns float32 (B,): a mean per sample, so that a short clip weighs as much as a long one and looks no easier.
+    Returns float32 (B,): a mean per sample,
+    so that a short clip weighs as much as a long one and looks no easier.
     """
     error = (noise_pred.float() - noise.float()).square().mean(dim=(2, 3, 4))  # (B, F)
-    error = error.masked_fill(~valid, 0.0)  # not a product: whatever stands in a filler slot, even NaN, stays out
+    error = error.masked_fill(
+        ~valid, 0.0
+    )  # not a product: whatever stands in a filler slot, even NaN, stays out
     return error.sum(dim=1) / valid.sum(dim=1)

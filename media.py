@@ -11,6 +11,7 @@ the limits below before a pixel is decoded, and of every frame only the resized 
 bounded by a few canvases, however long the animation. Pillow decodes GIF, WebP and still pictures; FFmpeg
 (through PyAV) decodes MP4, WebM and APNG, since Pillow 13 leaves residue of earlier frames in many APNGs.
 """
+
 import io
 import os
 import textwrap
@@ -23,19 +24,19 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence, UnidentifiedImageError
 
-SUFFIXES = (".gif", ".webp", ".png", ".apng", ".mp4", ".webm")    # what a sticker folder is searched for
-OUTPUTS = (".gif", ".webp", ".mp4", ".png")                       # what write_clip knows
+SUFFIXES = (".gif", ".webp", ".png", ".apng", ".mp4", ".webm")  # what a sticker folder is searched for
+OUTPUTS = (".gif", ".webp", ".mp4", ".png")  # what write_clip knows
 
 # A sticker is small. Whatever exceeds these is no sticker, or a file made to exhaust the machine.
-MAX_BYTES = 64 * 2**20      # of the file
-MAX_SIDE = 4096             # pixels, of the canvas
+MAX_BYTES = 64 * 2**20  # of the file
+MAX_SIDE = 4096  # pixels, of the canvas
 MAX_FRAMES = 1000
-MAX_PIXELS = 400_000_000    # frames x canvas: some seconds of decoding
-DEFAULT_DELAY = 100.0       # milliseconds: what browsers make of a missing delay and of one of at most 10 ms
+MAX_PIXELS = 400_000_000  # frames x canvas: some seconds of decoding
+DEFAULT_DELAY = 100.0  # milliseconds: what browsers make of a missing delay and of one of at most 10 ms
 WHITE = (255, 255, 255)
 TOO_LARGE = f"has a side that is not 1 to {MAX_SIDE} pixels long; resize it first"
 
-av.logging.set_level(av.logging.PANIC)    # FFmpeg would write to stderr; what matters comes as an exception
+av.logging.set_level(av.logging.PANIC)  # FFmpeg would write to stderr; what matters comes as an exception
 
 
 class MediaError(ValueError):
@@ -55,46 +56,53 @@ def check_limits(width, height, count=1):
 # ------------------------------------------------------------------------------------------------------------
 # In: two decoders, and what all formats share
 
+
 def pillow_pictures(data, form):
     """Yields (RGBA picture, delay in milliseconds) for every frame; form is Pillow's name of the format."""
     with Image.open(io.BytesIO(data), formats=(form,)) as file:
         width, height = file.size
         for count, frame in enumerate(ImageSequence.Iterator(file), 1):
-            check_limits(*frame.size, count)    # nothing of this frame is decoded yet
+            check_limits(*frame.size, count)  # nothing of this frame is decoded yet
             if form == "JPEG":
-                frame = ImageOps.exif_transpose(frame)    # upright
-            if frame.mode.startswith("I"):    # 16-bit grey: Pillow's own conversion clips instead of scaling
+                frame = ImageOps.exif_transpose(frame)  # upright
+            if frame.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips instead of scaling
                 frame = Image.fromarray((np.asarray(frame) // 257).astype(np.uint8))
             picture = frame.convert("RGBA")
-            delay = float(frame.info.get("duration", 0))    # WebP: known only once the frame is decoded
-            if form == "GIF":    # Pillow enlarges the canvas for what lies outside, browsers do not show it
+            delay = float(frame.info.get("duration", 0))  # WebP: known only once the frame is decoded
+            if form == "GIF":  # Pillow enlarges the canvas for what lies outside, browsers do not show it
                 picture = picture.crop((0, 0, width, height))
             yield picture, delay if delay > 10 else DEFAULT_DELAY
 
 
 def ffmpeg_pictures(data, form):
     """Yields (RGBA picture, delay in milliseconds) for every frame; form is FFmpeg's name of the format."""
-    options = {"max_pixels": str(MAX_SIDE**2),              # FFmpeg then allocates no larger frames
-               "max_fps": "99", "default_fps": "10"}        # APNG: what DEFAULT_DELAY says
+    options = {
+        "max_pixels": str(MAX_SIDE**2),  # FFmpeg then allocates no larger frames
+        "max_fps": "99",
+        "default_fps": "10",
+    }  # APNG: what DEFAULT_DELAY says
     # From memory, since FFmpeg would take a path that contains a colon for an address of its own.
     with av.open(io.BytesIO(data), format=form, options=options) as container:
         stream = next(iter(container.streams.video), None)
         decoder = stream and stream.codec_context
         if not decoder:
             raise MediaError("has no video that FFmpeg can decode; convert it")
-        check_limits(decoder.width, decoder.height)    # 0 x 0 where it is beyond max_pixels
+        check_limits(decoder.width, decoder.height)  # 0 x 0 where it is beyond max_pixels
         # FFmpeg's own decoders drop the alpha channel of video stickers.
         libvpx = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(decoder.name)
         if libvpx and "1" in (stream.metadata.get("alpha_mode"), stream.metadata.get("ALPHA_MODE")):
             decoder = av.CodecContext.create(libvpx, "r")
         decoder.options = options
-        decoder.thread_count = 1    # the callers run one process per core
-        frames = (frame for packet in container.demux(stream)
-                  for frame in decoder.decode(packet if packet.size else None))    # None: the last ones
+        decoder.thread_count = 1  # the callers run one process per core
+        frames = (
+            frame
+            for packet in container.demux(stream)
+            for frame in decoder.decode(packet if packet.size else None)
+        )  # None: the last ones
         count = 0
         for count, (frame, following) in enumerate(pairwise(chain(frames, [None])), 1):
             check_limits(frame.width, frame.height, count)
-            ticks = following.pts - frame.pts if following else frame.duration or 0    # until the next begins
+            ticks = following.pts - frame.pts if following else frame.duration or 0  # until the next begins
             delay = 1000 * float(ticks * stream.time_base)
             yield Image.fromarray(frame.to_ndarray(format="rgba")), delay if delay > 0 else DEFAULT_DELAY
         if not count:
@@ -113,7 +121,7 @@ def pictures(path, stills):
         form, complete = "GIF", data.rstrip(b"\0 \r\n").endswith(b";")
     elif data[:8] == b"\x89PNG\r\n\x1a\n":
         form, complete = "PNG", b"IEND\xaeB`\x82" in data
-        if b"acTL" in data[:data.find(b"IDAT")]:
+        if b"acTL" in data[: data.find(b"IDAT")]:
             decode, form = ffmpeg_pictures, "apng"
     elif data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         form, complete = "WEBP", len(data) >= 8 + int.from_bytes(data[4:8], "little")
@@ -126,7 +134,7 @@ def pictures(path, stills):
     else:
         what = "is no GIF, WebP, PNG, APNG, MP4 or WebM" if data else "is empty"
         raise MediaError(f"{what}; convert it or take it out")
-    if not complete:    # the libraries forgive a missing end, which shortens the clip (a WebM: still so)
+    if not complete:  # the libraries forgive a missing end, which shortens the clip (a WebM: still so)
         raise EOFError
     yield from decode(data, form)
 
@@ -143,7 +151,7 @@ def decoded(path, resolution, stills=False):
     """Yields (frame (resolution, resolution, 3) uint8, delay in milliseconds) and no error but MediaError."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")    # Pillow's remarks on odd metadata
+            warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata
             for picture, delay in pictures(Path(path), stills):
                 square = on_white(picture)
                 if square.width != resolution:
@@ -151,7 +159,7 @@ def decoded(path, resolution, stills=False):
                 yield np.array(square), delay
     except MediaError as error:
         raise MediaError(f"{path} {error}.") from None
-    except Image.DecompressionBombError:    # Pillow's own limit: far beyond ours, but the first to be checked
+    except Image.DecompressionBombError:  # Pillow's own limit: far beyond ours, but the first to be checked
         raise MediaError(f"{path} {TOO_LARGE}.") from None
     # Broad on purpose: damaged bytes make Pillow and PyAV raise OSError, SyntaxError, ValueError, EOFError,
     # IndexError, MemoryError, FFmpegError and more, none of it documented, and a folder of ten thousand files
@@ -181,6 +189,7 @@ def read_image(path, resolution):
 # ------------------------------------------------------------------------------------------------------------
 # Out: files, and sheets for the eye
 
+
 def check_suffix(path):
     """Raises MediaError unless write_clip knows the suffix of path."""
     if Path(path).suffix.lower() not in OUTPUTS:
@@ -203,27 +212,43 @@ def save_gif(file, frames, fps):
     tall = Image.fromarray(frames.reshape(count * height, width, 3))
     tall = tall.quantize(255, method=Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
     first, *rest = (tall.crop((0, top, width, top + height)) for top in range(0, count * height, height))
-    first.save(file, "GIF", save_all=True, append_images=rest, loop=0,    # 0: for ever
-               duration=[10 * delay for delay in delays(count, fps, 100, least=2)])
+    first.save(
+        file,
+        "GIF",
+        save_all=True,
+        append_images=rest,
+        loop=0,  # 0: for ever
+        duration=[10 * delay for delay in delays(count, fps, 100, least=2)],
+    )
 
 
 def save_webp(file, frames, fps):
     """Lossless: the lossy kind halves the resolution of colour, which shows on a sticker's hard edges."""
     first, *rest = map(Image.fromarray, frames)
-    first.save(file, "WEBP", save_all=True, append_images=rest, loop=0, lossless=True,
-               duration=delays(len(frames), fps, 1000, least=1))
+    first.save(
+        file,
+        "WEBP",
+        save_all=True,
+        append_images=rest,
+        loop=0,
+        lossless=True,
+        duration=delays(len(frames), fps, 1000, least=1),
+    )
 
 
 def save_mp4(file, frames, fps):
     """H.264 where FFmpeg has it, else MPEG-4. Both want even sides: white fills an odd one up by a pixel."""
-    frames = np.pad(frames, [(0, size % 2 * (axis in (1, 2))) for axis, size in enumerate(frames.shape)],
-                    constant_values=255)
+    frames = np.pad(
+        frames,
+        [(0, size % 2 * (axis in (1, 2))) for axis, size in enumerate(frames.shape)],
+        constant_values=255,
+    )
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
     with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1000))
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
-        stream.codec_context.colorspace = 6    # BT.601, to which FFmpeg converts; else players have to guess
-        stream.options = {"b": "4M", "crf": "14"}    # a bit rate; H.264 knows a quality: hardly visible loss
+        stream.codec_context.colorspace = 6  # BT.601, to which FFmpeg converts; else players have to guess
+        stream.options = {"b": "4M", "crf": "14"}  # a bit rate; H.264 knows a quality: hardly visible loss
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
@@ -238,8 +263,12 @@ def write_clip(path, frames, fps):
     """
     check_suffix(path)
     path = Path(path)
-    save = {".gif": save_gif, ".webp": save_webp, ".mp4": save_mp4,
-            ".png": lambda file, frames, fps: sheet([frames]).save(file, "PNG")}[path.suffix.lower()]
+    save = {
+        ".gif": save_gif,
+        ".webp": save_webp,
+        ".mp4": save_mp4,
+        ".png": lambda file, frames, fps: sheet([frames]).save(file, "PNG"),
+    }[path.suffix.lower()]
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -260,7 +289,7 @@ def sheet(rows, labels=None, scale=1, marks=None):
     rows: list of (N_i, H_i, W_i, 3) uint8; labels: a text per row, drawn above it; scale: integer factor of
     nearest enlargement; marks: a list of bools per row, True draws a border around a given frame (Figure 6).
     """
-    gap, border, given, line = 4, 3, (230, 90, 20), 18    # pixels, and a colour
+    gap, border, given, line = 4, 3, (230, 90, 20), 18  # pixels, and a colour
     font = ImageFont.load_default(14)
     width = gap + max(len(row) * (row.shape[2] * scale + gap) for row in rows)
     texts = [textwrap.wrap(label, max(8, width // 8)) for label in labels or [""] * len(rows)]

@@ -1,6 +1,7 @@
 """
-DFGN, the discrete frame generation network of RDTF (section 3 of the paper): a Stable-Diffusion-shaped U-Net that sees
-each frame by itself, with an STI (spatial temporal interaction) layer after each of its spatial transformers.
+DFGN, the discrete frame generation network of RDTF (section 3 of the paper): a Stable-Diffusion-shaped U-Net
+that sees each frame by itself, with an STI (spatial temporal interaction) layer after each of its spatial
+transformers.
 
     Frames    which slots of a batch hold frames: the U-Net computes nothing for the others
     STI       section 3.1: semantic branch, detail branch, learned fusion
@@ -8,8 +9,8 @@ each frame by itself, with an STI (spatial temporal interaction) layer after eac
     DFGN      the U-Net
     SIZES     tiny, small, full (0.96B parameters)
 
-Shapes: B clips, F frame slots per clip, N valid frames in the batch, C latent channels, d channels of a layer, H x W the
-height and width of a layer, L text tokens.
+Shapes: B clips, F frame slots per clip, N valid frames in the batch, C latent channels, d channels of a
+layer, H x W the height and width of a layer, L text tokens.
 """
 
 from contextlib import ExitStack, contextmanager
@@ -17,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
+from diffusers import ConfigMixin, DDIMScheduler, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_timestep_embedding
@@ -27,13 +28,32 @@ from diffusers.models.upsampling import Upsample2D
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# Diffusion
+
+
+def make_scheduler():
+    """Table 6's schedule: 1000 steps, "linear" in the sense of the latent diffusion code, that is linear in
+    sqrt(beta). diffusers' other defaults are for pixels: latents are not clipped, and the schedule ends at
+    alpha_1, not at 1."""
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.0120,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Frames: the loss mask inside the network
 
 
 class Frames:
-    """Where the valid frames of a batch stand. Spatial layers work on the N valid frames alone, packed into one batch;
-    temporal layers need the clip's axis back and get zeros in the slots that hold no frame.
+    """Where the valid frames of a batch stand. Spatial layers work on the N valid frames alone, packed into
+    one batch; temporal layers need the clip's axis back and get zeros in the slots that hold no frame.
 
     valid: bool (B, F), or None when every slot is valid."""
 
@@ -41,7 +61,9 @@ class Frames:
         self.batch, self.slots = batch, slots
         self.valid = None if valid is None or bool(valid.all()) else valid
         everything = torch.arange(batch * slots, device=device)
-        self.index = everything if self.valid is None else everything[self.valid.flatten()]  # (N,) places in B * F
+        self.index = (
+            everything if self.valid is None else everything[self.valid.flatten()]
+        )  # (N,) places in B * F
         self.clip = self.index // slots  # (N,) which clip a packed frame belongs to
 
     def pack(self, x):
@@ -56,15 +78,16 @@ class Frames:
         return x.unflatten(0, (self.batch, self.slots))
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Temporal layers: STI, and the ablation's 3D convolution
 
 
 class FrameConv(nn.Module):
     """GroupNorm, SiLU, then a convolution with kernel (3, 1, 1) over (frames, height, width).
 
-    The norm pools over one frame, never over frames: otherwise a frame would feel the filler. The kernel touches single
-    locations, so it is written as a (3, 1) convolution over (F, H * W), which is a good deal faster."""
+    The norm pools over one frame, never over frames: otherwise a frame would feel the filler. The kernel
+    touches single locations, so it is written as a (3, 1) convolution over (F, H * W), which is a good deal
+    faster."""
 
     def __init__(self, width, groups):
         super().__init__()
@@ -83,8 +106,8 @@ class FrameConv(nn.Module):
 class STI(nn.Module):
     """Spatial Temporal Interaction layer (section 3.1; constants from Table 6).
 
-    out = h + alpha * (w_1 * norm(semantic) + w_2 * norm(detail)), with w a softmax at every location. alpha starts at zero,
-    so that a network with fresh STI layers is the spatial U-Net, frame by frame."""
+    out = h + alpha * (w_1 * norm(semantic) + w_2 * norm(detail)), with w a softmax at every location. alpha
+    starts at zero, so that a network with fresh STI layers is the spatial U-Net, frame by frame."""
 
     def __init__(self, width, heads=8, head_width=32, gamma=2, groups=32):
         super().__init__()
@@ -116,16 +139,22 @@ class STI(nn.Module):
         s = frames.unpack(self.norm_attention(s)) + order[:, None]  # (B, F, HW/gg, d)
         tokens_per_frame = s.shape[2]
         s = s.flatten(1, 2)  # (B, F*HW/gg, d)
-        q, k, v = (to(s).unflatten(2, (self.heads, -1)).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v))
+        q, k, v = (
+            to(s).unflatten(2, (self.heads, -1)).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v)
+        )
         keys = None  # filler slots are no keys
         if frames.valid is not None:
-            keys = frames.valid.repeat_interleave(tokens_per_frame, dim=1)[:, None, None]  # (B, 1, 1, F*HW/gg)
+            keys = frames.valid.repeat_interleave(tokens_per_frame, dim=1)[
+                :, None, None
+            ]  # (B, 1, 1, F*HW/gg)
         s = F.scaled_dot_product_attention(q, k, v, attn_mask=keys)  # (B, heads, F*HW/gg, head width)
         s = self.to_out(s.transpose(1, 2).flatten(2))  # (B, F*HW/gg, d)
         s = frames.pack(s.unflatten(1, (frames.slots, tokens_per_frame)))  # (N, HW/gg, d)
         s = s.transpose(1, 2).unflatten(2, (small_height, -1))  # (N, d, H/g, W/g)
         s = self.norm_semantic(s)  # before upsampling: the same statistics from fewer pixels
-        return F.interpolate(s, scale_factor=float(gamma), mode="nearest")[:, :, :height, :width]  # (N, d, H, W)
+        return F.interpolate(s, scale_factor=float(gamma), mode="nearest")[
+            :, :, :height, :width
+        ]  # (N, d, H, W)
 
     def detail(self, h, frames):
         """Full resolution, along frames only."""
@@ -141,8 +170,9 @@ class STI(nn.Module):
 
 
 class Conv3D(nn.Module):
-    """The temporal layer of the paper's ablation "DFGN (3D-Conv)": four (3, 1, 1) convolutions, as in the video U-Nets that
-    the paper's lineage starts from, with the same residual start. The paper gives no size; this one has 1.01B parameters."""
+    """The temporal layer of the paper's ablation "DFGN (3D-Conv)": four (3, 1, 1) convolutions, as in the
+    video U-Nets that the paper's lineage starts from, with the same residual start. The paper gives no size;
+    this one has 1.01B parameters."""
 
     def __init__(self, width, groups=32):
         super().__init__()
@@ -156,13 +186,14 @@ class Conv3D(nn.Module):
         return h + self.alpha * x
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The U-Net
 
 
 class Block(nn.Module):
-    """The layers of one resolution, under the names that diffusers' 2D conditional U-Net gives them, so that a Stable
-    Diffusion 2.x checkpoint fits: resnets, attentions, downsamplers, upsamplers. `temporal` is ours."""
+    """The layers of one resolution, under the names that diffusers' 2D conditional U-Net gives them, so that
+    a Stable Diffusion 2.x checkpoint fits: resnets, attentions, downsamplers, upsamplers. `temporal` is
+    ours."""
 
     def __init__(self):
         super().__init__()
@@ -176,14 +207,21 @@ class Block(nn.Module):
 class DFGN(ModelMixin, ConfigMixin):
     """Noise prediction network G_theta([x_t, y, z], t) (section 3, Table 6).
 
-    latent_channels: channels of the codec's latents; the input has twice as many (noisy and given frames, section 3.2)
+    latent_channels: channels of the codec's latents; the input has twice as many (noisy and given frames,
+        section 3.2)
     block_out_channels: widths, one per resolution
-    attention_levels: one flag per resolution: transformers (and temporal layers) there; the middle always has one
+    attention_levels: one flag per resolution: transformers (and temporal layers) there; the middle always has
+        one
     layers_per_block: residual layers per resolution on the way down (one more on the way up)
     head_width: channels per head of the spatial transformers
     cross_attention_dim: width of the shared text space; clip_dim, t5_dim: widths of the two text encoders
     temporal: "sti", or "conv3d" for the ablation of Table 3
     sti_heads, sti_head_width, sti_gamma: Table 6 and section 3.1
+    noise_skip: None, or the standard deviation sigma of each latent channel. Then the network predicts what
+        is left of the noise after the best linear guess from the noisy latents of the same place,
+        x_t sqrt(1 - alpha_t) / (alpha_t sigma^2 + 1 - alpha_t). At large t the noise is all but x_t, and an
+        error of a few per cent there ruins a sample: a short training does not get a deep network to copy
+        that well. Ours, not the paper's; `full` goes without.
     """
 
     @register_to_config
@@ -202,6 +240,7 @@ class DFGN(ModelMixin, ConfigMixin):
         sti_heads=8,
         sti_head_width=32,
         sti_gamma=2,
+        noise_skip=None,
     ):
         super().__init__()
         if temporal not in ("sti", "conv3d"):
@@ -209,7 +248,9 @@ class DFGN(ModelMixin, ConfigMixin):
         widths, groups, emb_dim = block_out_channels, norm_num_groups, 4 * block_out_channels[0]
 
         def add_layer(block, in_width, width, attention):
-            block.resnets.append(ResnetBlock2D(in_channels=in_width, out_channels=width, temb_channels=emb_dim, groups=groups))
+            block.resnets.append(
+                ResnetBlock2D(in_channels=in_width, out_channels=width, temb_channels=emb_dim, groups=groups)
+            )
             if attention:
                 block.attentions.append(Transformer2DModel(
                     num_attention_heads=width // head_width,
@@ -220,7 +261,9 @@ class DFGN(ModelMixin, ConfigMixin):
                     use_linear_projection=True,
                 ))  # fmt: skip
                 block.temporal.append(
-                    STI(width, sti_heads, sti_head_width, sti_gamma, groups) if temporal == "sti" else Conv3D(width, groups)
+                    STI(width, sti_heads, sti_head_width, sti_gamma, groups)
+                    if temporal == "sti"
+                    else Conv3D(width, groups)
                 )
 
         # text: one linear layer per encoder into a shared space (section 3.2)
@@ -266,11 +309,17 @@ class DFGN(ModelMixin, ConfigMixin):
         self.conv_norm_out = nn.GroupNorm(groups, width, eps=1e-5)
         self.conv_out = nn.Conv2d(width, latent_channels, kernel_size=3, padding=1)
 
+        if noise_skip is not None:
+            alpha = make_scheduler().alphas_cumprod[:, None]  # (1000, 1)
+            gain = (1 - alpha).sqrt() / (alpha * torch.tensor(noise_skip) ** 2 + 1 - alpha)
+            self.register_buffer("noise_gain", gain, persistent=False)  # (1000, C)
+
         self.gradient_checkpointing = False
         self.initialize()
 
     def initialize(self):
-        """Every residual branch, and the output, starts at zero, as in the code that latent diffusion was trained with."""
+        """Every residual branch, and the output, starts at zero,
+        as in the code that latent diffusion was trained with."""
         for module in self.modules():
             if isinstance(module, ResnetBlock2D):
                 last = module.conv2
@@ -293,7 +342,8 @@ class DFGN(ModelMixin, ConfigMixin):
         noisy: (B, F, C, H, W) noisy latents
         given: (B, F, C, H, W) clean latents of the given frames, zeros elsewhere
         timestep: integers (B,), one diffusion step for all frames of a clip
-        text: (clip, clip_mask, t5, t5_mask): token states (B, L, clip_dim | t5_dim) and bool (B, L), True = a real token
+        text: (clip, clip_mask, t5, t5_mask): token states (B, L, clip_dim | t5_dim) and bool (B, L),
+            True = a real token
         valid: bool (B, F), False = the slot holds no frame; None = all do
         Returns (B, F, C, H, W), zeros in the slots that hold no frame.
         """
@@ -301,7 +351,9 @@ class DFGN(ModelMixin, ConfigMixin):
         frames = Frames(valid, batch, slots, noisy.device)
 
         clip, clip_mask, t5, t5_mask = text
-        text = torch.cat([self.clip_projection(clip), self.t5_projection(t5)], dim=1)[frames.clip]  # (N, L, D)
+        text = torch.cat([self.clip_projection(clip), self.t5_projection(t5)], dim=1)[
+            frames.clip
+        ]  # (N, L, D)
         text_mask = torch.cat([clip_mask, t5_mask], dim=1)[frames.clip]  # (N, L)
 
         emb = self.time_proj(timestep).to(noisy.dtype)  # (B, d_0)
@@ -315,7 +367,10 @@ class DFGN(ModelMixin, ConfigMixin):
             return h
 
         def layer(h, block, i):
-            modules = block.resnets[i], *((block.attentions[i], block.temporal[i]) if i < len(block.attentions) else (None, None))
+            modules = (
+                block.resnets[i],
+                *((block.attentions[i], block.temporal[i]) if i < len(block.attentions) else (None, None)),
+            )
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 return checkpoint(run_layer, h, *modules, use_reentrant=False)
             return run_layer(h, *modules)
@@ -339,22 +394,29 @@ class DFGN(ModelMixin, ConfigMixin):
             for i in range(len(block.resnets)):
                 h = layer(torch.cat([h, skips.pop()], dim=1), block, i)
             for upsample in block.upsamplers:
-                h = upsample(h, output_size=skips[-1].shape[2:])  # (N, d, 2H, 2W), or one less where a size was odd
+                h = upsample(
+                    h, output_size=skips[-1].shape[2:]
+                )  # (N, d, 2H, 2W), or one less where a size was odd
 
         h = self.conv_out(F.silu(self.conv_norm_out(h)))  # (N, C, H, W)
+        if self.config.noise_skip is not None:
+            gain = self.noise_gain[timestep][frames.clip]  # (N, C)
+            h = h.float() + gain[:, :, None, None] * frames.pack(noisy)
         return frames.unpack(h)  # (B, F, C, H, W)
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Named sizes. Latent channels and text widths come from the encoders; the rest of Table 6 is the same at every size.
-#
+# ------------------------------------------------------------------------------------------------------------
+# Named sizes. Latent channels and text widths come from the encoders; STI is that of Table 6 at every size.
 #   tiny   two CPU cores, minutes          small   one consumer GPU          full   the paper's 0.96B
 
-SIZES = {
-    "tiny":  dict(block_out_channels=(128, 256),             attention_levels=(True, True),               layers_per_block=1, head_width=32, cross_attention_dim=256),
-    "small": dict(block_out_channels=(128, 256, 512, 512),   attention_levels=(True, True, True, False),  layers_per_block=2, head_width=64, cross_attention_dim=512),
-    "full":  dict(block_out_channels=(320, 640, 1280, 1280), attention_levels=(True, True, True, False),  layers_per_block=2, head_width=64, cross_attention_dim=1024),
+COLUMNS = ("block_out_channels", "attention_levels", "layers_per_block", "head_width", "cross_attention_dim",
+           "norm_num_groups")  # fmt: skip
+ROWS = {
+    "tiny":  ((128, 256),             (False, True),              1, 32,  256,  8),
+    "small": ((128, 256, 512, 512),   (True, True, True, False),  2, 64,  512, 32),
+    "full":  ((320, 640, 1280, 1280), (True, True, True, False),  2, 64, 1024, 32),
 }  # fmt: skip
+SIZES = {name: dict(zip(COLUMNS, row)) for name, row in ROWS.items()}
 
 
 @contextmanager
@@ -364,6 +426,8 @@ def precision(device_type, mixed_precision):
     with ExitStack() as stack:
         if dtype is not None:
             stack.enter_context(torch.autocast(device_type, dtype))
-        if device_type == "cpu":  # for short sequences plain matrix products beat the CPU's flash attention, most of all backwards
+        if (
+            device_type == "cpu"
+        ):  # for short sequences plain matrix products beat the CPU's flash attention, most of all backwards
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield

@@ -1,11 +1,17 @@
 """
-Animated stickers from a trained checkpoint: DDIM with text and image guidance (Table 6), every task from one set of weights.
+Animated stickers from a trained checkpoint: DDIM with text and image guidance (Table 6),
+every task from one set of weights.
 
-    python sample.py --checkpoint runs/mine --prompt "a red heart bouncing" --output heart.gif               # text
-    python sample.py --checkpoint runs/mine --image 0:first.png --prompt "..." --output a.webp               # text and image
-    python sample.py --checkpoint runs/mine --image 0:a.png 3:b.png 6:c.png --output b.gif                   # interpolation
-    python sample.py --checkpoint runs/mine --image 0:a.png 3:b.png --num_frames 4 --output b.gif            # between two
-    python sample.py --checkpoint runs/mine --image 0:a.png 1:b.png 2:c.png 3:d.png 4:e.png --output c.mp4   # prediction
+    # text
+    python sample.py --checkpoint runs/mine --prompt "a red heart bouncing" --output heart.gif
+    # text and image
+    python sample.py --checkpoint runs/mine --image 0:first.png --prompt "..." --output a.webp
+    # interpolation
+    python sample.py --checkpoint runs/mine --image 0:a.png 3:b.png 6:c.png --output b.gif
+    # between two
+    python sample.py --checkpoint runs/mine --image 0:a.png 3:b.png --num_frames 4 --output b.gif
+    # prediction
+    python sample.py --checkpoint runs/mine --image 0:a.png 1:b.png 2:c.png 3:d.png 4:e.png --output c.mp4
 """
 
 import argparse
@@ -15,40 +21,26 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler
 from tqdm import tqdm
 
 import masks
 import media
 from encoders import Encoders
-from model import DFGN, precision
+from model import DFGN, make_scheduler, precision
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Diffusion
 
 
-def make_scheduler():
-    """Table 6's schedule: 1000 steps, "linear" in the sense of the latent diffusion code, that is linear in sqrt(beta).
-    diffusers' other defaults are for pixels: latents are not clipped, and the last step ends at alpha_1, not at 1."""
-    return DDIMScheduler(
-        num_train_timesteps=1000,
-        beta_start=0.00085,
-        beta_end=0.0120,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
-
-
 def guidance_weights(has_image, has_text, image_guidance_scale, guidance_scale):
-    """The weights with which the noise predictions under different conditions are summed. Nested guidance, Eq. 3 of
-    InstructPix2Pix, with s_I and s_T the two scales, z the given frames, y the text:
+    """The weights with which the noise predictions under different conditions are summed. Nested guidance,
+    Eq. 3 of InstructPix2Pix, with s_I and s_T the two scales, z the given frames, y the text:
 
         e(0, 0) + s_I (e(z, 0) - e(0, 0)) + s_T (e(z, y) - e(z, 0))
 
-    Returns {(with image, with text): weight}. Conditions that coincide are merged and those of weight zero left out: equal
-    scales need two passes instead of three, scales of one a single pass, and without given frames the text term is left.
+    Returns {(with image, with text): weight}. Conditions that coincide are merged and those of weight zero
+    left out: equal scales need two passes instead of three, scales of one a single pass, and without given
+    frames the text term is left.
     """
     s_I, s_T = image_guidance_scale, guidance_scale
     weights = {}
@@ -59,9 +51,11 @@ def guidance_weights(has_image, has_text, image_guidance_scale, guidance_scale):
 
 
 def guided_noise(unet, noisy, given, timestep, text, null_text, weights, valid=None):
-    """Sums the noise predictions as `guidance_weights` says; all conditions of a step go through the network as one batch.
+    """Sums the noise predictions as `guidance_weights` says;
+    all conditions of a step go through the network as one batch.
 
-    noisy, given: (B, F, C, h, w); timestep: int; text, null_text: as DFGN.forward takes them, of equal lengths
+    noisy, given: (B, F, C, h, w); timestep: int; text, null_text: as DFGN.forward takes them, of equal
+        lengths
     Returns float32 (B, F, C, h, w).
     """
     n = len(weights)
@@ -90,7 +84,8 @@ def generate(
     mixed_precision="no",
     progress=False,
 ):
-    """Samples B clips of F frames, 3 <= F <= 8. Returns frames uint8 (B, F, R, R, 3), given frames as the network redrew them.
+    """Samples B clips of F frames, 3 <= F <= 8.
+    Returns frames uint8 (B, F, R, R, 3), given frames as the network redrew them.
 
     Every task of Table 7 is a choice of `is_given`. Sample b of a seed is the same whatever the batch.
     """
@@ -102,7 +97,10 @@ def generate(
     weights = guidance_weights(bool(is_given.any()), has_text, image_guidance_scale, guidance_scale)
 
     def draw_noise(step):  # for each sample by itself: (seed, step, index)
-        noise = [np.random.default_rng((seed, step, b)).standard_normal(shape, dtype=np.float32) for b in range(batch)]
+        noise = [
+            np.random.default_rng((seed, step, b)).standard_normal(shape, dtype=np.float32)
+            for b in range(batch)
+        ]
         return torch.from_numpy(np.stack(noise)).to(device)
 
     scheduler = make_scheduler()
@@ -112,11 +110,13 @@ def generate(
         with precision(device.type, mixed_precision):
             noise = guided_noise(unet, latents, given, t, text, null_text, weights)
         fresh = draw_noise(step) if eta > 0 else None
-        latents = scheduler.step(noise, t, latents, eta=eta, variance_noise=fresh).prev_sample
-    return encoders.codec.decode(latents.flatten(0, 1)).unflatten(0, latents.shape[:2]).cpu().numpy()
+        stepped = scheduler.step(noise, t, latents, eta=eta, variance_noise=fresh)
+        latents = stepped.prev_sample
+    clean = stepped.pred_original_sample  # prev_sample ends at alpha_1 and still holds some noise
+    return encoders.codec.decode(clean.flatten(0, 1)).unflatten(0, clean.shape[:2]).cpu().numpy()
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The finished folder
 
 
@@ -127,21 +127,32 @@ class CheckpointError(ValueError):
 def load(folder, device="cpu"):
     """Reads a finished run or one of its checkpoint-N folders; EMA weights where there are any.
 
-    Returns (unet, encoders, settings), settings being the content of model_index.json. Raises CheckpointError.
+    Returns (unet, encoders, settings), settings being the content of model_index.json.
+    Raises CheckpointError.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise CheckpointError(f"--checkpoint {folder} is not a folder: give the output_dir of a training run.")
+        raise CheckpointError(
+            f"--checkpoint {folder} is not a folder: give the output_dir of a training run."
+        )
     if not (folder / "model_index.json").is_file():
         raise CheckpointError(
-            f"--checkpoint {folder} holds no model_index.json: give the output_dir of a finished training run, "
-            "or a checkpoint-N folder inside it."
+            f"--checkpoint {folder} holds no model_index.json: give the output_dir of a finished "
+            "training run, or a checkpoint-N folder inside it."
         )
     try:
         settings = json.loads((folder / "model_index.json").read_text())
-        unet = DFGN.from_pretrained(folder / ("unet_ema" if (folder / "unet_ema").is_dir() else "unet"))
+        unet = DFGN.from_pretrained(
+            folder / ("unet_ema" if (folder / "unet_ema").is_dir() else "unet"), low_cpu_mem_usage=False
+        )
         encoders = Encoders.load(folder, device)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:  # missing, damaged or of another size
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        KeyError,
+        TypeError,
+    ) as error:  # missing, damaged or of another size
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"--checkpoint {folder} cannot be read, use another one ({reason}).") from error
     if unet.config.latent_channels != encoders.codec.latent_channels:
@@ -152,7 +163,7 @@ def load(folder, device="cpu"):
     return unet.eval().to(device, memory_format=torch.channels_last), encoders, settings
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Command line
 
 
@@ -166,22 +177,32 @@ def parse_image(text):
 
 def parse_args():
     parser = argparse.ArgumentParser(description="Generate, interpolate and extend animated stickers.")
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a finished run, or a checkpoint-N folder in it")
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="DIR", help="a finished run, or a checkpoint-N folder in it"
+    )
     parser.add_argument("--prompt", default="", help="what the sticker shows")
     parser.add_argument("--negative_prompt", default="", help="what it should not show")
-    parser.add_argument("--image", nargs="+", action="extend", type=parse_image, default=[], metavar="SLOT:FILE",
-                        help="given frames: picture files and the frames, counted from 0, where they stand")  # fmt: skip
-    parser.add_argument("--num_frames", type=int, default=masks.NUM_FRAMES, help="frames of the sticker, 3 to 8 (default 8)")
+    parser.add_argument("--image", nargs="+", action="extend", type=parse_image, default=[],
+                        metavar="SLOT:FILE", help="given frames: picture files and the frames, "
+                        "counted from 0, where they stand")  # fmt: skip
+    parser.add_argument(
+        "--num_frames", type=int, default=masks.NUM_FRAMES, help="frames of the sticker, 3 to 8 (default 8)"
+    )
     parser.add_argument("--num_inference_steps", type=int, default=50, help="DDIM steps (default 50)")
-    parser.add_argument("--eta", type=float, default=1.0, help="0 = deterministic, 1 = as random as DDPM (default 1)")
-    parser.add_argument("--guidance_scale", type=float, help="text guidance; 1 = none (default: as the checkpoint records)")
-    parser.add_argument("--image_guidance_scale", type=float,
-                        help="guidance by given frames; 1 = none (default: as the checkpoint records)")  # fmt: skip
+    parser.add_argument(
+        "--eta", type=float, default=1.0, help="0 = deterministic, 1 = as random as DDPM (default 1)"
+    )
+    parser.add_argument(
+        "--guidance_scale", type=float, help="text guidance; 1 = none (default: as the checkpoint records)"
+    )
+    parser.add_argument("--image_guidance_scale", type=float, help="guidance by given frames; 1 = none "
+                        "(default: as the checkpoint records)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="another seed, another sticker (default 0)")
     parser.add_argument("--num_samples", type=int, default=1, help="stickers to make (default 1)")
     parser.add_argument("--fps", type=float, default=8.0, help="frames per second of the file (default 8)")
-    parser.add_argument("--output", default="sticker.gif", help=".gif, .webp, .mp4, or .png for a sheet (default sticker.gif); "
-                        "several samples get numbered names, or one row each of the sheet")  # fmt: skip
+    parser.add_argument("--output", default="sticker.gif", help=".gif, .webp, .mp4, or .png for a sheet "
+                        "(default sticker.gif); several samples get numbered names, "
+                        "or one row each of the sheet")  # fmt: skip
     args = parser.parse_args()
 
     slots = [slot for slot, _ in args.image]
@@ -189,9 +210,14 @@ def parse_args():
         parser.error(f"--num_frames {args.num_frames}: stickers have 3 to {masks.NUM_FRAMES} frames.")
     for slot, file in args.image:
         if slot >= args.num_frames:
-            parser.error(f"--image {slot}:{file}: with --num_frames {args.num_frames} the frames are 0 to {args.num_frames - 1}.")
+            parser.error(
+                f"--image {slot}:{file}: with --num_frames {args.num_frames} "
+                f"the frames are 0 to {args.num_frames - 1}."
+            )
     if len(set(slots)) < len(slots):
-        parser.error(f"--image gives frame {max(slots, key=slots.count)} more than once: one picture per frame.")
+        parser.error(
+            f"--image gives frame {max(slots, key=slots.count)} more than once: one picture per frame."
+        )
     if not args.prompt and not args.image:
         parser.error("nothing to start from: give --prompt, --image, or both.")
     if not 1 <= args.num_inference_steps <= 1000:
@@ -218,8 +244,8 @@ def main():
     except (CheckpointError, media.MediaError) as error:
         parser.error(str(error))
     if pictures and not masks.is_trained(pictures, args.num_frames):
-        print(f"sample.py: warning: no row of Table 7 shows frames {sorted(pictures)} of {args.num_frames}: the model was "
-              "not trained on this pattern and may do worse.", file=sys.stderr)  # fmt: skip
+        print(f"sample.py: warning: no row of Table 7 shows frames {sorted(pictures)} of {args.num_frames}: "
+              "the model was not trained on this pattern and may do worse.", file=sys.stderr)  # fmt: skip
 
     side = resolution // encoders.codec.factor
     given = torch.zeros(args.num_frames, encoders.codec.latent_channels, side, side)
@@ -254,7 +280,11 @@ def main():
             media.sheet(list(clips), marks=[is_given.tolist()] * len(clips)).save(output)
             written = [output]
         else:
-            names = [output] if len(clips) == 1 else [output.with_stem(f"{output.stem}-{i}") for i in range(len(clips))]
+            names = (
+                [output]
+                if len(clips) == 1
+                else [output.with_stem(f"{output.stem}-{i}") for i in range(len(clips))]
+            )
             for name, clip in zip(names, clips):
                 media.write_clip(name, clip, args.fps)
             written = names

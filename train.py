@@ -1,12 +1,13 @@
 """
 Trains RDTF: Algorithm 1 of the paper, on one machine or many.
 
-    python train.py                                     # built-in stickers, tiny, this machine; ends with a sample sheet
+    python train.py    # built-in stickers, tiny, this machine; ends with a sample sheet
     python train.py --data stickers/ --preset small --output_dir runs/mine --mixed_precision bf16
     torchrun --nproc_per_node 8 train.py --data stickers/ --preset full --output_dir runs/full
 
-In the output folder:  log.jsonl, progress.png (loss, task probabilities, mean k, feedback), validation-N.png (real frames
-above generated ones), checkpoint-N/ (resumable), and at the end the model itself, which sample.py reads.
+In the output folder:  log.jsonl, progress.png (loss, task probabilities, mean k, feedback), validation-N.png
+(real frames above generated ones), checkpoint-N/ (resumable), and at the end the model itself, which
+sample.py reads.
 """
 
 import argparse
@@ -35,29 +36,35 @@ import stickers
 from checkpoint import list_checkpoints, load_checkpoint, save_checkpoint, with_ema, write_finished
 from curriculum import STRATEGIES, TASKS, Curriculum
 from encoders import Encoders, PatchPCA
-from model import DFGN, SIZES, precision
-from sample import generate, make_scheduler
+from model import DFGN, SIZES, make_scheduler, precision
+from sample import generate
 
-# What each preset trains with unless a flag says otherwise. `full` is Table 6; the guidance scales are what sample.py
-# uses by default for the finished model.
-PRESETS = {
-    "tiny":  dict(resolution=64,  max_train_steps=1200,   train_batch_size=16, learning_rate=1e-3, lr_scheduler="cosine",   lr_warmup_steps=50,   guidance_scale=3.0, image_guidance_scale=1.5),
-    "small": dict(resolution=128, max_train_steps=50_000, train_batch_size=16, learning_rate=2e-4, lr_scheduler="cosine",   lr_warmup_steps=500,  guidance_scale=5.0, image_guidance_scale=2.0),
-    "full":  dict(resolution=256, max_train_steps=50_000, train_batch_size=1,  learning_rate=1e-5, lr_scheduler="constant_with_warmup", lr_warmup_steps=1000, guidance_scale=7.5, image_guidance_scale=7.5),
+# What each preset trains with unless a flag says otherwise, and the guidance scales that sample.py then uses
+# for the finished model. `full` is Table 6.
+COLUMNS = ("resolution", "max_train_steps", "train_batch_size", "learning_rate", "lr_scheduler",
+           "lr_warmup_steps", "guidance_scale", "image_guidance_scale")  # fmt: skip
+ROWS = {
+    "tiny":  (64,   1900,  8, 1.0e-3, "cosine",                 50, 3.0, 1.5),
+    "small": (128, 50000, 16, 2.0e-4, "cosine",                500, 5.0, 2.0),
+    "full":  (256, 50000,  1, 1.0e-5, "constant_with_warmup", 1000, 7.5, 7.5),
 }  # fmt: skip
+PRESETS = {name: dict(zip(COLUMNS, row)) for name, row in ROWS.items()}
 
 LOG_EVERY = 10  # steps
 ADAM = dict(betas=(0.9, 0.999), weight_decay=0.01)
-ALPHA_LR = 10  # the gate of a temporal layer is one number that starts at zero: at the weights' own rate it would open too late
+# The gate of a temporal layer is one number that starts at zero:
+# at the weights' own rate it would open too late.
+ALPHA_LR = 30
 MAX_GRAD_NORM = 1.0
 EMA_DECAY, EMA_POWER = 0.9999, 0.75  # the decay warms up as 1 - (1 + step) ** -EMA_POWER
 VALIDATION_SAMPLES = 64  # held-out samples behind the validation loss
 # A resumed run continues the saved one only if these are as they were.
-SCHEDULE_FLAGS = ("preset", "resolution", "max_train_steps", "learning_rate", "lr_scheduler", "lr_warmup_steps", "use_ema",
-                  "mixed_precision", "curriculum", "temporal", "ddu", "seed")  # fmt: skip
+SCHEDULE_FLAGS = ("preset", "resolution", "max_train_steps", "learning_rate", "lr_scheduler",
+                  "lr_warmup_steps", "use_ema", "mixed_precision", "curriculum", "temporal", "ddu",
+                  "seed")  # fmt: skip
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Command line
 
 
@@ -73,35 +80,79 @@ def parse_args():
     add = parser.add_argument
     per_preset = "(default: by preset)"
     add("--data", metavar="DIR", help="folder of stickers (default: draws the built-in set)")
-    add("--preset", choices=SIZES, default="tiny", help="size of the network and defaults of the training (default tiny)")
+    add(
+        "--preset",
+        choices=SIZES,
+        default="tiny",
+        help="size of the network and defaults of the training (default tiny)",
+    )
     add("--output_dir", help="where the run is written (default: runs/PRESET)")
     add("--cache_dir", help=f"where drawn stickers and latents are kept (default: {data.default_cache()})")
     add("--resolution", type=int, help=f"side of the frames in pixels {per_preset}")
     add("--max_train_steps", type=int, help=f"optimizer steps; the curriculum spans them {per_preset}")
     add("--train_batch_size", type=int, help=f"clips per process and micro-step {per_preset}")
-    add("--gradient_accumulation_steps", type=int, default=1, help="micro-steps per optimizer step (default 1)")
+    add(
+        "--gradient_accumulation_steps",
+        type=int,
+        default=1,
+        help="micro-steps per optimizer step (default 1)",
+    )
     add("--learning_rate", type=float, help=f"peak learning rate of AdamW {per_preset}")
     add("--lr_scheduler", choices=[s.value for s in SchedulerType if s.value != "piecewise_constant"],
         help=f"learning rate over steps {per_preset}")  # fmt: skip
     add("--lr_warmup_steps", type=int, help=f"steps of linear warm-up {per_preset}")
     add("--mixed_precision", choices=["no", "fp16", "bf16"],
-        help="autocast; the weights stay in fp32 (default: bf16 where the machine has it, else no)")  # fmt: skip
+        help="autocast; the weights stay in fp32 "
+        "(default: bf16 where the machine has it, else no)")  # fmt: skip
     add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, more time")
-    add("--use_ema", action=argparse.BooleanOptionalAction, default=True, help="keep averaged weights (default: yes)")
-    add("--curriculum", choices=STRATEGIES, help="none: uniform; linear: static part alone; dcl: with feedback (default dcl)")
-    add("--temporal", choices=["sti", "conv3d"], default="sti", help="temporal layer; conv3d is the ablation of Table 3")
-    add("--ddu", choices=["on", "off"], default="on", help="dual masks; off is the ablation of Table 3: text alone, 8 frames")
+    add(
+        "--use_ema",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep averaged weights (default: yes)",
+    )
+    add(
+        "--curriculum",
+        choices=STRATEGIES,
+        help="none: uniform; linear: static part alone; dcl: with feedback (default dcl)",
+    )
+    add(
+        "--temporal",
+        choices=["sti", "conv3d"],
+        default="sti",
+        help="temporal layer; conv3d is the ablation of Table 3",
+    )
+    add(
+        "--ddu",
+        choices=["on", "off"],
+        default="on",
+        help="dual masks; off is the ablation of Table 3: text alone, 8 frames",
+    )
     add("--seed", type=int, default=0, help="every random draw follows from it (default 0)")
     add("--checkpointing_steps", type=int, default=500, help="save every so many steps (default 500)")
-    add("--checkpoints_total_limit", type=int, default=2, help="keep the last so many checkpoints, 0 = all (default 2)")
-    add("--resume_from_checkpoint", metavar="latest|PATH", help="continue a run; latest without a checkpoint starts fresh")
-    add("--validation_steps", type=int, default=500, help="sample sheet and held-out loss every so many steps, 0 = at the end "
-        "only (default 500)")  # fmt: skip
-    add("--validation_prompts", nargs="+", metavar="TEXT", help="prompts on the sheet (default: twelve fixed ones for the "
-        "built-in stickers, captions of held-out stickers otherwise)")  # fmt: skip
-    add("--report_to", choices=["none", "tensorboard", "wandb"], default="none", help="log there as well (default none)")
-    add("--num_workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that decode stickers, once, before "
-        "training; 0 = in this one (default: CPU cores, at most 8)")  # fmt: skip
+    add(
+        "--checkpoints_total_limit",
+        type=int,
+        default=2,
+        help="keep the last so many checkpoints, 0 = all (default 2)",
+    )
+    add(
+        "--resume_from_checkpoint",
+        metavar="latest|PATH",
+        help="continue a run; latest without a checkpoint starts fresh",
+    )
+    add("--validation_steps", type=int, default=1000, help="sample sheet and held-out loss every so many "
+        "steps, 0 = at the end only (default 1000)")  # fmt: skip
+    add("--validation_prompts", nargs="+", metavar="TEXT", help="prompts on the sheet (default: twelve fixed "
+        "ones for the built-in stickers, captions of held-out stickers otherwise)")  # fmt: skip
+    add(
+        "--report_to",
+        choices=["none", "tensorboard", "wandb"],
+        default="none",
+        help="log there as well (default none)",
+    )
+    add("--num_workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that decode "
+        "stickers, once, before training; 0 = in this one (default: CPU cores, at most 8)")  # fmt: skip
     args = parser.parse_args()
 
     for name, value in PRESETS[args.preset].items():
@@ -112,10 +163,12 @@ def parse_args():
     args.mixed_precision = args.mixed_precision or ("bf16" if native_bf16() else "no")
     args.ddu = args.ddu == "on"
     if not args.ddu and args.curriculum not in (None, "none"):
-        raise UsageError("--ddu off trains one task at one length: there is nothing for --curriculum to choose from.")
+        raise UsageError(
+            "--ddu off trains one task at one length: there is nothing for --curriculum to choose from."
+        )
     args.curriculum = args.curriculum or ("dcl" if args.ddu else "none")
-    for name in ("resolution", "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "learning_rate",
-                 "checkpointing_steps"):  # fmt: skip
+    for name in ("resolution", "max_train_steps", "train_batch_size", "gradient_accumulation_steps",
+                 "learning_rate", "checkpointing_steps"):  # fmt: skip
         if not getattr(args, name) > 0:
             raise UsageError(f"--{name} {getattr(args, name)}: must be positive.")
     for name in ("lr_warmup_steps", "checkpoints_total_limit", "validation_steps", "num_workers", "seed"):
@@ -131,7 +184,9 @@ class UsageError(ValueError):
 def check_resolution(resolution, factor, levels):
     smallest = factor * 2 ** (levels - 1)  # one latent is left at the lowest level of the U-Net
     if resolution % factor or resolution < smallest:
-        raise UsageError(f"--resolution {resolution}: must be a multiple of {factor} and at least {smallest}.")
+        raise UsageError(
+            f"--resolution {resolution}: must be a multiple of {factor} and at least {smallest}."
+        )
 
 
 def check_schedule(checkpoint, schedule):
@@ -139,9 +194,14 @@ def check_schedule(checkpoint, schedule):
     saved = json.loads((checkpoint / "state.json").read_text())["schedule"]
     for name, value in schedule.items():
         if saved[name] != value:
-            flag = "--train_batch_size x --gradient_accumulation_steps x processes" if name == "global_batch" else f"--{name}"
-            raise UsageError(f"{flag} is {value}, but {checkpoint} was trained with {saved[name]}: a resumed run keeps its "
-                             "schedule. Give the old value, or start anew in another --output_dir.")  # fmt: skip
+            flag = (
+                "--train_batch_size x --gradient_accumulation_steps x processes"
+                if name == "global_batch"
+                else f"--{name}"
+            )
+            raise UsageError(f"{flag} is {value}, but {checkpoint} was trained with {saved[name]}: "
+                             "a resumed run keeps its schedule. Give the old value, "
+                             "or start anew in another --output_dir.")  # fmt: skip
 
 
 def make_reporter(args):
@@ -151,18 +211,24 @@ def make_reporter(args):
             from torch.utils.tensorboard import SummaryWriter
 
             writer = SummaryWriter(args.output_dir / "tensorboard")
-            return lambda entry: [writer.add_scalar(name, value, entry["step"]) for name, value in entry.items()]
+            return lambda entry: [
+                writer.add_scalar(name, value, entry["step"]) for name, value in entry.items()
+            ]
         if args.report_to == "wandb":
             import wandb
 
-            run = wandb.init(project="rdtf", dir=args.output_dir, config={k: str(v) for k, v in vars(args).items()})
+            run = wandb.init(
+                project="rdtf", dir=args.output_dir, config={k: str(v) for k, v in vars(args).items()}
+            )
             return lambda entry: run.log(entry, step=entry["step"])
     except ImportError as error:
-        raise UsageError(f"--report_to {args.report_to} needs a package: pip install {args.report_to}") from error
+        raise UsageError(
+            f"--report_to {args.report_to} needs a package: pip install {args.report_to}"
+        ) from error
     return lambda entry: None
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Pictures of a run
 
 
@@ -189,7 +255,9 @@ def plot_progress(log_path, picture_path):
             xy = [(entry["step"], entry[name]) for entry in log if name in entry]
             style = dict(marker="o", linestyle="--") if name == "validation_loss" else dict(linewidth=1)
             if xy:
-                axis.plot(*zip(*xy), label=name.replace("p_", "", 1) if name.startswith("p_i") else name, **style)
+                axis.plot(
+                    *zip(*xy), label=name.replace("p_", "", 1) if name.startswith("p_i") else name, **style
+                )
         axis.set_title(title)
         axis.grid(alpha=0.3)
         if len(names) > 1:
@@ -205,12 +273,15 @@ def plot_progress(log_path, picture_path):
 
 
 def validation_sheet(unet, encoders, dataset, clips, prompts, args):
-    """Samples the sheet: for held-out clips the real frames above interpolated, predicted and image-to-video ones (given
-    frames framed), then a row per prompt. Returns (PIL.Image, {prompt: frames})."""
-    settings = dict(seed=args.seed, mixed_precision=args.mixed_precision, image_guidance_scale=args.image_guidance_scale,
+    """Samples the sheet: for held-out clips the real frames above interpolated, predicted and image-to-video
+    ones (given frames framed), then a row per prompt. Returns (PIL.Image, {prompt: frames})."""
+    settings = dict(seed=args.seed, mixed_precision=args.mixed_precision,
+                    image_guidance_scale=args.image_guidance_scale,
                     guidance_scale=args.guidance_scale)  # fmt: skip
     rows, labels, marks = [], [], []
-    tasks = [("interpolation", "I3"), ("prediction", "P1"), ("image and text to video", "G1")] if args.ddu else []
+    tasks = (
+        [("interpolation", "I3"), ("prediction", "P1"), ("image and text to video", "G1")] if args.ddu else []
+    )
     for i, (task, name) in enumerate(tasks):
         row = next(row for row in masks.TABLE7 if row.name == name)
         candidates = [clip for clip in clips if masks.NUM_FRAMES in clip["key_frames"]] or clips
@@ -239,7 +310,7 @@ def validation_sheet(unet, encoders, dataset, clips, prompts, args):
     return media.sheet(rows, labels, marks=marks), samples
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Training
 
 
@@ -256,7 +327,8 @@ def train(args):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
-        # Rank 0 decodes, validates and saves while the others wait: far longer than the default timeout allows.
+        # Rank 0 decodes, validates and saves while the others wait:
+        # far longer than the default timeout allows.
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
     main_process = rank == 0
 
@@ -276,10 +348,12 @@ def train(args):
     elif args.resume_from_checkpoint:
         resume = Path(args.resume_from_checkpoint)
         if not (resume / "state.json").is_file():
-            raise UsageError(f"--resume_from_checkpoint {resume} is no checkpoint: give latest or a checkpoint-N folder.")
+            raise UsageError(
+                f"--resume_from_checkpoint {resume} is no checkpoint: give latest or a checkpoint-N folder."
+            )
     elif checkpoints or (args.output_dir / "log.jsonl").exists():
-        raise UsageError(f"--output_dir {args.output_dir} already holds a run: continue it with --resume_from_checkpoint latest, "
-                         "or choose another folder.")  # fmt: skip
+        raise UsageError(f"--output_dir {args.output_dir} already holds a run: continue it with "
+                         "--resume_from_checkpoint latest, or choose another folder.")  # fmt: skip
     micro_steps, batch_size = args.gradient_accumulation_steps, args.train_batch_size
     global_batch = world * batch_size * micro_steps
     schedule = dict({name: getattr(args, name) for name in SCHEDULE_FLAGS}, global_batch=global_batch)
@@ -325,10 +399,17 @@ def train(args):
     if len(problems) > 20:
         say(f"  and {len(problems) - 20} more: `python data.py {folder}` lists them")
     if not any(clip["caption"] for clip in clips):
-        say(f"{folder} has no captions: training without text. (metadata.jsonl or NAME.txt files would give it some.)")
+        say(
+            f"{folder} has no captions: training without text. "
+            "(metadata.jsonl or NAME.txt files would give it some.)"
+        )
     prompts = args.validation_prompts
     if prompts is None:
-        prompts = stickers.PROMPTS if not args.data else [clip["caption"] for clip in held_out if clip["caption"]][:6]
+        prompts = (
+            stickers.PROMPTS
+            if not args.data
+            else [clip["caption"] for clip in held_out if clip["caption"]][:6]
+        )
 
     # ---- network
     torch.manual_seed(args.seed)
@@ -337,6 +418,7 @@ def train(args):
         clip_dim=encoders.clip.width,
         t5_dim=encoders.t5.width,
         temporal=args.temporal,
+        noise_skip=None if args.preset == "full" else encoders.codec.std.tolist(),
         **SIZES[args.preset],
     ).to(device, memory_format=torch.channels_last)
     if args.gradient_checkpointing:
@@ -349,7 +431,12 @@ def train(args):
     weights = [p for name, p in unet.named_parameters() if not name.endswith(".alpha")]
     groups = [dict(params=weights), dict(params=gates, lr=ALPHA_LR * args.learning_rate, weight_decay=0.0)]
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, fused=True, **ADAM)
-    lr_schedule = get_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, args.max_train_steps)
+    lr_schedule = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
+    )
     scaler = torch.amp.GradScaler(device.type, enabled=args.mixed_precision == "fp16")
     curriculum = Curriculum(args.curriculum, args.max_train_steps)
 
@@ -366,23 +453,29 @@ def train(args):
         if state["latents"] != dataset.folder.name:
             say(f"warning: the stickers in {folder} have changed since: the run goes on with the new ones")
     if main_process:  # what was logged after the checkpoint will be logged again
-        lines = log_path.read_text().splitlines(keepends=True) if resume is not None and log_path.exists() else []
+        lines = (
+            log_path.read_text().splitlines(keepends=True) if resume is not None and log_path.exists() else []
+        )
         log_path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
 
     network = unet
     if world > 1:
         network = DistributedDataParallel(unet, device_ids=[local_rank] if device.type == "cuda" else None,
                                           gradient_as_bucket_view=True)  # fmt: skip
-    say(f"{args.preset}: {sum(p.numel() for p in unet.parameters()) / 1e6:.1f}M parameters on {world} x {device.type}, "
-        f"{args.mixed_precision}, {global_batch} clips per step, {args.max_train_steps} steps")  # fmt: skip
+    say(f"{args.preset}: {sum(p.numel() for p in unet.parameters()) / 1e6:.1f}M parameters "
+        f"on {world} x {device.type}, {args.mixed_precision}, "
+        f"{global_batch} clips per step, {args.max_train_steps} steps")  # fmt: skip
 
     settings = dict(preset=args.preset, resolution=args.resolution, mixed_precision=args.mixed_precision,
-                    guidance_scale=args.guidance_scale, image_guidance_scale=args.image_guidance_scale)  # fmt: skip
+                    guidance_scale=args.guidance_scale,
+                    image_guidance_scale=args.image_guidance_scale)  # fmt: skip
 
     def noise_loss(batch):
         """Eq. 1 under both masks: (B,)"""
-        batch = batch._replace(**{name: getattr(batch, name).to(device, non_blocking=True)
-                                  for name in ("latents", "noise", "timesteps", "given", "valid")})  # fmt: skip
+        batch = batch._replace(**{
+            name: getattr(batch, name).to(device, non_blocking=True)
+            for name in ("latents", "noise", "timesteps", "given", "valid")
+        })  # fmt: skip
         noisy = scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
         with precision(device.type, args.mixed_precision):
             text = encoders.text(batch.captions, device)
@@ -391,10 +484,25 @@ def train(args):
 
     def save():
         if main_process:
-            tensors = dict(optimizer=optimizer.state_dict(), lr_schedule=lr_schedule.state_dict(), scaler=scaler.state_dict())
+            tensors = dict(
+                optimizer=optimizer.state_dict(),
+                lr_schedule=lr_schedule.state_dict(),
+                scaler=scaler.state_dict(),
+            )
             state = dict(schedule=schedule, latents=dataset.folder.name, curriculum=curriculum.state_dict())
             limit = args.checkpoints_total_limit or None
-            save_checkpoint(args.output_dir, step, limit, unet, ema, encoders, scheduler, dict(settings, step=step), tensors, state)
+            save_checkpoint(
+                args.output_dir,
+                step,
+                limit,
+                unet,
+                ema,
+                encoders,
+                scheduler,
+                dict(settings, step=step),
+                tensors,
+                state,
+            )
         barrier()
 
     @torch.no_grad()
@@ -403,9 +511,13 @@ def train(args):
             return None
         uniform = Curriculum("none", 1).probabilities(0)
         losses = []
-        for i in range(0, VALIDATION_SAMPLES, batch_size):  # step 0, whenever it is: the same draws every time
+        for i in range(
+            0, VALIDATION_SAMPLES, batch_size
+        ):  # step 0, whenever it is: the same draws every time
             indices = range(i, min(i + batch_size, VALIDATION_SAMPLES))
-            batch = data.draw_batch(dataset, held_out, uniform, args.seed, 0, indices, VALIDATION_SAMPLES, args.ddu)
+            batch = data.draw_batch(
+                dataset, held_out, uniform, args.seed, 0, indices, VALIDATION_SAMPLES, args.ddu
+            )
             losses.append(noise_loss(batch))
         return torch.cat(losses).mean().item()
 
@@ -427,7 +539,14 @@ def train(args):
 
     # ---- the loop
     unet.train()
-    bar = tqdm(total=args.max_train_steps, initial=step, desc="training", unit="step", disable=not main_process, smoothing=0.05)
+    bar = tqdm(
+        total=args.max_train_steps,
+        initial=step,
+        desc="training",
+        unit="step",
+        disable=not main_process,
+        smoothing=0.05,
+    )
     started, since, samples = time.perf_counter(), step, {}
     while step < args.max_train_steps:
         probabilities = curriculum.probabilities(step)
@@ -436,7 +555,9 @@ def train(args):
         for micro in range(micro_steps):
             first = (micro * world + rank) * batch_size
             indices = range(first, first + batch_size)
-            batch = data.draw_batch(dataset, clips, probabilities, args.seed, step, indices, global_batch, args.ddu)
+            batch = data.draw_batch(
+                dataset, clips, probabilities, args.seed, step, indices, global_batch, args.ddu
+            )
             lengths += batch.lengths
             last = micro == micro_steps - 1
             with nullcontext() if world == 1 or last else network.no_sync():
@@ -450,8 +571,10 @@ def train(args):
         loss = loss.item()
         if not math.isfinite(loss):
             kept = list_checkpoints(args.output_dir)
-            raise UsageError(f"the loss of step {step + 1} is {loss}: lower --learning_rate, or use --mixed_precision bf16 or no. "
-                             + (f"The last good checkpoint is {kept[-1][1]}." if kept else "No checkpoint had been saved yet."))  # fmt: skip
+            raise UsageError(f"the loss of step {step + 1} is {loss}: lower --learning_rate, "
+                             "or use --mixed_precision bf16 or no. "
+                             + (f"The last good checkpoint is {kept[-1][1]}." if kept
+                                else "No checkpoint had been saved yet."))  # fmt: skip
 
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), MAX_GRAD_NORM)
@@ -474,7 +597,8 @@ def train(args):
             entry = dict(step=step, loss=loss, learning_rate=learning_rate, grad_norm=grad_norm.item(),
                          clips_per_second=round((step - since) * global_batch / seconds, 2),
                          **{f"p_{task}": p for task, p in zip(TASKS, probabilities.sum(axis=1).tolist())},
-                         mean_k=float(np.mean(lengths)), p_term=terms["p"], i_term=terms["i"], d_term=terms["d"])  # fmt: skip
+                         mean_k=float(np.mean(lengths)), p_term=terms["p"], i_term=terms["i"],
+                         d_term=terms["d"])  # fmt: skip
             bar.set_postfix(loss=f"{loss:.4f}")
         if last_step or step % args.checkpointing_steps == 0:
             save()

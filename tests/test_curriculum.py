@@ -4,6 +4,7 @@ exactly.
 
 $ python -m pytest tests/test_curriculum.py
 """
+
 import json
 import math
 import subprocess
@@ -41,6 +42,7 @@ def after(losses, strategy="dcl", total_steps=10_000):
 
 
 # Always a distribution
+
 
 @pytest.mark.parametrize("strategy", curriculum.STRATEGIES)
 @pytest.mark.parametrize("name", HOSTILE)
@@ -96,9 +98,10 @@ def test_a_step_outside_the_training_is_refused(strategy, step):
 
 # Static part, Eq. 2
 
+
 def test_static_part_is_monotone_and_has_the_designs_end_points():
     this = Curriculum("linear", 1001)
-    tasks = np.stack([this.probabilities(step).sum(1) for step in range(1001)])         # (steps, 3)
+    tasks = np.stack([this.probabilities(step).sum(1) for step in range(1001)])  # (steps, 3)
     change = np.diff(tasks, axis=0)
     assert (change[:, 0] < 0).all() and (change[:, 1:] > 0).all()
     np.testing.assert_allclose(tasks[0], (0.5, 0.2, 0.3))
@@ -126,11 +129,12 @@ def test_a_training_of_one_step_works():
 
 # Feedback, Eqs. 3 and 4
 
+
 def test_before_and_at_the_first_loss_the_feedback_says_nothing():
     this = Curriculum("dcl", 10)
     fresh = dict(p=0, i=0, d=0, p_star=0, target=0.5)
     assert this.terms == fresh
-    this.update(0.7)                                    # there is no history yet that it could differ from
+    this.update(0.7)  # there is no history yet that it could differ from
     assert this.terms == fresh
 
 
@@ -138,16 +142,24 @@ def test_equations_3_and_4_against_numbers_by_hand():
     # Losses 1, 2, 3: smoothed 1, 1.5, 2; history 1, 1.25, 1.5; so L_s = 0, 1/5, 1/3, and its mean 0, 1/10,
     # 8/45.
     this = after([1.0, 2.0])
-    assert this.terms == pytest.approx(dict(p=1.0, i=0.3, d=0.26, p_star=1.56,
-                                            target=1 / (1 + math.exp(1.56 - 0.78))))
+    assert this.terms == pytest.approx(
+        dict(p=1.0, i=0.3, d=0.26, p_star=1.56, target=1 / (1 + math.exp(1.56 - 0.78)))
+    )
     this.update(3.0)
     p_star = 5 / 3 + 3 * 8 / 45 + 1.3 * (1 / 3 - 1 / 5)
-    assert this.terms == pytest.approx(dict(p=5 / 3, i=8 / 15, d=1.3 * 2 / 15, p_star=p_star,
-                                            target=1 / (1 + math.exp(p_star - (0 + 1.56 + p_star) / 3))))
+    assert this.terms == pytest.approx(
+        dict(
+            p=5 / 3,
+            i=8 / 15,
+            d=1.3 * 2 / 15,
+            p_star=p_star,
+            target=1 / (1 + math.exp(p_star - (0 + 1.56 + p_star) / 3)),
+        )
+    )
 
 
 def test_means_are_exponential_beyond_their_horizon():
-    this = after([1.0] * 5000 + [2.0])                  # a plain running mean would move by 1/5001 of the way
+    this = after([1.0] * 5000 + [2.0])  # a plain running mean would move by 1/5001 of the way
     state = this.state_dict()
     assert state["L_c"] == pytest.approx(1 + 1 / 20)
     assert state["history"] == pytest.approx(1 + (1 / 20) / 1000)
@@ -173,11 +185,11 @@ def test_a_steady_loss_asks_for_the_middle():
 
 
 def test_a_higher_target_always_means_harder_samples_and_every_level_has_its_turn():
-    maps = curriculum.difficulty_map(np.linspace(0, 1, 101))                            # (101, 3, 6)
+    maps = curriculum.difficulty_map(np.linspace(0, 1, 101))  # (101, 3, 6)
     assert (np.diff((maps * curriculum.DIFFICULTY).sum((1, 2))) > 0).all()
     assert maps[0].argmax() == 0 and maps[-1].argmax() == 17
-    assert (np.diff(curriculum.DIFFICULTY, axis=0) > 0).all()       # H(IPT, N) <= H(PDT, N) <= H(GRT, N)
-    assert (np.diff(curriculum.DIFFICULTY, axis=1) > 0).all()       # H(*, N-1) <= H(*, N)
+    assert (np.diff(curriculum.DIFFICULTY, axis=0) > 0).all()  # H(IPT, N) <= H(PDT, N) <= H(GRT, N)
+    assert (np.diff(curriculum.DIFFICULTY, axis=1) > 0).all()  # H(*, N-1) <= H(*, N)
 
 
 def test_dcl_is_half_static_and_half_adaptive():
@@ -189,11 +201,12 @@ def test_dcl_is_half_static_and_half_adaptive():
 
 # Saving and resuming
 
+
 def test_a_resumed_curriculum_repeats_the_unbroken_one_bit_for_bit():
     losses = np.random.default_rng((1, 0, 0)).lognormal(-2, 1, 2400)
     unbroken, resumed = Curriculum("dcl", 3000), None
     for step, loss in enumerate(losses):
-        if step in (0, 1, 7, 1200):                     # also within the running means, and before any loss
+        if step in (0, 1, 7, 1200):  # also within the running means, and before any loss
             resumed = Curriculum("dcl", 3000)
             resumed.load_state_dict(json.loads(json.dumps(unbroken.state_dict())))
         assert (unbroken.probabilities(step) == resumed.probabilities(step)).all()
@@ -227,22 +240,23 @@ def test_an_incomplete_state_is_refused():
 
 # The simulation
 
+
 @pytest.fixture(scope="module")
 def measured():
     return curriculum.measure(curriculum.simulate()["relative_loss"])
 
 
 def test_dcl_nowhere_spreads_the_loss_more_than_the_linear_curriculum(measured):
-    _, linear, dcl, _ = measured["spread"].transpose(1, 0, 2)       # (plants, seeds) each
+    _, linear, dcl, _ = measured["spread"].transpose(1, 0, 2)  # (plants, seeds) each
     assert dcl.shape == (4, 8)
-    assert (dcl / linear).max() <= 1.02                             # no plant, no seed
+    assert (dcl / linear).max() <= 1.02  # no plant, no seed
 
 
 def test_dcl_damps_slow_swings_under_disturbance(measured):
     for plant in ("slow", "steps"):
         _, linear, dcl, no_feedback = measured["slow"][curriculum.PLANTS.index(plant)].mean(-1)
         assert dcl <= 0.95 * linear
-        assert dcl <= 0.95 * no_feedback                            # it is the feedback that does it
+        assert dcl <= 0.95 * no_feedback  # it is the feedback that does it
 
 
 def test_the_simulation_runs_the_curriculum_that_trains():

@@ -34,8 +34,15 @@ def folder(tmp_path):
     folder = tmp_path / "stickers"
     (folder / "deeper").mkdir(parents=True)
     for i in range(12):
-        moving_square(folder / ("deeper" if i % 2 else ".") / f"{i:02}.gif", frames=3 + i, colour=(20 * i, 250 - 20 * i, 90))
-    lines = [dict(file_name=f"{'deeper/' if i % 2 else ''}{i:02}.gif", text=f"square number {i}") for i in range(12)]
+        moving_square(
+            folder / ("deeper" if i % 2 else ".") / f"{i:02}.gif",
+            frames=3 + i,
+            colour=(20 * i, 250 - 20 * i, 90),
+        )
+    lines = [
+        dict(file_name=f"{'deeper/' if i % 2 else ''}{i:02}.gif", text=f"square number {i}")
+        for i in range(12)
+    ]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
@@ -47,7 +54,7 @@ def open_folder(folder, cache, **codec):
     return data.open_dataset(stickers, pca, 16, cache), pca
 
 
-# ---------------------------------------------------------------------------------------------------------------- folders
+# ---------------------------------------------------------------------------------------------------- folders
 
 
 def test_captions_of_jsonl_csv_and_sidecars(folder):
@@ -67,7 +74,10 @@ def test_captions_of_jsonl_csv_and_sidecars(folder):
 
 def test_a_broken_entry_is_named_and_the_rest_used(folder):
     with open(folder / "metadata.jsonl", "a") as file:
-        file.write('not json\n{"text": "no name"}\n{"file_name": "absent.gif", "text": "x"}\n{"file_name": "../out.gif"}\n[]\n')
+        file.write(
+            'not json\n{"text": "no name"}\n{"file_name": "absent.gif", "text": "x"}\n'
+            '{"file_name": "../out.gif"}\n[]\n'
+        )
     stickers, problems = data.scan_folder(folder)
     assert len(stickers) == 12
     reasons = dict(problems)
@@ -105,7 +115,7 @@ def test_unusable_files_are_dropped_with_a_reason(folder):
     assert "distinct" in dropped["still.gif"]
 
 
-# ------------------------------------------------------------------------------------------------------------- key frames
+# ------------------------------------------------------------------------------------------------- key frames
 
 
 def test_kmeans_is_as_good_as_scikit_learns():
@@ -153,7 +163,7 @@ def test_equal_frames_span_the_clip():
     assert data.equal_frames(40)[[0, -1]].tolist() == [0, 39] and (np.diff(data.equal_frames(40)) > 0).all()
 
 
-# ------------------------------------------------------------------------------------------------------------------ cache
+# ------------------------------------------------------------------------------------------------------ cache
 
 
 def test_cached_latents_are_those_of_the_key_frames(folder, tmp_path):
@@ -165,7 +175,9 @@ def test_cached_latents_are_those_of_the_key_frames(folder, tmp_path):
         assert list(clip["key_frames"]) == list(key_frames)
         for k, indices in key_frames.items():
             expected = codec.encode(torch.from_numpy(frames[indices])).numpy()
-            np.testing.assert_allclose(dataset.read(clip, k), expected, rtol=1e-3, atol=1e-2)  # half precision on disk
+            np.testing.assert_allclose(
+                dataset.read(clip, k), expected, rtol=1e-3, atol=1e-2
+            )  # half precision on disk
         assert (clip["equal"] is not None) == (len(frames) >= NUM_FRAMES)
         if clip["equal"] is not None:
             expected = codec.encode(torch.from_numpy(frames[data.equal_frames(len(frames))])).numpy()
@@ -202,7 +214,7 @@ def test_several_processes_read_what_one_does(folder):
         assert np.array_equal(a.pixels, b.pixels)
 
 
-# ------------------------------------------------------------------------------------------------------------------ draws
+# ------------------------------------------------------------------------------------------------------ draws
 
 
 def draw(dataset, indices, step=0, seed=0, global_batch=8, ddu=True, probabilities=UNIFORM):
@@ -225,7 +237,9 @@ def test_two_halves_of_a_batch_are_the_whole(folder, tmp_path):
 def test_an_epoch_shows_every_clip_once(folder, tmp_path, monkeypatch):
     dataset, _ = open_folder(folder, tmp_path / "cache")
     seen = []
-    monkeypatch.setattr(dataset, "read", lambda clip, k=None: seen.append(clip["name"]) or np.zeros((k, 6, 2, 2), np.float32))
+    monkeypatch.setattr(
+        dataset, "read", lambda clip, k=None: seen.append(clip["name"]) or np.zeros((k, 6, 2, 2), np.float32)
+    )
     for step in range(6):  # two epochs of twelve, four samples a step
         draw(dataset, range(4), step=step, global_batch=4)
     assert set(Counter(seen[:12]).values()) == {1} and sorted(seen[:12]) == sorted(seen[12:])
@@ -243,7 +257,9 @@ def test_samples_obey_their_row(folder, tmp_path):
         ):
             assert valid.tolist() == masks.loss_mask(k).tolist()
             assert (latents[k:] == 0).all() and latents[:k].abs().sum() > 0
-            allowed = [masks.condition_mask(row, k) for row in masks.admissible_rows(task, k)] + [np.zeros(NUM_FRAMES, bool)]
+            allowed = [masks.condition_mask(row, k) for row in masks.admissible_rows(task, k)] + [
+                np.zeros(NUM_FRAMES, bool)
+            ]
             assert any((given.numpy() == mask).all() for mask in allowed)
     batch = draw(dataset, range(64), global_batch=64)
     assert 0.6 < sum(bool(caption) for caption in batch.captions) / 64 < 0.95
@@ -258,7 +274,10 @@ def test_k_shrinks_to_the_distinct_frames_before_the_row_is_drawn(folder, tmp_pa
     batch = data.draw_batch(dataset, short, only_prediction_at_8, 0, 0, range(30), 30)
     assert set(batch.lengths) == {3}
     given = {tuple(row) for row in batch.given.int().tolist()}
-    assert given == {(0, 0, 1, 0, 0, 0, 0, 0), (0,) * 8}  # P2 cut at 3, or dropped; never P1, which leaves nothing
+    assert given == {
+        (0, 0, 1, 0, 0, 0, 0, 0),
+        (0,) * 8,
+    }  # P2 cut at 3, or dropped; never P1, which leaves nothing
 
 
 def test_without_dual_masks(folder, tmp_path):
@@ -272,5 +291,7 @@ def test_without_dual_masks(folder, tmp_path):
 def test_hashed_words():
     rng = np.random.default_rng(0)
     words = data.hash_words(" ".join(["word"] * 5000), rng).split()
-    assert set(words) == {"word", "#"} and words.count("#") / 5000 == pytest.approx(data.HASH_PROBABILITY, abs=0.03)
+    assert set(words) == {"word", "#"} and words.count("#") / 5000 == pytest.approx(
+        data.HASH_PROBABILITY, abs=0.03
+    )
     assert data.hash_words("", rng) == ""

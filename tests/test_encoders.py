@@ -10,15 +10,20 @@ from encoders import MAX_TOKENS, Encoders, NgramVectors, PatchPCA, WordVectors
 def smooth_frames(count=40, size=32, seed=0):
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:size, :size] / size
-    waves = [np.sin(6.3 * (rng.uniform(-2, 2) * x + rng.uniform(-2, 2) * y + rng.random())) for _ in range(3 * count)]
-    return torch.from_numpy(np.uint8(127 + 100 * np.stack(waves)).reshape(count, 3, size, size).transpose(0, 2, 3, 1).copy())
+    waves = [
+        np.sin(6.3 * (rng.uniform(-2, 2) * x + rng.uniform(-2, 2) * y + rng.random()))
+        for _ in range(3 * count)
+    ]
+    return torch.from_numpy(
+        np.uint8(127 + 100 * np.stack(waves)).reshape(count, 3, size, size).transpose(0, 2, 3, 1).copy()
+    )
 
 
 def psnr(a, b):
     return 10 * np.log10(255**2 / (a.float() - b.float()).square().mean().item())
 
 
-def test_codec_round_trip_and_unit_variance():
+def test_codec_round_trip_and_scale():
     frames, unseen = smooth_frames(100), smooth_frames(seed=1)
     quality = []
     for channels in (3, 6, 12, 24):
@@ -26,7 +31,8 @@ def test_codec_round_trip_and_unit_variance():
         codec.fit(frames)
         latents = codec.encode(unseen)
         assert latents.shape == (40, channels, 8, 8)
-        assert 0.8 < codec.encode(frames).square().mean() < 1.25
+        assert codec.encode(frames).std() == pytest.approx(PatchPCA.STD, rel=0.1)
+        torch.testing.assert_close(codec.encode(frames).std(dim=(0, 2, 3)), codec.std, rtol=0.02, atol=0)
         decoded = codec.decode(latents)
         assert decoded.shape == unseen.shape and decoded.dtype == torch.uint8
         quality.append(psnr(decoded, unseen))

@@ -6,7 +6,16 @@ import torch
 
 import masks
 from curriculum import LENGTHS, TASKS
-from masks import NUM_FRAMES, TABLE7, admissible_rows, condition_mask, draw_dropout, draw_row, loss_mask, masked_loss
+from masks import (
+    NUM_FRAMES,
+    TABLE7,
+    admissible_rows,
+    condition_mask,
+    draw_dropout,
+    draw_row,
+    loss_mask,
+    masked_loss,
+)
 
 PAPER = {  # Table 7 as printed, and the text-only row that the text names
     "I1": ("interpolation", "01010101"),
@@ -21,8 +30,9 @@ PAPER = {  # Table 7 as printed, and the text-only row that the text names
     "G0": ("generation", "00000000"),
 }
 # PAPER.md's table of given / unknown frames inside the first k = 3..8 frames
-GIVEN = {"I1": (1, 2, 2, 3, 3, 4), "I2": (2, 2, 3, 3, 4, 4), "I3": (1, 2, 2, 2, 3, 3), "P1": (3, 4, 5, 5, 5, 5),
-         "P2": (1, 2, 3, 4, 5, 6), "G1": (1,) * 6, "G2": (1,) * 6, "G3": (1,) * 6, "G4": (1,) * 6, "G0": (0,) * 6}  # fmt: skip
+GIVEN = {"I1": (1, 2, 2, 3, 3, 4), "I2": (2, 2, 3, 3, 4, 4), "I3": (1, 2, 2, 2, 3, 3),
+         "P1": (3, 4, 5, 5, 5, 5), "P2": (1, 2, 3, 4, 5, 6),
+         "G1": (1,) * 6, "G2": (1,) * 6, "G3": (1,) * 6, "G4": (1,) * 6, "G0": (0,) * 6}  # fmt: skip
 
 
 def test_table7_row_by_row():
@@ -70,8 +80,16 @@ def test_rows_are_drawn_by_weight():
 
 def test_dropout_rates():
     kept = [draw_dropout(np.random.default_rng((0, i))) for i in range(20000)]
-    share = {pair: kept.count(pair) / len(kept) for pair in ((True, True), (False, True), (True, False), (False, False))}
-    for pair, expected in {(True, True): 0.8, (False, True): 0.1, (True, False): 0.05, (False, False): 0.05}.items():
+    share = {
+        pair: kept.count(pair) / len(kept)
+        for pair in ((True, True), (False, True), (True, False), (False, False))
+    }
+    for pair, expected in {
+        (True, True): 0.8,
+        (False, True): 0.1,
+        (True, False): 0.05,
+        (False, False): 0.05,
+    }.items():
         assert share[pair] == pytest.approx(expected, abs=0.015)
 
 

@@ -3,6 +3,7 @@
 The animations here are written byte by byte, and what they must look like is composed independently by numpy
 from the rules of the format.
 """
+
 import os
 import struct
 import time
@@ -24,7 +25,7 @@ def clip(count=8, side=64, seed=0):
     frames = np.full((count, side, side, 3), 255, np.uint8)
     for i in range(count):
         frames[i][(x - 8 - 4 * i) ** 2 + (y - side // 2) ** 2 < 150] = (250, 200, 30)
-        frames[i, 4:16, side - 20 - 3 * i:side - 6 - 3 * i] = (30, 80, 200)
+        frames[i, 4:16, side - 20 - 3 * i : side - 6 - 3 * i] = (30, 80, 200)
     return frames
 
 
@@ -35,15 +36,15 @@ def psnr(a, b):
 # ------------------------------------------------------------------------------------------------------------
 # GIF
 
-PALETTE = [(0, 0, 0), RED, GREEN, BLUE]    # index 0 is transparent in a patch that says so
+PALETTE = [(0, 0, 0), RED, GREEN, BLUE]  # index 0 is transparent in a patch that says so
 
 
 def lzw(pixels):
     """Pixels as GIF data without compression: a clear code before each pair keeps every code 3 bits long."""
-    codes = [code for i in range(0, len(pixels), 2) for code in (4, *pixels[i:i + 2])] + [5]
+    codes = [code for i in range(0, len(pixels), 2) for code in (4, *pixels[i : i + 2])] + [5]
     bits = "".join(f"{code:03b}"[::-1] for code in codes)
-    data = bytes(int(bits[i:i + 8][::-1], 2) for i in range(0, len(bits), 8))
-    blocks = (data[i:i + 255] for i in range(0, len(data), 255))
+    data = bytes(int(bits[i : i + 8][::-1], 2) for i in range(0, len(bits), 8))
+    blocks = (data[i : i + 255] for i in range(0, len(data), 255))
     return b"\2" + b"".join(bytes([len(block)]) + block for block in blocks) + b"\0"
 
 
@@ -61,7 +62,7 @@ def gif(width, height, patches, background=0):
 def compose_gif(width, height, patches):
     canvas, frames = np.full((height, width, 3), 255), []
     for x, y, pixels, transparent, disposal, _ in patches:
-        before, window = canvas.copy(), canvas[y:y + pixels.shape[0], x:x + pixels.shape[1]]
+        before, window = canvas.copy(), canvas[y : y + pixels.shape[0], x : x + pixels.shape[1]]
         colours = np.array(PALETTE)[pixels]
         window[:] = np.where((pixels == 0)[..., None] & bool(transparent), window, colours)
         frames.append(canvas.copy())
@@ -80,7 +81,7 @@ def test_gif_disposal(tmp_path, disposal, transparent):
     for _ in range(6):
         x, y = rng.integers(0, 8, 2).tolist()
         patches.append((x, y, rng.integers(0, 4, (4, 4)), transparent, disposal, 5))
-    (tmp_path / "a.gif").write_bytes(gif(12, 12, patches, background=1))    # a red background nobody may see
+    (tmp_path / "a.gif").write_bytes(gif(12, 12, patches, background=1))  # a red background nobody may see
     frames, durations = media.read_clip(tmp_path / "a.gif", 12)
     assert np.array_equal(frames, compose_gif(12, 12, patches))
     assert durations.tolist() == [50.0] * 7
@@ -107,9 +108,13 @@ def test_gif_delays(tmp_path):
 
 
 def test_gif_whose_frames_change_mode(tmp_path):
-    pictures = [Image.new("L", (16, 16), 90), Image.fromarray(clip(1, 16)[0]),
-                Image.linear_gradient("L").resize((16, 16)), Image.new("RGBA", (16, 16), (0, 0, 255, 255)),
-                Image.new("RGB", (16, 16), RED).quantize(2)]
+    pictures = [
+        Image.new("L", (16, 16), 90),
+        Image.fromarray(clip(1, 16)[0]),
+        Image.linear_gradient("L").resize((16, 16)),
+        Image.new("RGBA", (16, 16), (0, 0, 255, 255)),
+        Image.new("RGB", (16, 16), RED).quantize(2),
+    ]
     pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:], duration=50)
     frames, _ = media.read_clip(tmp_path / "a.gif", 16)
     assert frames.shape == (5, 16, 16, 3)
@@ -119,8 +124,8 @@ def test_gif_whose_frames_change_mode(tmp_path):
 
 def test_gif_patch_with_its_own_table_of_greys(tmp_path):
     data = gif(4, 4, [(0, 0, np.full((4, 4), 1), 0, 0, 5), (0, 0, np.full((4, 4), 3), 0, 0, 5)])
-    at = data.rindex(b",\0\0\0\0\4\0\4\0")    # Pillow sees no palette in 0, 1, 2, ...
-    data = data[:at + 9] + b"\x81" + bytes([0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]) + data[at + 10:]
+    at = data.rindex(b",\0\0\0\0\4\0\4\0")  # Pillow sees no palette in 0, 1, 2, ...
+    data = data[: at + 9] + b"\x81" + bytes([0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]) + data[at + 10 :]
     (tmp_path / "a.gif").write_bytes(data)
     assert media.read_clip(tmp_path / "a.gif", 4)[0][:, 0, 0].tolist() == [list(RED), [3, 3, 3]]
 
@@ -134,12 +139,14 @@ def test_identical_frames_that_the_file_holds_are_all_read(tmp_path):
 # ------------------------------------------------------------------------------------------------------------
 # PNG and APNG
 
+
 def chunk(kind, body):
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
 def apng(width, height, colour_type, patches, extra=b"", default=None):
     """patches: (x, y, pixels (h, w[, channels]) uint8, dispose, blend, delay numerator, denominator)"""
+
     def packed(pixels):
         return zlib.compress(b"".join(b"\0" + row.tobytes() for row in pixels.astype(np.uint8)))
 
@@ -155,7 +162,7 @@ def apng(width, height, colour_type, patches, extra=b"", default=None):
         out, sequence = out + chunk(b"fcTL", control), sequence + 1
         data = packed(pixels)
         if index == 0 and default is None:
-            out += chunk(b"IDAT", data[:20]) + chunk(b"IDAT", data[20:])    # split, as large files are
+            out += chunk(b"IDAT", data[:20]) + chunk(b"IDAT", data[20:])  # split, as large files are
         else:
             out, sequence = out + chunk(b"fdAT", struct.pack(">I", sequence) + data), sequence + 1
     return out + chunk(b"IEND", b"")
@@ -163,10 +170,10 @@ def apng(width, height, colour_type, patches, extra=b"", default=None):
 
 def compose_apng(width, height, patches, to_rgba):
     """The rules of the APNG specification on a transparent canvas in floating point; on white at the end."""
-    canvas, frames = np.zeros((height, width, 4)), []    # colour times alpha, alpha
+    canvas, frames = np.zeros((height, width, 4)), []  # colour times alpha, alpha
     for index, (x, y, pixels, dispose, blend, *_) in enumerate(patches):
         before = canvas.copy()
-        window = canvas[y:y + pixels.shape[0], x:x + pixels.shape[1]]
+        window = canvas[y : y + pixels.shape[0], x : x + pixels.shape[1]]
         rgba = to_rgba(pixels) / 255
         source = np.concatenate([rgba[..., :3] * rgba[..., 3:], rgba[..., 3:]], -1)
         window[:] = source + window * (1 - source[..., 3:]) * blend
@@ -180,18 +187,25 @@ def compose_apng(width, height, patches, to_rgba):
 
 COLOURS = np.random.default_rng(5).integers(0, 256, (16, 3), np.uint8)
 ALPHAS = np.array([0, 255, 128, 255, 60, 0] + [255] * 10, np.uint8)
-KINDS = {    # name: (PNG colour type, chunks, random pixels, pixels -> RGBA)
-    "palette": (3, chunk(b"PLTE", COLOURS.tobytes()) + chunk(b"tRNS", ALPHAS[:6].tobytes()),
-                lambda rng, h, w: rng.integers(0, 16, (h, w)),
-                lambda p: np.concatenate([COLOURS[p], ALPHAS[p][..., None]], -1)),
-    "grey with one transparent value": (0, chunk(b"tRNS", struct.pack(">H", 200)),
-                                        lambda rng, h, w: rng.choice([0, 90, 200], (h, w)),
-                                        lambda p: np.stack([p, p, p, 255 * (p != 200)], -1)),
-    "colour with one transparent value": (2, chunk(b"tRNS", struct.pack(">HHH", 10, 20, 30)),
-                                          lambda rng, h, w: np.array([[10, 20, 30], [200, 0, 90]])[
-                                              rng.integers(0, 2, (h, w))],
-                                          lambda p: np.concatenate(
-                                              [p, 255 * (p != [10, 20, 30]).any(-1, keepdims=True)], -1)),
+KINDS = {  # name: (PNG colour type, chunks, random pixels, pixels -> RGBA)
+    "palette": (
+        3,
+        chunk(b"PLTE", COLOURS.tobytes()) + chunk(b"tRNS", ALPHAS[:6].tobytes()),
+        lambda rng, h, w: rng.integers(0, 16, (h, w)),
+        lambda p: np.concatenate([COLOURS[p], ALPHAS[p][..., None]], -1),
+    ),
+    "grey with one transparent value": (
+        0,
+        chunk(b"tRNS", struct.pack(">H", 200)),
+        lambda rng, h, w: rng.choice([0, 90, 200], (h, w)),
+        lambda p: np.stack([p, p, p, 255 * (p != 200)], -1),
+    ),
+    "colour with one transparent value": (
+        2,
+        chunk(b"tRNS", struct.pack(">HHH", 10, 20, 30)),
+        lambda rng, h, w: np.array([[10, 20, 30], [200, 0, 90]])[rng.integers(0, 2, (h, w))],
+        lambda p: np.concatenate([p, 255 * (p != [10, 20, 30]).any(-1, keepdims=True)], -1),
+    ),
     "alpha": (6, b"", lambda rng, h, w: rng.integers(0, 256, (h, w, 4)), lambda p: p),
 }
 
@@ -208,17 +222,17 @@ def test_apng_dispose_and_blend(tmp_path, kind):
     (tmp_path / "a.png").write_bytes(apng(12, 12, colour_type, patches, extra))
     frames, _ = media.read_clip(tmp_path / "a.png", 12)
     expected = compose_apng(12, 12, patches, to_rgba)
-    assert frames.shape == expected.shape and np.abs(frames - expected).max() <= 2    # rounding
+    assert frames.shape == expected.shape and np.abs(frames - expected).max() <= 2  # rounding
 
 
 def test_apng_default_image_is_no_frame_and_delays_are_exact(tmp_path):
     pixels = [np.full((4, 4, 3), value) for value in (10, 20, 30, 40, 50, 60)]
-    times = [(1, 25), (0, 100), (3, 0), (1, 100), (11, 1000), (1, 3)]    # a denominator of 0 means 100
+    times = [(1, 25), (0, 100), (3, 0), (1, 100), (11, 1000), (1, 3)]  # a denominator of 0 means 100
     patches = [(0, 0, picture, 0, 0, *t) for picture, t in zip(pixels, times)]
     (tmp_path / "a.apng").write_bytes(apng(4, 4, 2, patches, default=np.zeros((4, 4, 3))))
     frames, durations = media.read_clip(tmp_path / "a.apng", 4)
     assert frames[:, 0, 0, 0].tolist() == [10, 20, 30, 40, 50, 60]
-    assert np.allclose(durations, [40, 100, 30, 100, 11, 1000 / 3], atol=0.01)    # FFmpeg counts 10 us
+    assert np.allclose(durations, [40, 100, 30, 100, 11, 1000 / 3], atol=0.01)  # FFmpeg counts 10 us
     assert (media.read_image(tmp_path / "a.apng", 4) == 10).all()
 
 
@@ -226,7 +240,7 @@ def test_apng_default_image_is_no_frame_and_delays_are_exact(tmp_path):
 def test_still_png_is_one_frame(tmp_path, mode):
     picture = Image.fromarray(clip(1, 16)[0]).convert("L" if mode == "I;16" else mode)
     expected = np.asarray(picture.convert("RGB"))
-    if mode == "I;16":    # the same greys in 16 bits
+    if mode == "I;16":  # the same greys in 16 bits
         picture = Image.fromarray(np.asarray(picture).astype(np.uint16) * 257)
     picture.save(tmp_path / "a.png")
     frames, durations = media.read_clip(tmp_path / "a.png", 16)
@@ -237,11 +251,13 @@ def test_still_png_is_one_frame(tmp_path, mode):
 # ------------------------------------------------------------------------------------------------------------
 # WebP, video, JPEG, stills
 
+
 def test_webp_alpha_and_variable_delays(tmp_path):
     colours = ((*RED, 255), (*GREEN, 0), (*BLUE, 102))
     pictures = [Image.new("RGBA", (16, 16), colour) for colour in colours]
-    pictures[0].save(tmp_path / "a.webp", save_all=True, append_images=pictures[1:], lossless=True,
-                     duration=[40, 10, 170])
+    pictures[0].save(
+        tmp_path / "a.webp", save_all=True, append_images=pictures[1:], lossless=True, duration=[40, 10, 170]
+    )
     frames, durations = media.read_clip(tmp_path / "a.webp", 16)
     assert durations.tolist() == [40, 100, 170]
     assert np.abs(frames[:, 8, 8].astype(int) - (RED, WHITE, (153, 153, 255))).max() <= 2
@@ -276,9 +292,9 @@ def test_read_image_of_any_format_under_a_wrong_suffix(tmp_path, form):
 
 def test_a_photo_is_turned_upright(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6    # the camera was turned by 90 degrees
+    exif[0x0112] = 6  # the camera was turned by 90 degrees
     photo = Image.new("RGB", (32, 16), WHITE)
-    photo.paste(RED, (0, 0, 16, 16))    # its left half becomes the upper one
+    photo.paste(RED, (0, 0, 16, 16))  # its left half becomes the upper one
     photo.save(tmp_path / "a.jpg", exif=exif)
     picture = media.read_image(tmp_path / "a.jpg", 32)
     assert np.abs(picture[4:12, 12:20].astype(int) - RED).max() < 20 and picture[20:28, 12:20].min() > 235
@@ -293,14 +309,15 @@ def test_padding_is_white_centred_and_does_not_stretch(tmp_path):
 
 
 def test_transparent_pixels_do_not_bleed_their_colour_when_resized(tmp_path):
-    pixels = np.zeros((64, 64, 4), np.uint8)    # transparent black ...
-    pixels[::2, :] = (255, 255, 255, 255)       # ... between lines of white: everything is white
+    pixels = np.zeros((64, 64, 4), np.uint8)  # transparent black ...
+    pixels[::2, :] = (255, 255, 255, 255)  # ... between lines of white: everything is white
     Image.fromarray(pixels).save(tmp_path / "a.png")
     assert (media.read_clip(tmp_path / "a.png", 16)[0] == 255).all()
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Files that are refused
+
 
 def refused(path, resolution=8):
     """The sentence: it names the file, is one line, and came at once."""
@@ -352,8 +369,8 @@ def test_a_truncated_file_is_refused_wherever_it_is_cut(tmp_path, suffix):
             frames, _ = media.read_clip(cut, 8)
         except media.MediaError:
             refused(cut)
-        else:    # of an MP4 some metadata may be missing; a WebM is read up to the cut
-            assert suffix in (".mp4", ".webm") and np.array_equal(frames, whole[:len(frames)])
+        else:  # of an MP4 some metadata may be missing; a WebM is read up to the cut
+            assert suffix in (".mp4", ".webm") and np.array_equal(frames, whole[: len(frames)])
             assert len(frames) == 8 or suffix == ".webm"
 
 
@@ -375,14 +392,15 @@ def test_damaged_bytes_raise_nothing_else(tmp_path):
         assert failures > 0
 
 
-@pytest.mark.parametrize("side", [5000, 16000])    # beyond Pillow's own limit, too
+@pytest.mark.parametrize("side", [5000, 16000])  # beyond Pillow's own limit, too
 def test_a_huge_canvas_is_refused_from_its_header(tmp_path, side):
     (tmp_path / "a.gif").write_bytes(gif(side, side, [(0, 0, np.ones((2, 2), int), 0, 0, 5)]))
     (tmp_path / "a.apng").write_bytes(apng(side, side, 2, [(0, 0, np.zeros((2, 2, 3)), 0, 0, 1, 10)]))
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     data = (tmp_path / "a.png").read_bytes()
-    (tmp_path / "a.png").write_bytes(data[:8] + chunk(b"IHDR", struct.pack(">II", side, side) + data[24:29])
-                                     + data[33:])
+    (tmp_path / "a.png").write_bytes(
+        data[:8] + chunk(b"IHDR", struct.pack(">II", side, side) + data[24:29]) + data[33:]
+    )
     media.write_clip(tmp_path / "a.webp", clip(), 8)
     data = bytearray((tmp_path / "a.webp").read_bytes())
     assert data[12:16] == b"VP8X"
@@ -393,7 +411,7 @@ def test_a_huge_canvas_is_refused_from_its_header(tmp_path, side):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.jpg")
     data = bytearray((tmp_path / "a.jpg").read_bytes())
     at = data.index(b"\xff\xc0") + 5
-    data[at:at + 4] = struct.pack(">HH", side, side)
+    data[at : at + 4] = struct.pack(">HH", side, side)
     (tmp_path / "a.jpg").write_bytes(data)
     with pytest.raises(media.MediaError, match="a side that is not 1 to 4096 pixels"):
         media.read_image(tmp_path / "a.jpg", 8)
@@ -403,7 +421,7 @@ def test_a_huge_canvas_is_refused_from_its_header(tmp_path, side):
 def test_a_huge_patch_is_refused(tmp_path, side):
     data = bytearray(gif(4, 4, [(0, 0, np.ones((4, 4), int), 0, 0, 5)] * 2))
     second = data.rindex(b",\0\0\0\0\4\0\4\0")
-    data[second + 5:second + 9] = struct.pack("<HH", side, side)
+    data[second + 5 : second + 9] = struct.pack("<HH", side, side)
     (tmp_path / "patch.gif").write_bytes(data)
     assert "a side that is not 1 to 4096 pixels" in refused(tmp_path / "patch.gif")
 
@@ -412,8 +430,12 @@ def test_a_huge_patch_is_refused(tmp_path, side):
 def test_too_many_frames_pixels_or_bytes(tmp_path, suffix, monkeypatch):
     path = tmp_path / ("a" + suffix)
     write(path, clip())
-    for limit, value, word in (("MAX_FRAMES", 7, "frames"), ("MAX_PIXELS", 7 * 64 * 64, "pixels"),
-                               ("MAX_BYTES", 100, "MiB"), ("MAX_SIDE", 63, "side")):
+    for limit, value, word in (
+        ("MAX_FRAMES", 7, "frames"),
+        ("MAX_PIXELS", 7 * 64 * 64, "pixels"),
+        ("MAX_BYTES", 100, "MiB"),
+        ("MAX_SIDE", 63, "side"),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(media, limit, value)
             assert word in refused(path)
@@ -422,6 +444,7 @@ def test_too_many_frames_pixels_or_bytes(tmp_path, suffix, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------------------
 # Out: files, and sheets for the eye
+
 
 @pytest.mark.parametrize("suffix, least", [(".gif", 60), (".webp", 90), (".mp4", 28)])
 @pytest.mark.parametrize("fps", [8, 12.5])
@@ -489,10 +512,10 @@ def test_sheet_geometry(tmp_path):
     long, short = clip(8, 32), np.full((3, 32, 32, 3), 7, np.uint8)
     plain = np.asarray(media.sheet([long, short], scale=2))
     assert plain.shape == (2 * 64 + 3 * 4, 8 * 64 + 9 * 4, 3)
-    for index in range(8):    # nearest enlargement: every second pixel is the frame
+    for index in range(8):  # nearest enlargement: every second pixel is the frame
         left = 4 + 68 * index
-        assert np.array_equal(plain[4:68:2, left:left + 64:2], long[index])
-    assert (plain[72:136, 4:68] == 7).all() and (plain[72:136, 3 * 68 + 4:] == 255).all()
+        assert np.array_equal(plain[4:68:2, left : left + 64 : 2], long[index])
+    assert (plain[72:136, 4:68] == 7).all() and (plain[72:136, 3 * 68 + 4 :] == 255).all()
 
     labelled = np.asarray(media.sheet([long, short], labels=["a cat", "a dog " * 30], scale=2))
     assert labelled.shape[0] > plain.shape[0] + 2 * 18 and labelled.shape[1] == plain.shape[1]
@@ -502,7 +525,7 @@ def test_sheet_geometry(tmp_path):
     marked = np.asarray(media.sheet([long, short], scale=2, marks=marks))
     changed = (marked != plain).any(-1)
     assert changed[1:4, 1:71].all() and not changed[:, 72:137].any() and changed[100, 137:140].all()
-    assert np.array_equal(marked[4:68, 4:68], plain[4:68, 4:68])    # a border covers no pixel of a frame
+    assert np.array_equal(marked[4:68, 4:68], plain[4:68, 4:68])  # a border covers no pixel of a frame
 
     media.write_clip(tmp_path / "a.png", long, 8)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), np.asarray(media.sheet([long])))

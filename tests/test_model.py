@@ -4,18 +4,22 @@ import pytest
 import torch
 
 from masks import NUM_FRAMES
-from model import DFGN, SIZES, STI, Conv3D, Frames
+from model import DFGN, SIZES, STI, Conv3D, Frames, make_scheduler
 
-TINY = dict(latent_channels=4, block_out_channels=(32, 64), attention_levels=(True, True), layers_per_block=1, head_width=16,
-            cross_attention_dim=24, clip_dim=10, t5_dim=12, norm_num_groups=8, sti_heads=2, sti_head_width=8)  # fmt: skip
+TINY = dict(latent_channels=4, block_out_channels=(32, 64), attention_levels=(True, True), layers_per_block=1,
+            head_width=16, cross_attention_dim=24, clip_dim=10, t5_dim=12, norm_num_groups=8,
+            sti_heads=2, sti_head_width=8)  # fmt: skip
 
 
 def random_dfgn(temporal="sti", alpha=1.0, **changes):
-    """All weights random, none zero, alpha given: at the zeros of the initialization, tests of the layers prove nothing."""
+    """All weights random, none zero, alpha given:
+    at the zeros of the initialization, tests of the layers prove nothing."""
     torch.manual_seed(0)
     unet = DFGN(**{**TINY, "temporal": temporal, **changes})
     for name, parameter in unet.named_parameters():
-        torch.nn.init.constant_(parameter, alpha) if name.endswith("alpha") else torch.nn.init.normal_(parameter, std=0.2)
+        torch.nn.init.constant_(parameter, alpha) if name.endswith("alpha") else torch.nn.init.normal_(
+            parameter, std=0.2
+        )
     return unet
 
 
@@ -76,7 +80,9 @@ def test_eight_slots_with_k_valid_equal_k_slots(temporal, k):
         short = unet(noisy[:, :k], given[:, :k], timestep, text)
         whole = unet(noisy, given, timestep, text)
     torch.testing.assert_close(masked[:, :k], short, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(whole[:, :k], short, atol=1e-2)  # the other frames do matter where they are valid
+    assert not torch.allclose(
+        whole[:, :k], short, atol=1e-2
+    )  # the other frames do matter where they are valid
 
 
 @pytest.mark.parametrize("layer", [STI, Conv3D])
@@ -128,7 +134,9 @@ def test_at_alpha_zero_it_is_the_spatial_unet_frame_by_frame(temporal):
     noisy, given, timestep, text = random_inputs()
     with torch.no_grad():
         together = unet(noisy, given, timestep, text)
-        alone = torch.cat([unet(noisy[:, i : i + 1], given[:, i : i + 1], timestep, text) for i in range(NUM_FRAMES)], dim=1)
+        alone = torch.cat(
+            [unet(noisy[:, i : i + 1], given[:, i : i + 1], timestep, text) for i in range(NUM_FRAMES)], dim=1
+        )
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
 
 
@@ -138,10 +146,31 @@ def test_spatial_part_has_the_names_of_stable_diffusion():
 
     with torch.device("meta"):
         ours = DFGN(**SIZES["full"])
-        theirs = UNet2DConditionModel(block_out_channels=(320, 640, 1280, 1280), attention_head_dim=(5, 10, 20, 20),
-                                      cross_attention_dim=1024, use_linear_projection=True, in_channels=8)  # fmt: skip
-    shapes = {name: p.shape for name, p in ours.named_parameters() if ".temporal." not in name and "_projection." not in name}
+        theirs = UNet2DConditionModel(block_out_channels=(320, 640, 1280, 1280),
+                                      attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024,
+                                      use_linear_projection=True, in_channels=8)  # fmt: skip
+    shapes = {
+        name: p.shape
+        for name, p in ours.named_parameters()
+        if ".temporal." not in name and "_projection." not in name
+    }
     assert shapes == {name: p.shape for name, p in theirs.named_parameters()}
+
+
+def test_noise_skip_starts_as_the_best_linear_guess():
+    """With one Gaussian number per latent, E[eps | x_t] is linear in x_t:
+    the fresh network must be that function."""
+    sigma = [0.1, 0.5, 1.0, 2.0]
+    unet = DFGN(**TINY, noise_skip=sigma)
+    noisy, given, timestep, text = random_inputs()
+    alpha = make_scheduler().alphas_cumprod[timestep].view(2, 1, 1, 1, 1)
+    variance = torch.tensor(sigma).view(4, 1, 1) ** 2
+    expected = noisy * (1 - alpha).sqrt() / (alpha * variance + 1 - alpha)
+    with torch.no_grad():
+        torch.testing.assert_close(unet(noisy, given, timestep, text), expected)
+        masked = unet(noisy, given, timestep, text, first(5))
+    torch.testing.assert_close(masked[:, :5], expected[:, :5])
+    assert (masked[:, 5:] == 0).all()
 
 
 def test_padding_tokens_change_nothing():

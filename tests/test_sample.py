@@ -14,7 +14,7 @@ import media
 import sample
 from checkpoint import write_model
 from encoders import Encoders, PatchPCA
-from model import DFGN
+from model import DFGN, make_scheduler
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = dict(resolution=16, mixed_precision="no", guidance_scale=3.0, image_guidance_scale=1.5)
@@ -25,11 +25,16 @@ def parts():
     """A small random network with a fitted codec at 16 x 16 pixels."""
     rng = np.random.default_rng(0)
     codec = PatchPCA(patch_size=4, latent_channels=6)
-    codec.fit(torch.from_numpy(rng.integers(0, 255, (30, 4, 4, 3), dtype=np.uint8)).repeat_interleave(4, 1).repeat_interleave(4, 2))
+    codec.fit(
+        torch.from_numpy(rng.integers(0, 255, (30, 4, 4, 3), dtype=np.uint8))
+        .repeat_interleave(4, 1)
+        .repeat_interleave(4, 2)
+    )
     encoders = Encoders(codec)
     torch.manual_seed(0)
-    unet = DFGN(latent_channels=6, block_out_channels=(16, 32), attention_levels=(True, True), layers_per_block=1, head_width=8,
-                cross_attention_dim=16, clip_dim=256, t5_dim=256, norm_num_groups=4, sti_heads=2, sti_head_width=8)  # fmt: skip
+    unet = DFGN(latent_channels=6, block_out_channels=(16, 32), attention_levels=(True, True),
+                layers_per_block=1, head_width=8, cross_attention_dim=16, clip_dim=256, t5_dim=256,
+                norm_num_groups=4, sti_heads=2, sti_head_width=8)  # fmt: skip
     for parameter in unet.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return unet.eval(), encoders
@@ -38,7 +43,7 @@ def parts():
 @pytest.fixture(scope="module")
 def checkpoint(parts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    write_model(folder, *parts, sample.make_scheduler(), SETTINGS)
+    write_model(folder, *parts, make_scheduler(), SETTINGS)
     return folder
 
 
@@ -48,7 +53,7 @@ def given(parts, slots, is_given, batch=1, seed=0):
     return torch.randn(1, slots, 6, 4, 4, generator=g).expand(batch, -1, -1, -1, -1), mask
 
 
-# --------------------------------------------------------------------------------------------------------------- guidance
+# --------------------------------------------------------------------------------------------------- guidance
 
 
 def one_step(parts, weights, batch=2):
@@ -60,7 +65,9 @@ def one_step(parts, weights, batch=2):
 
     def e(image, words):
         with torch.no_grad():
-            return unet(noisy, z if image else torch.zeros_like(z), torch.full((batch,), 500), text if words else null)
+            return unet(
+                noisy, z if image else torch.zeros_like(z), torch.full((batch,), 500), text if words else null
+            )
 
     with torch.no_grad():
         return sample.guided_noise(unet, noisy, z, 500, text, null, weights), e
@@ -96,7 +103,7 @@ def test_passes_of_each_task():
 
 
 def test_schedule_is_that_of_latent_diffusion():
-    scheduler = sample.make_scheduler()
+    scheduler = make_scheduler()
     betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     np.testing.assert_allclose(scheduler.alphas_cumprod, np.cumprod(1 - betas), rtol=1e-4)
     assert scheduler.alphas_cumprod[-1] == pytest.approx(0.00466, abs=1e-5)
@@ -104,7 +111,7 @@ def test_schedule_is_that_of_latent_diffusion():
     assert not scheduler.config.clip_sample and scheduler.config.prediction_type == "epsilon"
 
 
-# --------------------------------------------------------------------------------------------------------------- sampling
+# --------------------------------------------------------------------------------------------------- sampling
 
 
 @pytest.mark.parametrize("slots, is_given, prompt", [
@@ -133,7 +140,9 @@ def test_slots_that_are_not_given_are_ignored_and_given_ones_are_not(parts):
     other, _ = given(parts, 4, [0], seed=1)
     options = dict(num_inference_steps=3, eta=0.0)
     first = sample.generate(*parts, [""], z, mask, **options)
-    assert np.array_equal(first, sample.generate(*parts, [""], torch.cat([z[:, :1], other[:, 1:]], 1), mask, **options))
+    assert np.array_equal(
+        first, sample.generate(*parts, [""], torch.cat([z[:, :1], other[:, 1:]], 1), mask, **options)
+    )
     assert not np.array_equal(first, sample.generate(*parts, [""], other, mask, **options))
 
 
@@ -146,11 +155,13 @@ def test_negative_prompt_and_eta_matter(parts):
     assert all(not np.array_equal(clips[0], clip) for clip in clips[1:])
 
 
-# ----------------------------------------------------------------------------------------------------------- command line
+# ----------------------------------------------------------------------------------------------- command line
 
 
 def run(*arguments):
-    return subprocess.run([sys.executable, ROOT / "sample.py", *map(str, arguments)], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, ROOT / "sample.py", *map(str, arguments)], capture_output=True, text=True
+    )
 
 
 def picture(path, colour="red"):
@@ -160,8 +171,9 @@ def picture(path, colour="red"):
 
 def test_command_line(checkpoint, tmp_path):
     red, blue = picture(tmp_path / "a.png"), picture(tmp_path / "b.png", "blue")
-    result = run("--checkpoint", checkpoint, "--prompt", "a heart", "--image", f"0:{red}", f"7:{blue}", "--num_samples", 2,
-                 "--num_inference_steps", 2, "--output", tmp_path / "new" / "x.gif")  # fmt: skip
+    result = run("--checkpoint", checkpoint, "--prompt", "a heart", "--image", f"0:{red}", f"7:{blue}",
+                 "--num_samples", 2, "--num_inference_steps", 2,
+                 "--output", tmp_path / "new" / "x.gif")  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "not trained on this pattern" in result.stderr
     for i in range(2):
@@ -195,15 +207,23 @@ def refused(monkeypatch, capsys, arguments, words):
 
 
 def test_bad_checkpoints_get_one_sentence(checkpoint, parts, tmp_path, monkeypatch, capsys):
-    refused(monkeypatch, capsys, ["--checkpoint", str(tmp_path / "absent"), "--prompt", "x"], "is not a folder")
+    refused(
+        monkeypatch, capsys, ["--checkpoint", str(tmp_path / "absent"), "--prompt", "x"], "is not a folder"
+    )
     refused(monkeypatch, capsys, ["--checkpoint", str(tmp_path), "--prompt", "x"], "model_index.json")
 
     other = tmp_path / "other"  # the configuration of another size
-    write_model(other, *parts, sample.make_scheduler(), SETTINGS)
+    write_model(other, *parts, make_scheduler(), SETTINGS)
     config = json.loads((other / "unet" / "config.json").read_text())
     (other / "unet" / "config.json").write_text(json.dumps(dict(config, block_out_channels=[32, 64])))
     refused(monkeypatch, capsys, ["--checkpoint", str(other), "--prompt", "x"], "cannot be read")
 
     mixed = tmp_path / "mixed"
-    write_model(mixed, parts[0], Encoders(PatchPCA(patch_size=4, latent_channels=5)), sample.make_scheduler(), SETTINGS)
+    write_model(
+        mixed,
+        parts[0],
+        Encoders(PatchPCA(patch_size=4, latent_channels=5)),
+        make_scheduler(),
+        SETTINGS,
+    )
     refused(monkeypatch, capsys, ["--checkpoint", str(mixed), "--prompt", "x"], "latent channels")

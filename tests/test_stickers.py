@@ -49,6 +49,7 @@ def clips(folder, lines):
 
 # words
 
+
 def test_held_out_share_and_pairs():
     trained = [words for words in COMBINATIONS if not is_held_out(*words)]
     assert 0.10 <= 1 - len(trained) / len(COMBINATIONS) <= 0.12
@@ -57,7 +58,7 @@ def test_held_out_share_and_pairs():
         assert {(w[a], w[b]) for w in trained} == set(itertools.product(words[a], words[b]))
     held_out = [words for words in COMBINATIONS if is_held_out(*words)]
     for place, names in enumerate((SUBJECTS, COLOURS, MOTIONS)):
-        assert {words[place] for words in held_out} == set(names)   # validation sees every word too
+        assert {words[place] for words in held_out} == set(names)  # validation sees every word too
 
 
 def test_prompts_are_plain_captions_of_trained_combinations():
@@ -71,19 +72,20 @@ def test_captions_contain_the_words_and_half_are_plain(lines):
         assert all(line[key] in line["text"] for key in ("subject", "colour", "motion")), line
         assert not line["text"].startswith(("a orange", "an red"))
     plain = [line["text"].split(" ", 1)[1] == "{colour} {subject} {motion}".format(**line) for line in lines]
-    assert 0.42 < np.mean(plain) < 0.58         # 576 fair coins: four standard deviations
+    assert 0.42 < np.mean(plain) < 0.58  # 576 fair coins: four standard deviations
     assert len({line["text"] for line in lines}) > 550
 
 
 def test_every_combination_once_in_a_round_with_its_split(lines):
     words = [(line["subject"], line["colour"], line["motion"]) for line in lines]
     assert sorted(words) == sorted(COMBINATIONS)
-    assert words != COMBINATIONS                # shuffled, so that the head of the set is varied
+    assert words != COMBINATIONS  # shuffled, so that the head of the set is varied
     for line, combination in zip(lines, words):
         assert line["split"] == ("validation" if is_held_out(*combination) else "train")
 
 
 # drawings
+
 
 @pytest.mark.parametrize("subject", SUBJECTS)
 def test_frames_are_cut_out_inside_the_canvas_and_differ(subject):
@@ -93,23 +95,23 @@ def test_frames_are_cut_out_inside_the_canvas_and_differ(subject):
             assert len(frames) == len(delays) == num_frames
             assert len({frame.tobytes() for frame in frames}) == num_frames, motion
             for frame in frames:
-                pixels = np.asarray(frame)                          # (128, 128, 4)
+                pixels = np.asarray(frame)  # (128, 128, 4)
                 assert pixels.shape == (128, 128, 4) and set(np.unique(pixels[..., 3])) == {0, 255}
-                drawn = on_white(frame).min(axis=-1) < 200          # the white rim may touch the border
+                drawn = on_white(frame).min(axis=-1) < 200  # the white rim may touch the border
                 border = np.concatenate([drawn[0], drawn[-1], drawn[:, 0], drawn[:, -1]])
                 assert not border.any(), (subject, motion)
 
 
 def test_colour_words_name_the_hue(clips, lines):
     """The median of the saturated pixels is nearest to the colour that the caption names."""
-    table = np.array(list(COLOURS.values()), float)                 # (6, 3)
+    table = np.array(list(COLOURS.values()), float)  # (6, 3)
     for (frames, _), line in zip(clips, lines):
         pixels = on_white(frames[-1]).reshape(-1, 3)
         highest = pixels.max(axis=1)
         vivid = pixels[(highest - pixels.min(axis=1) > 100) & (highest > 120)]
         nearest = np.argmin(((np.median(vivid, axis=0) - table) ** 2).sum(axis=1))
         assert list(COLOURS)[nearest] == line["colour"]
-        assert len(vivid) > 400                                     # of 16384: the colour is seen
+        assert len(vivid) > 400  # of 16384: the colour is seen
 
 
 def test_unknown_words_are_refused():
@@ -119,6 +121,7 @@ def test_unknown_words_are_refused():
 
 
 # files
+
 
 def test_files_read_back_as_drawn(tmp_path):
     for motion in MOTIONS:
@@ -131,7 +134,7 @@ def test_files_read_back_as_drawn(tmp_path):
         for before, after in zip(frames, again):
             assert np.array_equal(np.asarray(before)[..., 3], np.asarray(after)[..., 3])
             error = np.abs(on_white(before) - on_white(after))
-            assert error.mean() < 2 and error.max() < 70        # the palette's doing; a wrong frame gives 255
+            assert error.mean() < 2 and error.max() < 70  # the palette's doing; a wrong frame gives 255
 
 
 def test_lengths_have_a_long_tail_and_some_delays_vary(clips):
@@ -147,6 +150,7 @@ def test_a_sticker_depends_on_seed_and_index_only(tmp_path, folder):
     def content(path):
         gifs = [file.read_bytes() for file in sorted(path.glob("*.gif"))]
         return gifs, (path / "metadata.jsonl").read_text()
+
     small, text = content(draw_stickers(tmp_path / "small", count=12, seed=1))
     large, all_text = content(folder)
     assert small == large[:12] and all_text.startswith(text)
@@ -159,7 +163,7 @@ def test_a_complete_set_is_reused_and_anything_else_is_left_alone(tmp_path, monk
         draw_stickers(folder, count=5)
     monkeypatch.setattr(stickers, "save_gif", lambda *_: pytest.fail("drawn again"))
     assert draw_stickers(folder, count=4) == folder
-    (folder / "00002.gif").unlink()                                 # no longer complete
+    (folder / "00002.gif").unlink()  # no longer complete
     with pytest.raises(ValueError, match="delete it or name another"):
         draw_stickers(folder, count=4)
     (tmp_path / "mine").mkdir()
@@ -170,26 +174,30 @@ def test_a_complete_set_is_reused_and_anything_else_is_left_alone(tmp_path, monk
 
 def test_an_interrupted_drawing_leaves_nothing(tmp_path, monkeypatch):
     save_gif = stickers.save_gif
+
     def interrupted(frames, delays, path):
         if path.name == "00003.gif":
             raise KeyboardInterrupt
         save_gif(frames, delays, path)
+
     monkeypatch.setattr(stickers, "save_gif", interrupted)
     with pytest.raises(KeyboardInterrupt):
         draw_stickers(tmp_path / "set", count=6)
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
-    (tmp_path / "set").mkdir()                                      # an empty folder is as good as none
+    (tmp_path / "set").mkdir()  # an empty folder is as good as none
     assert len(list(draw_stickers(tmp_path / "set", count=6).glob("*.gif"))) == 6
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
 def test_two_processes_may_draw_the_same_set_at_once(tmp_path, monkeypatch):
     save_gif = stickers.save_gif
-    def overtaken(frames, delays, path):            # the other process starts later and is done first
+
+    def overtaken(frames, delays, path):  # the other process starts later and is done first
         monkeypatch.setattr(stickers, "save_gif", save_gif)
         draw_stickers(tmp_path / "set", count=3)
         save_gif(frames, delays, path)
+
     monkeypatch.setattr(stickers, "save_gif", overtaken)
     assert draw_stickers(tmp_path / "set", count=3) == tmp_path / "set"
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
@@ -205,6 +213,7 @@ def test_default_folder_follows_the_cache_variable(tmp_path, monkeypatch):
 def test_command_line(tmp_path):
     def run(*words):
         return subprocess.run([sys.executable, stickers.__file__, *words], capture_output=True, text=True)
+
     assert run(str(tmp_path / "set"), "--count", "3").returncode == 0
     assert len(list((tmp_path / "set").glob("*.gif"))) == 3
     refused = run(str(tmp_path / "set"), "--count", "2")
@@ -215,10 +224,11 @@ def test_command_line(tmp_path):
 
 # what a model can learn
 
+
 def key_frames(frames, k):
     """At most k frames: k-means over 32 x 32 thumbnails, the member nearest to each mean, sorted by time."""
     thumbs = [on_white(frame).reshape(32, 4, 32, 4, 3).mean(axis=(1, 3)).ravel() for frame in frames]
-    thumbs = np.stack(thumbs)                                       # (frames, 3072)
+    thumbs = np.stack(thumbs)  # (frames, 3072)
     k = min(k, len(np.unique(thumbs, axis=0)))
     means = KMeans(k, n_init=1, max_iter=20, random_state=0).fit(thumbs).cluster_centers_
     return [frames[i] for i in sorted({int(np.argmin(((thumbs - mean) ** 2).sum(axis=1))) for mean in means})]
@@ -234,30 +244,52 @@ def motion_features(frames, rng):
     for frame in frames:
         y, x = np.nonzero(np.asarray(frame)[..., 3])
         dark_y, dark_x = np.nonzero(on_white(frame).max(axis=-1) < 90)
-        rows.append([x.mean(), y.mean(), np.ptp(x), np.ptp(y), y.max(), np.sqrt(len(x)),
-                     x.max() + x.min() - 2 * x.mean(), 100 * len(dark_x) / len(x),
-                     dark_x.mean() - x.mean(), dark_y.mean() - y.mean()])
-    rows = np.array(rows) + rng.standard_normal((len(rows), 10))    # (frames, 10)
+        rows.append(
+            [
+                x.mean(),
+                y.mean(),
+                np.ptp(x),
+                np.ptp(y),
+                y.max(),
+                np.sqrt(len(x)),
+                x.max() + x.min() - 2 * x.mean(),
+                100 * len(dark_x) / len(x),
+                dark_x.mean() - x.mean(),
+                dark_y.mean() - y.mean(),
+            ]
+        )
+    rows = np.array(rows) + rng.standard_normal((len(rows), 10))  # (frames, 10)
     steps = np.diff(rows, axis=0)
-    return np.concatenate([rows.std(axis=0), np.abs(steps).mean(axis=0), steps.min(axis=0), steps.max(axis=0),
-                           rows[-1] - rows[0]])
+    return np.concatenate(
+        [
+            rows.std(axis=0),
+            np.abs(steps).mean(axis=0),
+            steps.min(axis=0),
+            steps.max(axis=0),
+            rows[-1] - rows[0],
+        ]
+    )
 
 
 def test_motions_are_told_apart_after_key_frame_extraction(clips, lines):
     """A random forest on crude features, tested on combinations it never saw, is right in 90 %."""
-    clips, lines = clips[:384], lines[:384]                         # enough, and faster
+    clips, lines = clips[:384], lines[:384]  # enough, and faster
     rng, motion = np.random.default_rng(0), np.array([line["motion"] for line in lines])
     features = np.stack([motion_features(key_frames(frames, rng.integers(3, 9)), rng) for frames, _ in clips])
     test = np.arange(len(lines)) % 3 == 0
     forest = RandomForestClassifier(100, random_state=0).fit(features[~test], motion[~test])
     answers = forest.predict(features[test])
-    wrong = [(line["text"], answer) for line, answer in zip(np.array(lines)[test], answers)
-             if answer != line["motion"]]
+    wrong = [
+        (line["text"], answer)
+        for line, answer in zip(np.array(lines)[test], answers)
+        if answer != line["motion"]
+    ]
     assert len(wrong) <= 0.1 * test.sum(), (len(wrong), wrong)
 
 
 def test_subjects_are_told_apart_at_48_pixels():
     """A linear classifier on still 48 x 48 pictures, tested on colours it never saw, is right in 90 %."""
+
     def pictures(colours, seed):
         images, names = [], []
         for n, (subject, colour) in enumerate(itertools.product(SUBJECTS, colours)):
@@ -266,6 +298,7 @@ def test_subjects_are_told_apart_at_48_pixels():
             images.append(np.asarray(small.convert("LA"), float).ravel())
             names.append(subject)
         return np.array(images) / 255, names
+
     images, names = pictures(["red", "yellow", "blue"] * 4, seed=0)
     classifier = LogisticRegression(max_iter=200).fit(images, names)
     assert classifier.score(*pictures(["green", "purple", "orange"] * 2, seed=1)) >= 0.9

@@ -1,4 +1,5 @@
-"""The training loop: resuming, several processes, accumulation, refusals, and the real commands at toy size."""
+"""The training loop: resuming, several processes, accumulation, refusals,
+and the real commands at toy size."""
 
 import json
 import os
@@ -34,15 +35,17 @@ def cache(tmp_path_factory):
 
 @pytest.fixture
 def run(folder, cache, tmp_path, monkeypatch):
-    """Calls train.main with a toy network; returns the output folder. Exits with an error raise SystemExit."""
+    """Calls train.main with a toy network; returns the output folder.
+    Exits with an error raise SystemExit."""
     monkeypatch.setattr(train, "PRESETS", dict(train.PRESETS))
     monkeypatch.setattr(train, "generate", shrink(train.PRESETS, toy_sizes := dict(SIZES), train.generate))
     monkeypatch.setattr(train, "SIZES", toy_sizes)
 
     def run(name, **more):
-        flags = dict(dict(data=folder, cache_dir=cache, output_dir=tmp_path / name, max_train_steps=6, train_batch_size=4,
-                          mixed_precision="no", num_workers=0, validation_steps=0, checkpointing_steps=3,
-                          checkpoints_total_limit=0, validation_prompts="a red heart bouncing"), **more)  # fmt: skip
+        flags = dict(dict(data=folder, cache_dir=cache, output_dir=tmp_path / name, max_train_steps=6,
+                          train_batch_size=4, mixed_precision="no", num_workers=0, validation_steps=0,
+                          checkpointing_steps=3, checkpoints_total_limit=0,
+                          validation_prompts="a red heart bouncing"), **more)  # fmt: skip
         monkeypatch.setattr(sys, "argv", ["train.py", *flags_of(flags)])
         train.main()
         return tmp_path / name
@@ -72,27 +75,33 @@ def assert_same_weights(a, b, **tolerance):
         torch.testing.assert_close(a[name], b[name], **tolerance)
 
 
-# ------------------------------------------------------------------------------------------------------------------- runs
+# ------------------------------------------------------------------------------------------------------- runs
 
 
 def test_a_run_leaves_what_it_promises(run):
     out = run("a", validation_steps=3)
     names = {path.name for path in out.iterdir()}
-    assert names >= {"unet", "codec", "scheduler", "model_index.json", "log.jsonl", "progress.png", "sample.gif",
-                     "validation-3.png", "validation-6.png", "checkpoint-3", "checkpoint-6"}  # fmt: skip
+    assert names >= {"unet", "codec", "scheduler", "model_index.json", "log.jsonl", "progress.png",
+                     "sample.gif", "validation-3.png", "validation-6.png",
+                     "checkpoint-3", "checkpoint-6"}  # fmt: skip
     assert not [name for name in names if "tmp" in name]
     entry = log(out)[-1]
     assert entry["step"] == 6 and entry.keys() >= {
-        "loss", "validation_loss", "learning_rate", "grad_norm", "clips_per_second", "p_interpolation", "p_prediction",
-        "p_generation", "mean_k", "p_term", "i_term", "d_term"}  # fmt: skip
+        "loss", "validation_loss", "learning_rate", "grad_norm", "clips_per_second",
+        "p_interpolation", "p_prediction", "p_generation", "mean_k",
+        "p_term", "i_term", "d_term"}  # fmt: skip
     assert entry["p_interpolation"] + entry["p_prediction"] + entry["p_generation"] == pytest.approx(1)
     assert len(media.read_clip(out / "sample.gif", 32)[0]) <= 8
     # the finished folder holds the averaged weights, and they are not the last ones
     assert_same_weights(weights(out), weights(out / "checkpoint-6", "unet_ema"), rtol=0, atol=0)
-    assert any(not torch.equal(a, b) for a, b in zip(weights(out).values(), weights(out / "checkpoint-6").values()))
+    assert any(
+        not torch.equal(a, b) for a, b in zip(weights(out).values(), weights(out / "checkpoint-6").values())
+    )
 
 
-@pytest.mark.parametrize("flags", [dict(), dict(curriculum="none", gradient_accumulation_steps=2)], ids=["dcl", "accumulation"])
+@pytest.mark.parametrize(
+    "flags", [dict(), dict(curriculum="none", gradient_accumulation_steps=2)], ids=["dcl", "accumulation"]
+)
 def test_a_resumed_run_is_the_unbroken_one(run, flags):
     whole = run("whole", **flags)
     broken = whole.with_name("broken")
@@ -101,8 +110,13 @@ def test_a_resumed_run_is_the_unbroken_one(run, flags):
     shutil.copy(whole / "log.jsonl", broken)  # as if killed just before the end: to be cut back
     run("broken", resume_from_checkpoint="latest", **flags)
     for part in ("unet", "unet_ema"):
-        assert_same_weights(weights(whole / "checkpoint-6", part), weights(broken / "checkpoint-6", part), rtol=0, atol=0)
-    a, b = (torch.load(out / "checkpoint-6" / "optimizer.pt", weights_only=True)["optimizer"] for out in (whole, broken))
+        assert_same_weights(
+            weights(whole / "checkpoint-6", part), weights(broken / "checkpoint-6", part), rtol=0, atol=0
+        )
+    a, b = (
+        torch.load(out / "checkpoint-6" / "optimizer.pt", weights_only=True)["optimizer"]
+        for out in (whole, broken)
+    )
     for name, state in a["state"].items():
         assert all(torch.equal(state[key], b["state"][name][key]) for key in state)
     assert without_clock(log(whole)) == without_clock(log(broken))
@@ -117,7 +131,9 @@ def test_accumulation_is_the_larger_batch(run):
         assert a["mean_k"] == b["mean_k"] and a["loss"] == pytest.approx(b["loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize("flags", [dict(temporal="conv3d"), dict(ddu="off"), dict(curriculum="linear")], ids=str)
+@pytest.mark.parametrize(
+    "flags", [dict(temporal="conv3d"), dict(ddu="off"), dict(curriculum="linear")], ids=str
+)
 def test_the_ablations_run(run, flags):
     out = run("a", max_train_steps=2, checkpointing_steps=2, **flags)
     assert np.isfinite(log(out)[-1]["loss"])
@@ -141,7 +157,7 @@ def test_a_folder_without_captions_trains_without_text(run, folder, tmp_path, ca
     assert "training without text" in said and "broken.gif" in said
 
 
-# ---------------------------------------------------------------------------------------------------------------- refusals
+# --------------------------------------------------------------------------------------------------- refusals
 
 
 def refused(run, capsys, words, name="a", **flags):
@@ -166,9 +182,25 @@ def test_a_run_is_not_overwritten_and_keeps_its_schedule(run, capsys):
     out = run("a", max_train_steps=3)
     before = (out / "log.jsonl").read_bytes()
     refused(run, capsys, "already holds a run", max_train_steps=3)
-    refused(run, capsys, "--learning_rate is 0.5", max_train_steps=3, learning_rate=0.5, resume_from_checkpoint="latest")
-    refused(run, capsys, "--train_batch_size", max_train_steps=3, train_batch_size=8, resume_from_checkpoint="latest")
-    refused(run, capsys, "--preset is small", max_train_steps=3, preset="small", resume_from_checkpoint="latest")
+    refused(
+        run,
+        capsys,
+        "--learning_rate is 0.5",
+        max_train_steps=3,
+        learning_rate=0.5,
+        resume_from_checkpoint="latest",
+    )
+    refused(
+        run,
+        capsys,
+        "--train_batch_size",
+        max_train_steps=3,
+        train_batch_size=8,
+        resume_from_checkpoint="latest",
+    )
+    refused(
+        run, capsys, "--preset is small", max_train_steps=3, preset="small", resume_from_checkpoint="latest"
+    )
     assert (out / "log.jsonl").read_bytes() == before
 
 
@@ -186,11 +218,14 @@ def test_a_loss_that_is_no_number_stops_the_run(run, capsys, monkeypatch, tmp_pa
     real = masks.masked_loss
     monkeypatch.setattr(masks, "masked_loss", poisoned)
     refused(run, capsys, "step 5 is nan", checkpointing_steps=2)
-    assert sorted(path.name for path in (tmp_path / "a").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    assert sorted(path.name for path in (tmp_path / "a").glob("checkpoint-*")) == [
+        "checkpoint-2",
+        "checkpoint-4",
+    ]
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "a" / "checkpoint-4").values())
 
 
-# ----------------------------------------------------------------------------------------------- processes and real commands
+# -------------------------------------------------------------------------------- processes and real commands
 
 
 def command(*words, **environment):
@@ -202,11 +237,20 @@ def command(*words, **environment):
 
 def test_two_processes_train_as_one(folder, cache, tmp_path):
     """The same global batches, and the same weights but for the order of summation in fp32."""
-    flags = dict(data=folder, cache_dir=cache, max_train_steps=5, mixed_precision="no", num_workers=0, validation_steps=0,
-                 validation_prompts="a red heart bouncing")  # fmt: skip
+    flags = dict(data=folder, cache_dir=cache, max_train_steps=5, mixed_precision="no", num_workers=0,
+                 validation_steps=0, validation_prompts="a red heart bouncing")  # fmt: skip
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-    command(*torchrun, 2, "tests/toy_train.py", *flags_of(dict(flags, output_dir=tmp_path / "two", train_batch_size=2)))
-    command(sys.executable, "tests/toy_train.py", *flags_of(dict(flags, output_dir=tmp_path / "one", train_batch_size=4)))
+    command(
+        *torchrun,
+        2,
+        "tests/toy_train.py",
+        *flags_of(dict(flags, output_dir=tmp_path / "two", train_batch_size=2)),
+    )
+    command(
+        sys.executable,
+        "tests/toy_train.py",
+        *flags_of(dict(flags, output_dir=tmp_path / "one", train_batch_size=4)),
+    )
     one, two = (tmp_path / name for name in ("one", "two"))
     for a, b in zip(log(one), log(two), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
@@ -215,16 +259,24 @@ def test_two_processes_train_as_one(folder, cache, tmp_path):
 
 
 def test_the_real_commands(folder, tmp_path):
-    command(sys.executable, "train.py", "--data", folder, "--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "run",
-            "--max_train_steps", 2, "--train_batch_size", 2, "--validation_prompts", "a red heart")  # fmt: skip
+    command(sys.executable, "train.py", "--data", folder, "--cache_dir", tmp_path / "cache",
+            "--output_dir", tmp_path / "run", "--max_train_steps", 2, "--train_batch_size", 2,
+            "--validation_prompts", "a red heart")  # fmt: skip
     for name, flags in {
         "text.gif": ["--prompt", "a red heart bouncing"],
         "image.webp": ["--prompt", "a red heart bouncing", "--image", f"0:{folder / '00000.gif'}"],
-        "between.mp4": ["--image", f"0:{folder / '00000.gif'}", f"3:{folder / '00001.gif'}", "--num_frames", 4],
+        "between.mp4": [
+            "--image",
+            f"0:{folder / '00000.gif'}",
+            f"3:{folder / '00001.gif'}",
+            "--num_frames",
+            4,
+        ],
     }.items():
         command(sys.executable, "sample.py", "--checkpoint", tmp_path / "run", "--num_inference_steps", 2,
                 "--output", tmp_path / name, *flags)  # fmt: skip
         assert media.read_clip(tmp_path / name, 64)[0].shape[1:] == (64, 64, 3)
-    command(sys.executable, "sample.py", "--checkpoint", tmp_path / "run" / "checkpoint-2", "--num_inference_steps", 2,
-            "--output", tmp_path / "sheet.png", "--prompt", "a cat", "--num_samples", 2)  # fmt: skip
+    command(sys.executable, "sample.py", "--checkpoint", tmp_path / "run" / "checkpoint-2",
+            "--num_inference_steps", 2, "--output", tmp_path / "sheet.png", "--prompt", "a cat",
+            "--num_samples", 2)  # fmt: skip
     assert media.read_image(tmp_path / "sheet.png", 64).shape == (64, 64, 3)

@@ -1,4 +1,5 @@
-"""train.py with a toy network in the place of `tiny`: python tests/toy_train.py, or torchrun tests/toy_train.py."""
+"""train.py with a toy network in the place of `tiny`:
+python tests/toy_train.py, or torchrun tests/toy_train.py."""
 
 import sys
 from pathlib import Path

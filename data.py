@@ -33,6 +33,7 @@ from tqdm import tqdm
 import masks
 import media
 from curriculum import LENGTHS, TASKS
+from keyframes import equal_frames, extract_key_frames, thumbnails
 from masks import NUM_FRAMES
 
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.1, 500  # of a user's folder, for validation
@@ -126,90 +127,7 @@ def scan_folder(folder):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Key frames: k-means over 32 x 32 thumbnails (section 4.2)
-
-THUMBNAIL = 32
-
-
-def thumbnails(frames):
-    """frames uint8 (N, R, R, 3) -> uint8 (N, 32 * 32 * 3), one feature vector per frame"""
-    small = [
-        np.asarray(Image.fromarray(f).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)) for f in frames
-    ]
-    return np.stack(small).reshape(len(frames), -1)
-
-
-def kmeans(gram, k, rng, restarts=6, iterations=50):
-    """Lloyd's k-means with k-means++ starts, on inner products alone: the clips are short and their features
-    long, so the N x N Gram matrix holds all that is needed. An empty cluster takes the frame farthest from
-    its centroid.
-
-    gram: float64 (N, N) inner products of the features; at least k of them distinct
-    Returns (assignment int (N,), squared distances float (N, k) to the centroids)
-    of the best of `restarts` runs.
-    """
-    n = len(gram)
-    norms = np.diag(gram)
-    pairwise = np.maximum(norms[:, None] + norms[None] - 2 * gram, 0)  # (N, N) squared distances
-
-    def to_centroids(assignment):
-        member = np.eye(k)[assignment]  # (N, k)
-        share = member / member.sum(axis=0)
-        return (
-            norms[:, None] - 2 * gram @ share + ((gram @ share) * share).sum(axis=0)
-        )  # |x|^2 - 2 x c + |c|^2
-
-    best = None
-    for _ in range(restarts):
-        centers = [rng.integers(n)]
-        nearest = pairwise[:, centers[0]]
-        while len(centers) < k:  # greedy k-means++: the best of three centers drawn by their squared distance
-            candidates = rng.choice(n, size=3, p=nearest / nearest.sum())
-            reduced = np.minimum(nearest[:, None], pairwise[:, candidates])  # (N, 3)
-            best_candidate = reduced.sum(axis=0).argmin()
-            centers.append(candidates[best_candidate])
-            nearest = reduced[:, best_candidate]
-        assignment = pairwise[:, centers].argmin(axis=1)
-        for _ in range(iterations):
-            distances = to_centroids(assignment)
-            new = distances.argmin(axis=1)
-            for cluster in np.flatnonzero(np.bincount(new, minlength=k) == 0):
-                stays = np.bincount(new, minlength=k)[new] == 1  # the only member of its cluster
-                new[np.where(stays, -np.inf, distances[np.arange(n), new]).argmax()] = cluster
-            if (new == assignment).all():
-                break
-            assignment = new
-        distances = to_centroids(assignment)
-        inertia = distances[np.arange(n), assignment].sum()
-        if best is None or inertia < best[0] - 1e-9:
-            best = inertia, assignment, distances
-    return best[1:]
-
-
-def extract_key_frames(features, seed=0):
-    """Clustering-based frame extraction for every k that the clip allows (section 4.2).
-
-    features: (N, D), one vector per frame
-    Returns {k: int array (k,)}: for each k in 3..8 up to the number of distinct frames, the frame nearest the
-    centroid of each of k clusters, in the order of time; empty where there are fewer than 3 distinct frames.
-    """
-    distinct = len(np.unique(features, axis=0))
-    x = features.astype(np.float64)
-    x = x - x.mean(axis=0)
-    gram = x @ x.T
-    key_frames = {}
-    for k in LENGTHS:
-        if k > distinct:
-            break
-        assignment, distances = kmeans(gram, k, np.random.default_rng((seed, k)))
-        masked = np.where(assignment[:, None] == np.arange(k), distances, np.inf)  # (N, k)
-        key_frames[k] = np.sort(masked.argmin(axis=0))
-    return key_frames
-
-
-def equal_frames(count):
-    """Indices of NUM_FRAMES equally spaced frames of `count` (the ablation without dual masks)."""
-    return np.linspace(0, count - 1, NUM_FRAMES).round().astype(int)
+# One sticker
 
 
 class Clip(NamedTuple):

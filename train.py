@@ -37,7 +37,7 @@ from checkpoint import list_checkpoints, load_checkpoint, save_checkpoint, with_
 from curriculum import STRATEGIES, TASKS, Curriculum
 from encoders import Encoders, PatchPCA
 from model import DFGN, SIZES, make_scheduler, precision
-from sample import generate
+from pictures import plot_progress, validation_sheet
 
 # What each preset trains with unless a flag says otherwise, and the guidance scales that sample.py then uses
 # for the finished model. `full` is Table 6.
@@ -77,82 +77,45 @@ def native_bf16():
 
 def parse_args():
     parser = argparse.ArgumentParser(description="Train an animated-sticker generator from scratch.")
+    # fmt: off
     add = parser.add_argument
     per_preset = "(default: by preset)"
     add("--data", metavar="DIR", help="folder of stickers (default: draws the built-in set)")
-    add(
-        "--preset",
-        choices=SIZES,
-        default="tiny",
-        help="size of the network and defaults of the training (default tiny)",
-    )
+    add("--preset", choices=SIZES, default="tiny", help="size, and defaults of the training (default tiny)")
     add("--output_dir", help="where the run is written (default: runs/PRESET)")
     add("--cache_dir", help=f"where drawn stickers and latents are kept (default: {data.default_cache()})")
     add("--resolution", type=int, help=f"side of the frames in pixels {per_preset}")
     add("--max_train_steps", type=int, help=f"optimizer steps; the curriculum spans them {per_preset}")
     add("--train_batch_size", type=int, help=f"clips per process and micro-step {per_preset}")
-    add(
-        "--gradient_accumulation_steps",
-        type=int,
-        default=1,
-        help="micro-steps per optimizer step (default 1)",
-    )
+    add("--gradient_accumulation_steps", type=int, default=1, help="micro-steps per step (default 1)")
     add("--learning_rate", type=float, help=f"peak learning rate of AdamW {per_preset}")
     add("--lr_scheduler", choices=[s.value for s in SchedulerType if s.value != "piecewise_constant"],
-        help=f"learning rate over steps {per_preset}")  # fmt: skip
+        help=f"learning rate over steps {per_preset}")
     add("--lr_warmup_steps", type=int, help=f"steps of linear warm-up {per_preset}")
     add("--mixed_precision", choices=["no", "fp16", "bf16"],
-        help="autocast; the weights stay in fp32 "
-        "(default: bf16 where the machine has it, else no)")  # fmt: skip
+        help="autocast; the weights stay in fp32 (default: bf16 where the machine has it, else no)")
     add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, more time")
-    add(
-        "--use_ema",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="keep averaged weights (default: yes)",
-    )
-    add(
-        "--curriculum",
-        choices=STRATEGIES,
-        help="none: uniform; linear: static part alone; dcl: with feedback (default dcl)",
-    )
-    add(
-        "--temporal",
-        choices=["sti", "conv3d"],
-        default="sti",
-        help="temporal layer; conv3d is the ablation of Table 3",
-    )
-    add(
-        "--ddu",
-        choices=["on", "off"],
-        default="on",
-        help="dual masks; off is the ablation of Table 3: text alone, 8 frames",
-    )
+    add("--use_ema", action=argparse.BooleanOptionalAction, default=True,
+        help="keep averaged weights, and use them (default: yes)")
+    add("--curriculum", choices=STRATEGIES,
+        help="none: uniform; linear: static part alone; dcl: with feedback (default dcl)")
+    add("--temporal", choices=["sti", "conv3d"], default="sti",
+        help="temporal layer; conv3d is the ablation of Table 3 (default sti)")
+    add("--ddu", choices=["on", "off"], default="on",
+        help="dual masks; off is the ablation of Table 3: text alone, always 8 frames (default on)")
     add("--seed", type=int, default=0, help="every random draw follows from it (default 0)")
     add("--checkpointing_steps", type=int, default=500, help="save every so many steps (default 500)")
-    add(
-        "--checkpoints_total_limit",
-        type=int,
-        default=2,
-        help="keep the last so many checkpoints, 0 = all (default 2)",
-    )
-    add(
-        "--resume_from_checkpoint",
-        metavar="latest|PATH",
-        help="continue a run; latest without a checkpoint starts fresh",
-    )
-    add("--validation_steps", type=int, default=1000, help="sample sheet and held-out loss every so many "
-        "steps, 0 = at the end only (default 1000)")  # fmt: skip
-    add("--validation_prompts", nargs="+", metavar="TEXT", help="prompts on the sheet (default: twelve fixed "
-        "ones for the built-in stickers, captions of held-out stickers otherwise)")  # fmt: skip
-    add(
-        "--report_to",
-        choices=["none", "tensorboard", "wandb"],
-        default="none",
-        help="log there as well (default none)",
-    )
-    add("--num_workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that decode "
-        "stickers, once, before training; 0 = in this one (default: CPU cores, at most 8)")  # fmt: skip
+    add("--checkpoints_total_limit", type=int, default=2, help="keep the last so many, 0 = all (default 2)")
+    add("--resume_from_checkpoint", metavar="latest|PATH",
+        help="continue a run; latest without a checkpoint starts fresh")
+    add("--validation_steps", type=int, default=1000,
+        help="sample sheet and held-out loss every so many steps, 0 = at the end only (default 1000)")
+    add("--validation_prompts", nargs="+", metavar="TEXT",
+        help="prompts on the sheet (default: fixed ones for the built-in stickers, else held-out captions)")
+    add("--report_to", choices=["none", "tensorboard", "wandb"], default="none", help="log there too")
+    add("--num_workers", type=int, default=min(8, os.cpu_count() or 1),
+        help="processes that decode before training, 0 = this one alone (default: CPU cores, at most 8)")
+    # fmt: on
     args = parser.parse_args()
 
     for name, value in PRESETS[args.preset].items():
@@ -226,88 +189,6 @@ def make_reporter(args):
             f"--report_to {args.report_to} needs a package: pip install {args.report_to}"
         ) from error
     return lambda entry: None
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Pictures of a run
-
-
-def plot_progress(log_path, picture_path):
-    """Draws log.jsonl: loss, task probabilities, mean k, and the three terms of Eq. 4."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    log = [json.loads(line) for line in log_path.read_text().splitlines()]
-    if not log:
-        return
-    steps = [entry["step"] for entry in log]
-    figure, axes = plt.subplots(2, 2, figsize=(11, 6.5), dpi=100, sharex=True, layout="constrained")
-    panels = {
-        "loss": ["loss", "validation_loss"],
-        "P(task)": [f"p_{task}" for task in TASKS],
-        "mean k of the batch": ["mean_k"],
-        "feedback, Eq. 4": ["p_term", "i_term", "d_term"],
-    }
-    for axis, (title, names) in zip(axes.flat, panels.items()):
-        for name in names:
-            xy = [(entry["step"], entry[name]) for entry in log if name in entry]
-            style = dict(marker="o", linestyle="--") if name == "validation_loss" else dict(linewidth=1)
-            if xy:
-                axis.plot(
-                    *zip(*xy), label=name.replace("p_", "", 1) if name.startswith("p_i") else name, **style
-                )
-        axis.set_title(title)
-        axis.grid(alpha=0.3)
-        if len(names) > 1:
-            axis.legend(fontsize=8)
-    axes[0, 0].set_yscale("log")
-    for axis in axes[1]:
-        axis.set_xlabel("step")
-    axes[1, 0].set_xlim(0, max(steps) + 1)
-    writing = picture_path.with_name("progress.tmp.png")
-    figure.savefig(writing)
-    plt.close(figure)
-    os.replace(writing, picture_path)
-
-
-def validation_sheet(unet, encoders, dataset, clips, prompts, args):
-    """Samples the sheet: for held-out clips the real frames above interpolated, predicted and image-to-video
-    ones (given frames framed), then a row per prompt. Returns (PIL.Image, {prompt: frames})."""
-    settings = dict(seed=args.seed, mixed_precision=args.mixed_precision,
-                    image_guidance_scale=args.image_guidance_scale,
-                    guidance_scale=args.guidance_scale)  # fmt: skip
-    rows, labels, marks = [], [], []
-    tasks = (
-        [("interpolation", "I3"), ("prediction", "P1"), ("image and text to video", "G1")] if args.ddu else []
-    )
-    for i, (task, name) in enumerate(tasks):
-        row = next(row for row in masks.TABLE7 if row.name == name)
-        candidates = [clip for clip in clips if masks.NUM_FRAMES in clip["key_frames"]] or clips
-        if not candidates:
-            continue
-        clip = candidates[i % len(candidates)]
-        k = max(clip["key_frames"])
-        if row not in masks.admissible_rows(row.task, k):
-            continue
-        latents = torch.from_numpy(dataset.read(clip, k))  # (k, C, h, w)
-        given = torch.from_numpy(masks.condition_mask(row, k)[:k])
-        frames = generate(unet, encoders, [clip["caption"]], latents[None], given[None], **settings)[0]
-        rows += [encoders.codec.decode(latents.to(unet.device)).cpu().numpy(), frames]
-        labels += [f"real: {clip['caption'] or clip['name']}", f"{task} ({name})"]
-        marks += [[False] * k, given.tolist()]
-
-    samples = {}
-    if prompts:
-        side = args.resolution // encoders.codec.factor
-        nothing = torch.zeros(len(prompts), masks.NUM_FRAMES, encoders.codec.latent_channels, side, side)
-        none_given = torch.zeros(len(prompts), masks.NUM_FRAMES, dtype=torch.bool)
-        samples = dict(zip(prompts, generate(unet, encoders, prompts, nothing, none_given, **settings)))
-        rows += samples.values()
-        labels += samples.keys()
-        marks += [[False] * masks.NUM_FRAMES] * len(samples)
-    return media.sheet(rows, labels, marks=marks), samples
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -405,11 +286,8 @@ def train(args):
         )
     prompts = args.validation_prompts
     if prompts is None:
-        prompts = (
-            stickers.PROMPTS
-            if not args.data
-            else [clip["caption"] for clip in held_out if clip["caption"]][:6]
-        )
+        captions = [clip["caption"] for clip in held_out if clip["caption"]][:6]
+        prompts = captions if args.data else stickers.PROMPTS
 
     # ---- network
     torch.manual_seed(args.seed)
@@ -453,9 +331,8 @@ def train(args):
         if state["latents"] != dataset.folder.name:
             say(f"warning: the stickers in {folder} have changed since: the run goes on with the new ones")
     if main_process:  # what was logged after the checkpoint will be logged again
-        lines = (
-            log_path.read_text().splitlines(keepends=True) if resume is not None and log_path.exists() else []
-        )
+        logged = log_path.read_text() if resume is not None and log_path.exists() else ""
+        lines = logged.splitlines(keepends=True)
         log_path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
 
     network = unet
@@ -491,18 +368,8 @@ def train(args):
             )
             state = dict(schedule=schedule, latents=dataset.folder.name, curriculum=curriculum.state_dict())
             limit = args.checkpoints_total_limit or None
-            save_checkpoint(
-                args.output_dir,
-                step,
-                limit,
-                unet,
-                ema,
-                encoders,
-                scheduler,
-                dict(settings, step=step),
-                tensors,
-                state,
-            )
+            now = dict(settings, step=step)
+            save_checkpoint(args.output_dir, step, limit, unet, ema, encoders, scheduler, now, tensors, state)
         barrier()
 
     @torch.no_grad()
@@ -511,12 +378,11 @@ def train(args):
             return None
         uniform = Curriculum("none", 1).probabilities(0)
         losses = []
-        for i in range(
-            0, VALIDATION_SAMPLES, batch_size
-        ):  # step 0, whenever it is: the same draws every time
+        for i in range(0, VALIDATION_SAMPLES, batch_size):
             indices = range(i, min(i + batch_size, VALIDATION_SAMPLES))
+            always = 0  # step 0, whenever it is: the same draws every time
             batch = data.draw_batch(
-                dataset, held_out, uniform, args.seed, 0, indices, VALIDATION_SAMPLES, args.ddu
+                dataset, held_out, uniform, args.seed, always, indices, VALIDATION_SAMPLES, args.ddu
             )
             losses.append(noise_loss(batch))
         return torch.cat(losses).mean().item()
@@ -540,35 +406,27 @@ def train(args):
     # ---- the loop
     unet.train()
     bar = tqdm(
-        total=args.max_train_steps,
-        initial=step,
-        desc="training",
-        unit="step",
-        disable=not main_process,
-        smoothing=0.05,
+        desc="training", unit="step", total=args.max_train_steps, initial=step, disable=not main_process
     )
     started, since, samples = time.perf_counter(), step, {}
     while step < args.max_train_steps:
         probabilities = curriculum.probabilities(step)
-        loss = torch.zeros((), device=device)  # mean over the global batch
-        lengths = []
+        totals = torch.zeros(2, device=device)  # means over the global batch: loss, k
         for micro in range(micro_steps):
             first = (micro * world + rank) * batch_size
             indices = range(first, first + batch_size)
             batch = data.draw_batch(
                 dataset, clips, probabilities, args.seed, step, indices, global_batch, args.ddu
             )
-            lengths += batch.lengths
             last = micro == micro_steps - 1
             with nullcontext() if world == 1 or last else network.no_sync():
                 micro_loss = noise_loss(batch).mean() / micro_steps
                 scaler.scale(micro_loss).backward()
-            loss += micro_loss.detach()
+            totals[0] += micro_loss.detach()
+            totals[1] += np.mean(batch.lengths) / micro_steps
         if world > 1:
-            dist.all_reduce(loss, dist.ReduceOp.AVG if device.type == "cuda" else dist.ReduceOp.SUM)
-            if device.type != "cuda":  # gloo knows no mean
-                loss /= world
-        loss = loss.item()
+            dist.all_reduce(totals)
+        loss, mean_k = (totals / world).tolist()
         if not math.isfinite(loss):
             kept = list_checkpoints(args.output_dir)
             raise UsageError(f"the loss of step {step + 1} is {loss}: lower --learning_rate, "
@@ -587,7 +445,6 @@ def train(args):
             ema.step(unet.parameters())
         curriculum.update(loss)
         step += 1
-
         bar.update()
 
         last_step = step == args.max_train_steps
@@ -597,7 +454,7 @@ def train(args):
             entry = dict(step=step, loss=loss, learning_rate=learning_rate, grad_norm=grad_norm.item(),
                          clips_per_second=round((step - since) * global_batch / seconds, 2),
                          **{f"p_{task}": p for task, p in zip(TASKS, probabilities.sum(axis=1).tolist())},
-                         mean_k=float(np.mean(lengths)), p_term=terms["p"], i_term=terms["i"],
+                         mean_k=mean_k, p_term=terms["p"], i_term=terms["i"],
                          d_term=terms["d"])  # fmt: skip
             bar.set_postfix(loss=f"{loss:.4f}")
         if last_step or step % args.checkpointing_steps == 0:

@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageDraw
 
 import data
+import keyframes
 import masks
 import media
 from curriculum import LENGTHS, Curriculum
@@ -127,7 +128,7 @@ def test_kmeans_is_as_good_as_scikit_learns():
         n, k = int(rng.integers(8, 60)), int(rng.integers(3, 9))
         centers = rng.normal(0, 3, (k, 20))
         x = centers[rng.integers(k, size=n)] + rng.normal(0, 1, (n, 20))
-        assignment, distances = data.kmeans(x @ x.T, k, np.random.default_rng((0, k)))
+        assignment, distances = keyframes.kmeans(x @ x.T, k, np.random.default_rng((0, k)))
         # the distances are those to the means of the clusters
         means = np.stack([x[assignment == c].mean(axis=0) for c in range(k)])
         np.testing.assert_allclose(distances, ((x[:, None] - means) ** 2).sum(-1), atol=1e-6)
@@ -138,11 +139,11 @@ def test_kmeans_is_as_good_as_scikit_learns():
 
 
 def test_key_frames_are_one_per_scene_in_order_of_time():
-    scenes = np.random.default_rng(0).integers(0, 255, (4, data.THUMBNAIL**2 * 3))
+    scenes = np.random.default_rng(0).integers(0, 255, (4, keyframes.THUMBNAIL**2 * 3))
     order = [2] * 7 + [0] * 1 + [3] * 9 + [1] * 4
     noise = np.random.default_rng(1).integers(-3, 4, (len(order), scenes.shape[1]))
     features = np.clip(scenes[order] + noise, 0, 255).astype(np.uint8)
-    key_frames = data.extract_key_frames(features)
+    key_frames = keyframes.extract_key_frames(features)
     assert list(key_frames) == list(LENGTHS)
     assert [order[i] for i in key_frames[4]] == [2, 0, 3, 1]
     for k, indices in key_frames.items():
@@ -152,15 +153,18 @@ def test_key_frames_are_one_per_scene_in_order_of_time():
 @pytest.mark.parametrize("distinct", [1, 2, 3, 5, 8])
 def test_k_never_exceeds_the_distinct_frames(distinct):
     base = np.random.default_rng(0).integers(0, 255, (distinct, 3072)).astype(np.uint8)
-    key_frames = data.extract_key_frames(np.repeat(base, 4, axis=0))
+    key_frames = keyframes.extract_key_frames(np.repeat(base, 4, axis=0))
     assert list(key_frames) == [k for k in LENGTHS if k <= distinct]
     for k, indices in key_frames.items():
         assert len({i // 4 for i in indices}) == k  # no frame twice, though each stands there four times
 
 
 def test_equal_frames_span_the_clip():
-    assert data.equal_frames(8).tolist() == list(range(8))
-    assert data.equal_frames(40)[[0, -1]].tolist() == [0, 39] and (np.diff(data.equal_frames(40)) > 0).all()
+    assert keyframes.equal_frames(8).tolist() == list(range(8))
+    assert (
+        keyframes.equal_frames(40)[[0, -1]].tolist() == [0, 39]
+        and (np.diff(keyframes.equal_frames(40)) > 0).all()
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ cache
@@ -171,7 +175,7 @@ def test_cached_latents_are_those_of_the_key_frames(folder, tmp_path):
     assert not dataset.dropped and len(dataset.clips) == 12
     for clip in dataset.clips:
         frames, _ = media.read_clip(folder / clip["name"], 16)
-        key_frames = data.extract_key_frames(data.thumbnails(frames))
+        key_frames = keyframes.extract_key_frames(keyframes.thumbnails(frames))
         assert list(clip["key_frames"]) == list(key_frames)
         for k, indices in key_frames.items():
             expected = codec.encode(torch.from_numpy(frames[indices])).numpy()
@@ -180,7 +184,7 @@ def test_cached_latents_are_those_of_the_key_frames(folder, tmp_path):
             )  # half precision on disk
         assert (clip["equal"] is not None) == (len(frames) >= NUM_FRAMES)
         if clip["equal"] is not None:
-            expected = codec.encode(torch.from_numpy(frames[data.equal_frames(len(frames))])).numpy()
+            expected = codec.encode(torch.from_numpy(frames[keyframes.equal_frames(len(frames))])).numpy()
             np.testing.assert_allclose(dataset.read(clip), expected, rtol=1e-3, atol=1e-2)
 
 

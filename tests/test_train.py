@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import masks
 import media
+import pictures
 import stickers
 import train
 from model import SIZES
@@ -38,7 +39,8 @@ def run(folder, cache, tmp_path, monkeypatch):
     """Calls train.main with a toy network; returns the output folder.
     Exits with an error raise SystemExit."""
     monkeypatch.setattr(train, "PRESETS", dict(train.PRESETS))
-    monkeypatch.setattr(train, "generate", shrink(train.PRESETS, toy_sizes := dict(SIZES), train.generate))
+    generate = shrink(train.PRESETS, toy_sizes := dict(SIZES), pictures.generate)
+    monkeypatch.setattr(pictures, "generate", generate)
     monkeypatch.setattr(train, "SIZES", toy_sizes)
 
     def run(name, **more):

@@ -9,7 +9,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import model  # noqa: E402
-import sample  # noqa: E402
+import pictures  # noqa: E402
 import train  # noqa: E402
 
 TOY = dict(block_out_channels=(16, 32), attention_levels=(True, True), layers_per_block=1, head_width=8,
@@ -25,5 +25,5 @@ def shrink(presets, sizes, generate):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    train.generate = shrink(train.PRESETS, model.SIZES, sample.generate)
+    pictures.generate = shrink(train.PRESETS, model.SIZES, pictures.generate)
     train.main()

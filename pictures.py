@@ -1,0 +1,88 @@
+"""
+What a run shows: progress.png (the log as curves) and validation sheets (real stickers above generated ones).
+"""
+
+import json
+import os
+
+import matplotlib
+import torch
+
+import masks
+import media
+from curriculum import TASKS
+from sample import generate
+
+matplotlib.use("Agg")  # no screen needed
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+def plot_progress(log_path, picture_path):
+    """Draws log.jsonl: loss, task probabilities, mean k, and the three terms of Eq. 4."""
+    log = [json.loads(line) for line in log_path.read_text().splitlines()]
+    if not log:
+        return
+    steps = [entry["step"] for entry in log]
+    figure, axes = plt.subplots(2, 2, figsize=(11, 6.5), dpi=100, sharex=True, layout="constrained")
+    panels = {
+        "loss": ["loss", "validation_loss"],
+        "P(task)": [f"p_{task}" for task in TASKS],
+        "mean k of the batch": ["mean_k"],
+        "feedback, Eq. 4": ["p_term", "i_term", "d_term"],
+    }
+    for axis, (title, names) in zip(axes.flat, panels.items()):
+        for name in names:
+            xy = [(entry["step"], entry[name]) for entry in log if name in entry]
+            style = dict(marker="o", linestyle="--") if name == "validation_loss" else dict(linewidth=1)
+            if xy:
+                axis.plot(*zip(*xy), label=name[2:] if name[2:] in TASKS else name, **style)
+        axis.set_title(title)
+        axis.grid(alpha=0.3)
+        if len(names) > 1:
+            axis.legend(fontsize=8)
+    axes[0, 0].set_yscale("log")
+    for axis in axes[1]:
+        axis.set_xlabel("step")
+    axes[1, 0].set_xlim(0, max(steps) + 1)
+    writing = picture_path.with_name("progress.tmp.png")
+    figure.savefig(writing)
+    plt.close(figure)
+    os.replace(writing, picture_path)
+
+
+def validation_sheet(unet, encoders, dataset, clips, prompts, args):
+    """Samples the sheet: for held-out clips the real frames above interpolated, predicted and image-to-video
+    ones (given frames framed), then a row per prompt. Returns (PIL.Image, {prompt: frames})."""
+    settings = dict(seed=args.seed, mixed_precision=args.mixed_precision,
+                    image_guidance_scale=args.image_guidance_scale,
+                    guidance_scale=args.guidance_scale)  # fmt: skip
+    rows, labels, marks = [], [], []
+    tasks = (
+        [("interpolation", "I3"), ("prediction", "P1"), ("image and text to video", "G1")] if args.ddu else []
+    )
+    for i, (task, name) in enumerate(tasks):
+        row = next(row for row in masks.TABLE7 if row.name == name)
+        candidates = [clip for clip in clips if masks.NUM_FRAMES in clip["key_frames"]] or clips
+        if not candidates:
+            continue
+        clip = candidates[i % len(candidates)]
+        k = max(clip["key_frames"])
+        if row not in masks.admissible_rows(row.task, k):
+            continue
+        latents = torch.from_numpy(dataset.read(clip, k))  # (k, C, h, w)
+        given = torch.from_numpy(masks.condition_mask(row, k)[:k])
+        frames = generate(unet, encoders, [clip["caption"]], latents[None], given[None], **settings)[0]
+        rows += [encoders.codec.decode(latents.to(unet.device)).cpu().numpy(), frames]
+        labels += [f"real: {clip['caption'] or clip['name']}", f"{task} ({name})"]
+        marks += [[False] * k, given.tolist()]
+
+    samples = {}
+    if prompts:
+        side = args.resolution // encoders.codec.factor
+        nothing = torch.zeros(len(prompts), masks.NUM_FRAMES, encoders.codec.latent_channels, side, side)
+        none_given = torch.zeros(len(prompts), masks.NUM_FRAMES, dtype=torch.bool)
+        samples = dict(zip(prompts, generate(unet, encoders, prompts, nothing, none_given, **settings)))
+        rows += samples.values()
+        labels += samples.keys()
+        marks += [[False] * masks.NUM_FRAMES] * len(samples)
+    return media.sheet(rows, labels, marks=marks), samples

@@ -41,7 +41,7 @@ class PatchPCA(ModelMixin, ConfigMixin):
     """
 
     # Components are scaled by std ** -WHITENING: 1 makes all equally loud, 0 keeps the spectrum of pixels.
-    WHITENING = 0.75
+    WHITENING = 0.5
     # Standard deviation of the latents. Below 1, because neighbouring patches and frames say the same thing
     # many times over: at 1 the colour of a sticker shines through the noise of the last diffusion step, and
     # the network reads it there instead of in the text.
@@ -53,7 +53,6 @@ class PatchPCA(ModelMixin, ConfigMixin):
         pixels = 3 * patch_size**2
         self.register_buffer("encoder_weight", torch.zeros(latent_channels, pixels, 1, 1))
         self.register_buffer("encoder_bias", torch.zeros(latent_channels))
-        self.register_buffer("std", torch.ones(latent_channels))  # of each latent channel
         self.register_buffer("decoder_weight", torch.zeros(pixels, latent_channels, 3, 3))
         self.register_buffer("decoder_bias", torch.zeros(pixels))
 
@@ -90,7 +89,6 @@ class PatchPCA(ModelMixin, ConfigMixin):
             vectors.flip(1)[:, : self.latent_channels].T * top.pow(-self.WHITENING / 2)[:, None]
         )  # (C, P)
         weight *= self.STD / ((x - mean) @ weight.T).square().mean().sqrt().clamp_min(1e-6)
-        self.std.copy_(((x - mean) @ weight.T).square().mean(dim=0).sqrt())
         self.encoder_weight.copy_(weight[:, :, None, None])
         self.encoder_bias.copy_(-weight @ mean)
 

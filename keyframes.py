@@ -1,5 +1,5 @@
 """
-Clustering-based extraction (section 4.2, Figure 3): a clip of any length becomes k frames, for each k in 3..8.
+Clustering-based extraction (section 4.2, Figure 3): a clip of any length becomes k frames, k = 3..8.
 
     features = thumbnails(frames)                # what is compared: 32 x 32 pixels
     key_frames = extract_key_frames(features)    # {3: indices (3,), 4: indices (4,), ... 8: indices (8,)}

@@ -217,11 +217,11 @@ class DFGN(ModelMixin, ConfigMixin):
     cross_attention_dim: width of the shared text space; clip_dim, t5_dim: widths of the two text encoders
     temporal: "sti", or "conv3d" for the ablation of Table 3
     sti_heads, sti_head_width, sti_gamma: Table 6 and section 3.1
-    noise_skip: None, or the standard deviation sigma of each latent channel. Then the network predicts what
-        is left of the noise after the best linear guess from the noisy latents of the same place,
-        x_t sqrt(1 - alpha_t) / (alpha_t sigma^2 + 1 - alpha_t). At large t the noise is all but x_t, and an
-        error of a few per cent there ruins a sample: a short training does not get a deep network to copy
-        that well. Ours, not the paper's; `full` goes without.
+    noise_skip: None, or the standard deviation sigma of the latents. Then the network predicts what is left of the
+        noise after the best linear guess from the noisy latents of the same place,
+        x_t sqrt(1 - alpha_t) / (alpha_t sigma^2 + 1 - alpha_t). At large t the noise is all but x_t, and an error
+        of a few per cent there ruins a sample: a short training does not get a deep network to copy that well.
+        Ours, not the paper's; `full` goes without.
     """
 
     @register_to_config
@@ -310,9 +310,9 @@ class DFGN(ModelMixin, ConfigMixin):
         self.conv_out = nn.Conv2d(width, latent_channels, kernel_size=3, padding=1)
 
         if noise_skip is not None:
-            alpha = make_scheduler().alphas_cumprod[:, None]  # (1000, 1)
-            gain = (1 - alpha).sqrt() / (alpha * torch.tensor(noise_skip) ** 2 + 1 - alpha)
-            self.register_buffer("noise_gain", gain, persistent=False)  # (1000, C)
+            alpha = make_scheduler().alphas_cumprod  # (1000,)
+            gain = (1 - alpha).sqrt() / (alpha * noise_skip**2 + 1 - alpha)
+            self.register_buffer("noise_gain", gain, persistent=False)
 
         self.gradient_checkpointing = False
         self.initialize()
@@ -400,8 +400,8 @@ class DFGN(ModelMixin, ConfigMixin):
 
         h = self.conv_out(F.silu(self.conv_norm_out(h)))  # (N, C, H, W)
         if self.config.noise_skip is not None:
-            gain = self.noise_gain[timestep][frames.clip]  # (N, C)
-            h = h.float() + gain[:, :, None, None] * frames.pack(noisy)
+            gain = self.noise_gain[timestep][frames.clip]  # (N,)
+            h = h.float() + gain[:, None, None, None] * frames.pack(noisy)
         return frames.unpack(h)  # (B, F, C, H, W)
 
 

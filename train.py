@@ -16,7 +16,6 @@ import math
 import os
 import sys
 import time
-from collections import Counter
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -54,7 +53,7 @@ LOG_EVERY = 10  # steps
 ADAM = dict(betas=(0.9, 0.999), weight_decay=0.01)
 # The gate of a temporal layer is one number that starts at zero:
 # at the weights' own rate it would open too late.
-ALPHA_LR = 30
+ALPHA_LR = 10
 MAX_GRAD_NORM = 1.0
 EMA_DECAY, EMA_POWER = 0.9999, 0.75  # the decay warms up as 1 - (1 + step) ** -EMA_POWER
 VALIDATION_SAMPLES = 64  # held-out samples behind the validation loss
@@ -296,7 +295,7 @@ def train(args):
         clip_dim=encoders.clip.width,
         t5_dim=encoders.t5.width,
         temporal=args.temporal,
-        noise_skip=None if args.preset == "full" else encoders.codec.std.tolist(),
+        noise_skip=None if args.preset == "full" else encoders.codec.STD,
         **SIZES[args.preset],
     ).to(device, memory_format=torch.channels_last)
     if args.gradient_checkpointing:

@@ -32,7 +32,6 @@ def test_codec_round_trip_and_scale():
         latents = codec.encode(unseen)
         assert latents.shape == (40, channels, 8, 8)
         assert codec.encode(frames).std() == pytest.approx(PatchPCA.STD, rel=0.1)
-        torch.testing.assert_close(codec.encode(frames).std(dim=(0, 2, 3)), codec.std, rtol=0.02, atol=0)
         decoded = codec.decode(latents)
         assert decoded.shape == unseen.shape and decoded.dtype == torch.uint8
         quality.append(psnr(decoded, unseen))

@@ -43,7 +43,7 @@ from pictures import plot_progress, validation_sheet
 COLUMNS = ("resolution", "max_train_steps", "train_batch_size", "learning_rate", "lr_scheduler",
            "lr_warmup_steps", "guidance_scale", "image_guidance_scale")  # fmt: skip
 ROWS = {
-    "tiny":  (64,   1900,  8, 1.0e-3, "cosine",                 50, 3.0, 1.5),
+    "tiny":  (64,    800,  8, 1.0e-3, "cosine",                 50, 3.0, 1.5),
     "small": (128, 50000, 16, 2.0e-4, "cosine",                500, 5.0, 2.0),
     "full":  (256, 50000,  1, 1.0e-5, "constant_with_warmup", 1000, 7.5, 7.5),
 }  # fmt: skip
@@ -53,7 +53,7 @@ LOG_EVERY = 10  # steps
 ADAM = dict(betas=(0.9, 0.999), weight_decay=0.01)
 # The gate of a temporal layer is one number that starts at zero:
 # at the weights' own rate it would open too late.
-ALPHA_LR = 10
+ALPHA_LR = 30
 MAX_GRAD_NORM = 1.0
 EMA_DECAY, EMA_POWER = 0.9999, 0.75  # the decay warms up as 1 - (1 + step) ** -EMA_POWER
 VALIDATION_SAMPLES = 64  # held-out samples behind the validation loss

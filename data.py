@@ -37,9 +37,7 @@ from keyframes import equal_frames, extract_key_frames, thumbnails
 from masks import NUM_FRAMES
 
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.1, 500  # of a user's folder, for validation
-HASH_PROBABILITY = (
-    0.2  # chance that a word of a caption becomes "#" (section 3.2; the value is the released code's)
-)
+HASH_PROBABILITY = 0.2  # that a word of a caption becomes "#" (section 3.2; the value is the released code's)
 NUM_TIMESTEPS = 1000  # diffusion steps (Table 6)
 MIN_FRAMES = LENGTHS[0]  # distinct frames that a clip needs
 CACHE_VERSION = 1  # raise it when key frames or the layout of the cache change

@@ -103,7 +103,7 @@ class PatchPCA(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def encode(self, frames):
-        """frames uint8 (N, R, R, 3) -> latents float32 (N, C, R/f, R/f), of about unit variance"""
+        """frames uint8 (N, R, R, 3) -> latents float32 (N, C, R/f, R/f), of about STD"""
         return F.conv2d(self._patches(frames), self.encoder_weight, self.encoder_bias)
 
     @torch.no_grad()

@@ -217,11 +217,11 @@ class DFGN(ModelMixin, ConfigMixin):
     cross_attention_dim: width of the shared text space; clip_dim, t5_dim: widths of the two text encoders
     temporal: "sti", or "conv3d" for the ablation of Table 3
     sti_heads, sti_head_width, sti_gamma: Table 6 and section 3.1
-    noise_skip: None, or the standard deviation sigma of the latents. Then the network predicts what is left of
-        the noise after the best linear guess from the noisy latents of the same place,
+    noise_skip: None, or the standard deviation sigma of the latents. Then the network predicts what is left
+        of the noise after the best linear guess from the noisy latents of the same place,
         x_t sqrt(1 - alpha_t) / (alpha_t sigma^2 + 1 - alpha_t). At large t the noise is all but x_t, and an
-        error of a few per cent there ruins a sample: a short training does not get a deep network to copy that
-        well. Ours, not the paper's; `full` goes without.
+        error of a few per cent there ruins a sample: a short training does not get a deep network to copy
+        that well. Ours, not the paper's; `full` goes without.
     """
 
     @register_to_config

@@ -50,7 +50,7 @@ def guidance_weights(has_image, has_text, image_guidance_scale, guidance_scale):
     return {key: weight for key, weight in weights.items() if abs(weight) > 1e-9}
 
 
-def guided_noise(unet, noisy, given, timestep, text, null_text, weights, valid=None):
+def guided_noise(unet, noisy, given, timestep, text, null_text, weights):
     """Sums the noise predictions as `guidance_weights` says;
     all conditions of a step go through the network as one batch.
 
@@ -63,8 +63,7 @@ def guided_noise(unet, noisy, given, timestep, text, null_text, weights, valid=N
     batch_text = tuple(torch.cat(parts) for parts in zip(*texts))
     batch_given = torch.cat([given if with_image else torch.zeros_like(given) for with_image, _ in weights])
     timesteps = torch.full((n * len(noisy),), int(timestep), device=noisy.device)
-    batch_valid = None if valid is None else valid.repeat(n, 1)
-    noise = unet(noisy.repeat(n, 1, 1, 1, 1), batch_given, timesteps, batch_text, batch_valid).float()
+    noise = unet(noisy.repeat(n, 1, 1, 1, 1), batch_given, timesteps, batch_text).float()
     return sum(weight * e for weight, e in zip(weights.values(), noise.chunk(n)))
 
 

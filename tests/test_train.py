@@ -2,7 +2,6 @@
 and the real commands at toy size."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -230,9 +229,8 @@ def test_a_loss_that_is_no_number_stops_the_run(run, capsys, monkeypatch, tmp_pa
 # -------------------------------------------------------------------------------- processes and real commands
 
 
-def command(*words, **environment):
-    result = subprocess.run([str(word) for word in words], capture_output=True, text=True, cwd=ROOT,
-                            env={**os.environ, **environment})  # fmt: skip
+def command(*words):
+    result = subprocess.run([str(word) for word in words], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 

@@ -5,10 +5,12 @@ What a run leaves on disk.
                                 model_index.json            what sample.py reads
                                 optimizer.pt, state.json    what resuming needs besides
     output_dir/                 at the end: unet/ (EMA weights where EMA is on), codec/, scheduler/,
-                                model_index.json
+                                model_index.json, README.md (the model card)
 
 A folder is written under a temporary name and renamed when it is whole,
-so whatever carries its final name can be trusted.
+so whatever carries its final name can be trusted. Weights and optimizer state are stored whole, under the names
+of the U-Net's parameters, however many ranks they were spread over: any number of ranks can go on from them.
+Functions that take `main_process` are called by every rank; only that one writes.
 """
 
 import json
@@ -18,34 +20,44 @@ import shutil
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
+from encoders import EncoderError, load_pretrained
 from model import DFGN
+from optim import with_average
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-def with_ema(unet, ema, function):
-    """Calls `function` while the U-Net holds the averaged weights; without EMA (None) just calls it."""
-    if ema is None:
-        return function()
-    ema.store(unet.parameters())
-    ema.copy_to(unet.parameters())
-    try:
-        return function()
-    finally:
-        ema.restore(unet.parameters())
+def write_unet(folder, unet, main_process):
+    """unet/ as `DFGN.from_pretrained` reads it."""
+    weights = get_model_state_dict(unet, options=WHOLE)
+    if main_process:
+        folder.mkdir(parents=True)
+        config = json.loads(unet.to_json_string()) | dict(_class_name="DFGN")  # sharding renames the class
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        save_file({name: w.contiguous() for name, w in weights.items()}, folder / WEIGHTS, dict(format="pt"))
 
 
-def write_model(folder, unet, encoders, scheduler, settings):
-    """A diffusers-style folder that `sample.load` and `DFGN.from_pretrained` read."""
-    unet.save_pretrained(folder / "unet")
+def write_index(folder, encoders, scheduler, settings):
+    """What a diffusers-style folder holds besides the U-Net. Pre-trained encoders are named, not copied."""
     scheduler.save_pretrained(folder / "scheduler")
     encoders.save(folder)
     index = dict(
         _class_name="RDTF",
         unet=["model", "DFGN"],
         scheduler=["diffusers", "DDIMScheduler"],
-        codec=["encoders", type(encoders.codec).__name__],
-        clip=["encoders", type(encoders.clip).__name__],
-        t5=["encoders", type(encoders.t5).__name__],
+        **encoders.sources(),
         **settings,
     )
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
@@ -59,31 +71,38 @@ def list_checkpoints(output_dir):
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
-def save_checkpoint(output_dir, step, limit, unet, ema, encoders, scheduler, settings, tensors, state):
+def save_checkpoint(
+    output_dir, step, limit, unet, average, optimizer, encoders, scheduler, settings, tensors, state, main_process
+):
     """Writes output_dir/checkpoint-{step} and then deletes the oldest beyond `limit` (None = keep all).
 
-    tensors: state dicts with tensors in them (optimizer, gradient scaler); state: what JSON can hold.
+    average: the averaged weights, or None; tensors: further state dicts with tensors in them; state: what JSON
+    can hold
     """
     final = Path(output_dir) / f"checkpoint-{step}"
     writing = final.with_name(final.name + ".tmp")
-    shutil.rmtree(writing, ignore_errors=True)
-    writing.mkdir(parents=True)
-    write_model(writing, unet, encoders, scheduler, settings)
-    if ema is not None:
-        with_ema(unet, ema, lambda: unet.save_pretrained(writing / "unet_ema"))
-        state = dict(state, ema_step=ema.optimization_step)
-    torch.save(tensors, writing / "optimizer.pt")
+    if main_process:
+        shutil.rmtree(writing, ignore_errors=True)
+        writing.mkdir(parents=True)
+    write_unet(writing / "unet", unet, main_process)
+    if average is not None:
+        average.applied(unet, lambda: write_unet(writing / "unet_ema", unet, main_process))
+        state = dict(state, ema_step=average.ema.optimization_step)
+    moments = get_optimizer_state_dict(unet, optimizer, options=WHOLE)
+    if not main_process:
+        return
+    write_index(writing, encoders, scheduler, settings)
+    torch.save(dict(tensors, optimizer=moments), writing / "optimizer.pt")
     (writing / "state.json").write_text(json.dumps(dict(state, step=step), indent=2) + "\n")
     shutil.rmtree(final, ignore_errors=True)
     os.rename(writing, final)
     if limit is not None:
         for _, old in list_checkpoints(output_dir)[:-limit]:
             shutil.rmtree(old)
-    return final
 
 
-def load_checkpoint(path, unet, ema):
-    """Puts the weights of a checkpoint into `unet` and `ema` (or None).
+def load_checkpoint(path, unet, average, optimizer):
+    """Puts a checkpoint into `unet`, `average` (or None) and `optimizer`, on however many ranks.
     Returns (tensors, state) as they were saved.
 
     Raises ValueError if the checkpoint is of another network, OSError if a part of it is missing."""
@@ -94,23 +113,60 @@ def load_checkpoint(path, unet, ema):
             raise ValueError(
                 f"{path} is of another size: its {name} is {saved.get(name)}, here it is {unet.config[name]}."
             )
-    unet.load_state_dict(DFGN.from_pretrained(path / "unet", low_cpu_mem_usage=False).state_dict())
-    if ema is not None:
-        averaged = DFGN.from_pretrained(path / "unet_ema", low_cpu_mem_usage=False)
-        ema.shadow_params = [p.detach().clone().to(unet.device) for p in averaged.parameters()]
-        ema.optimization_step = state["ema_step"]
-    return torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True), state
+    options = StateDictOptions(full_state_dict=True)
+    if average is not None:
+        set_model_state_dict(unet, load_file(path / "unet_ema" / WEIGHTS), options=options)
+        average.load(unet, state["ema_step"])
+    set_model_state_dict(unet, load_file(path / "unet" / WEIGHTS), options=options)
+    tensors = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+    set_optimizer_state_dict(unet, optimizer, tensors.pop("optimizer"), options=options)
+    return tensors, state
 
 
-def write_finished(output_dir, unet, ema, encoders, scheduler, settings):
-    """Turns `output_dir` itself into the finished folder, with the averaged weights where there are any."""
+def start_from_spatial(unet, source):
+    """--init_unet: puts a Stable Diffusion 2.x U-Net (folder or hub id) into the spatial part of `unet`.
+
+    The input channels of the given frames start at zero, temporal layers at identity (alpha = 0), and so does the
+    projection of CLIP states where the widths agree: at step 0 the network is that U-Net, frame by frame.
+    Raises EncoderError if it cannot be loaded or has other shapes."""
+
+    def load(source, subfolder):
+        return UNet2DConditionModel.from_pretrained(
+            source, subfolder=subfolder, use_safetensors=True, low_cpu_mem_usage=False
+        )
+
+    spatial = load_pretrained("--init_unet", source, ("unet",), load).state_dict()
+    own = unet.state_dict()
+    channels = spatial["conv_in.weight"].shape[1]
+    if channels == unet.config.latent_channels:
+        spatial["conv_in.weight"] = F.pad(spatial["conv_in.weight"], (0, 0, 0, 0, 0, channels))
+    for name, weight in spatial.items():
+        if name not in own or own[name].shape != weight.shape:
+            theirs, ours = tuple(weight.shape), tuple(own[name].shape) if name in own else "absent"
+            raise EncoderError(
+                f"--init_unet {source} does not fit this --preset and --vae: its {name} is {theirs}, here it is "
+                f"{ours}. `full` takes the U-Net of a Stable Diffusion 2.x model."
+            )
+    if unet.config.clip_dim == unet.config.cross_attention_dim:
+        spatial["clip_projection.weight"] = torch.eye(unet.config.clip_dim)
+        spatial["clip_projection.bias"] = torch.zeros(unet.config.clip_dim)
+    unet.load_state_dict(spatial, strict=False)
+
+
+def write_finished(output_dir, unet, average, encoders, scheduler, settings, card, main_process):
+    """Turns `output_dir` itself into the finished folder, with the averaged weights where there are any.
+    card: the text of its README.md"""
     writing = Path(output_dir) / "finished.tmp"
-    shutil.rmtree(writing, ignore_errors=True)
-    writing.mkdir(parents=True)
-    with_ema(unet, ema, lambda: write_model(writing, unet, encoders, scheduler, settings))
-    for part in sorted(
-        writing.iterdir(), key=lambda part: part.is_file()
-    ):  # model_index.json last: with it the folder is whole
+    if main_process:
+        shutil.rmtree(writing, ignore_errors=True)
+        writing.mkdir(parents=True)
+    with_average(average, unet, lambda: write_unet(writing / "unet", unet, main_process))
+    if not main_process:
+        return
+    write_index(writing, encoders, scheduler, settings)
+    (writing / "README.md").write_text(card)
+    order = sorted(writing.iterdir(), key=lambda part: (part.name == "model_index.json", part.name))
+    for part in order:  # model_index.json last: with it the folder is whole
         final = Path(output_dir) / part.name
         if final.is_dir():
             shutil.rmtree(final)

@@ -1,28 +1,21 @@
 """
-A folder of stickers -> captions, key frames, cached latents, batches.
+A folder of stickers -> latents on disk -> batches.
 
     python data.py stickers/                          what would be used, what is dropped and why
     python data.py stickers/ --preview sheet.png      the same, with a histogram of lengths and a sheet
                                                       of key frames
+    python data.py stickers/ --encode --vae DIR_OR_ID --resolution 256
+                                                      encode every key frame into the latent cache, which
+                                                      train.py reads (it would encode what is missing itself)
 
-    sticker folder    captions from metadata.jsonl / metadata.csv, or NAME.txt beside NAME.gif
-    key frames        clustering-based frame extraction (section 4.2, Figure 3), for every k in 3..8
-    latent cache      every frame that training can ask for, encoded once, memory-mapped
-    batches           clip, task, k, row, dropout, "#", timestep and noise,
-                      drawn for (seed, step, index of the sample)
+A batch is clips, tasks, k, rows, dropout, "#", timesteps and noise, drawn for (seed, step, index of the sample).
 """
 
 import argparse
-import csv
-import hashlib
-import json
 import os
-import shutil
 import sys
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
-from functools import lru_cache, partial
-from pathlib import Path
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -32,260 +25,14 @@ from tqdm import tqdm
 
 import masks
 import media
+from cache import default_cache, open_dataset
 from curriculum import LENGTHS, TASKS
-from keyframes import equal_frames, extract_key_frames, thumbnails
+from encoders import EncoderError, PretrainedVAE
+from folder import Clip, DataError, load_clips, scan_folder
 from masks import NUM_FRAMES
 
-HELD_OUT_SHARE, HELD_OUT_MOST = 0.1, 500  # of a user's folder, for validation
 HASH_PROBABILITY = 0.2  # that a word of a caption becomes "#" (section 3.2; the value is the released code's)
 NUM_TIMESTEPS = 1000  # diffusion steps (Table 6)
-MIN_FRAMES = LENGTHS[0]  # distinct frames that a clip needs
-CACHE_VERSION = 1  # raise it when key frames or the layout of the cache change
-
-# ------------------------------------------------------------------------------------------------------------
-# The folder
-
-
-class DataError(ValueError):
-    """Bad data in one sentence that names the folder or file and the way out."""
-
-
-class Sticker(NamedTuple):
-    path: Path
-    name: str  # path relative to the folder, with forward slashes
-    caption: str  # may be empty
-    split: str  # "train" or "validation"
-
-
-def read_metadata(folder):
-    """The entries of metadata.jsonl or metadata.csv. Returns ({name: entry}, [(where, reason)])."""
-    entries, problems = {}, []
-    jsonl, table = folder / "metadata.jsonl", folder / "metadata.csv"
-    if jsonl.exists():
-        lines = enumerate(jsonl.read_text(encoding="utf-8", errors="replace").splitlines(), start=1)
-        rows = [(f"{jsonl.name} line {number}", line) for number, line in lines if line.strip()]
-    elif table.exists():
-        with open(table, newline="", encoding="utf-8", errors="replace") as file:
-            rows = [
-                (f"{table.name} row {number}", row)
-                for number, row in enumerate(csv.DictReader(file), start=2)
-            ]
-    else:
-        rows = []
-    for where, row in rows:
-        try:
-            entry = json.loads(row) if isinstance(row, str) else row
-            name = Path(entry["file_name"]).as_posix()
-        except (ValueError, KeyError, TypeError):
-            problems.append((where, "has no usable file_name: each entry needs file_name and text"))
-            continue
-        if not (folder / name).resolve().is_relative_to(folder.resolve()):
-            problems.append((name, f"{where} points outside of the folder"))
-        elif not (folder / name).is_file():
-            problems.append((name, f"{where} names it, but there is no such file"))
-        else:
-            entries[name] = entry
-    return entries, problems
-
-
-def scan_folder(folder):
-    """Finds the stickers of a folder and its subfolders, with captions, in the order of their names.
-
-    Returns (stickers, problems); problems are pairs (name, reason) for entries that cannot be used. Nothing
-    is decoded. A metadata entry may set "split" to "train" or "validation"; otherwise the tenth of the files
-    (at most 500) whose names hash lowest is validation. Raises DataError if the folder is missing or holds no
-    sticker file.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder: give --data a folder of stickers.")
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in media.SUFFIXES and p.is_file())
-    if not paths:
-        raise DataError(
-            f"{folder} holds no sticker: looked, in its subfolders too, "
-            f"for files that end in {', '.join(media.SUFFIXES)}."
-        )
-    entries, problems = read_metadata(folder)
-
-    names = [path.relative_to(folder).as_posix() for path in paths]
-    by_hash = sorted(names, key=lambda name: hashlib.sha256(name.encode(errors="surrogateescape")).digest())
-    held_out = set(by_hash[: min(HELD_OUT_MOST, int(HELD_OUT_SHARE * len(names)))])
-
-    stickers = []
-    for path, name in zip(paths, names):
-        entry, sidecar = entries.get(name, {}), path.with_suffix(".txt")
-        caption = entry.get("text") or entry.get("caption") or ""
-        if not caption and sidecar.is_file():
-            caption = sidecar.read_text(encoding="utf-8", errors="replace")
-        split = entry.get("split")
-        if split not in ("train", "validation"):
-            split = "validation" if name in held_out else "train"
-        stickers.append(Sticker(path, name, " ".join(str(caption).split()), split))
-    return stickers, problems
-
-
-# ------------------------------------------------------------------------------------------------------------
-# One sticker
-
-
-class Clip(NamedTuple):
-    """The frames of one sticker that training can ask for."""
-
-    pixels: np.ndarray  # uint8 (M, R, R, 3), M <= 41
-    key_frames: dict  # {k: positions in `pixels`}
-    equal: np.ndarray  # 8 positions in `pixels`, or None for a clip of fewer than 8 frames
-    count: int  # frames in the file
-
-
-def load_clip(sticker, resolution):
-    """Decodes one sticker. Returns a Clip, or the reason (str) for dropping it;
-    nothing that a file holds raises."""
-    try:
-        frames, _ = media.read_clip(sticker.path, resolution)
-    except media.MediaError as error:
-        return str(error)
-    key_frames = extract_key_frames(thumbnails(frames))
-    if not key_frames:
-        return f"fewer than {MIN_FRAMES} distinct frames (it has {len(frames)} in all)"
-    equal = equal_frames(len(frames)) if len(frames) >= NUM_FRAMES else None
-    wanted = np.unique(np.concatenate([*key_frames.values(), *([] if equal is None else [equal])]))
-    place = {frame: i for i, frame in enumerate(wanted)}
-    key_frames = {k: np.array([place[f] for f in indices]) for k, indices in key_frames.items()}
-    equal = None if equal is None else np.array([place[f] for f in equal])
-    return Clip(frames[wanted], key_frames, equal, len(frames))
-
-
-def load_clips(stickers, resolution, num_workers, description):
-    """Yields load_clip for each sticker, in order, from `num_workers` processes (0 = this one),
-    with a progress bar."""
-    load = partial(load_clip, resolution=resolution)
-    bar = partial(tqdm, total=len(stickers), desc=description, unit="file", disable=not sys.stderr.isatty())
-    if num_workers == 0:
-        yield from bar(map(load, stickers))
-        return
-    with ProcessPoolExecutor(num_workers) as pool:
-        yield from bar(pool.map(load, stickers, chunksize=4))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The latent cache
-
-
-class LatentDataset:
-    """Latents of all frames that training can ask for, memory-mapped from disk.
-
-    clips: list of dicts with name, caption, split, count, start (first row), key_frames {k: rows},
-        equal (rows or None)
-    latents: float16 (rows, C, h, w)
-    """
-
-    def __init__(self, folder, stickers):
-        index = json.loads((folder / "index.json").read_text())
-        self.folder, self.dropped = folder, index["dropped"]
-        self.latents = np.load(folder / "latents.npy", mmap_mode="r")
-        by_name = {sticker.name: sticker for sticker in stickers}
-        # Captions and splits are read afresh each time: they may change without making a latent stale.
-        self.clips = [
-            dict(
-                clip,
-                caption=by_name[clip["name"]].caption,
-                split=by_name[clip["name"]].split,
-                key_frames={int(k): np.array(rows) for k, rows in clip["key_frames"].items()},
-            )
-            for clip in index["clips"]
-        ]
-
-    def split(self, name, ddu=True):
-        """The clips of "train" or "validation".
-        Without dual masks (`ddu`) clips of fewer than 8 frames are dropped."""
-        return [clip for clip in self.clips if clip["split"] == name and (ddu or clip["equal"] is not None)]
-
-    def read(self, clip, k=None):
-        """The k key frames of a clip, or with k None its equally spaced ones:
-        latents float32 (k | 8, C, h, w)."""
-        rows = np.asarray(clip["equal"] if k is None else clip["key_frames"][k])
-        return np.asarray(self.latents[clip["start"] + rows], dtype=np.float32)
-
-
-def default_cache():
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rdtf"
-
-
-def file_digest(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def fit_codec(codec, stickers, resolution, num_workers, most_clips=384, frames_per_clip=4):
-    """Fits a codec that learns from the stickers (PatchPCA) to an even selection of the training files."""
-    train = [sticker for sticker in stickers if sticker.split == "train"]
-    chosen = (
-        [train[i] for i in np.unique(np.linspace(0, len(train) - 1, most_clips).astype(int))] if train else []
-    )
-    clips = [
-        clip
-        for clip in load_clips(chosen, resolution, num_workers, "fitting the codec")
-        if isinstance(clip, Clip)
-    ]
-    if not clips:
-        raise DataError("none of the stickers can be used: `python data.py FOLDER` says why for each file.")
-    frames = [
-        clip.pixels[np.linspace(0, len(clip.pixels) - 1, frames_per_clip).astype(int)] for clip in clips
-    ]
-    codec.fit(torch.from_numpy(np.concatenate(frames)))
-
-
-def build_cache(folder, stickers, codec, resolution, num_workers):
-    """Decodes and encodes every sticker into `folder`: latents.npy and index.json.
-    Written under a temporary name."""
-    building = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    building.mkdir(parents=True)
-    try:
-        clips, dropped, rows = [], [], 0
-        raw_path = building / "latents.raw"  # the number of rows is known only at the end
-        with open(raw_path, "wb") as raw:
-            loaded = load_clips(stickers, resolution, num_workers, "encoding stickers")
-            for sticker, clip in zip(stickers, loaded):
-                if not isinstance(clip, Clip):
-                    dropped.append((sticker.name, clip))
-                    continue
-                latents = codec.encode(torch.from_numpy(clip.pixels)).cpu().numpy().astype(np.float16)
-                raw.write(latents.tobytes())
-                key_frames = {k: places.tolist() for k, places in clip.key_frames.items()}
-                equal = None if clip.equal is None else clip.equal.tolist()
-                clips.append(
-                    dict(name=sticker.name, count=clip.count, start=rows, key_frames=key_frames, equal=equal)
-                )
-                rows += len(latents)
-        if not clips:
-            raise DataError(
-                "none of the stickers can be used: `python data.py FOLDER` says why for each file."
-            )
-        out = np.lib.format.open_memmap(
-            building / "latents.npy", mode="w+", dtype=np.float16, shape=(rows, *latents.shape[1:])
-        )
-        out[:] = np.memmap(raw_path, dtype=np.float16, mode="r", shape=out.shape)
-        out.flush()
-        raw_path.unlink()
-        (building / "index.json").write_text(json.dumps(dict(clips=clips, dropped=dropped)))
-        os.rename(building, folder)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
-
-
-def open_dataset(stickers, codec, resolution, cache_dir, num_workers=0):
-    """The latent cache of these stickers under this codec, built if it is missing. The key is made of the
-    names and the contents of the files, the codec and the resolution, so a stale cache is never read. Raises
-    DataError if no file is usable."""
-    key = hashlib.sha256(f"{CACHE_VERSION} {codec.identity} {resolution}".encode())
-    for sticker in stickers:
-        key.update(f"{sticker.name!r} {file_digest(sticker.path)}".encode())
-    folder = Path(cache_dir) / f"latents-{key.hexdigest()[:20]}"
-    if not folder.exists():
-        build_cache(folder, stickers, codec, resolution, num_workers)
-    return LatentDataset(folder, stickers)
-
 
 # ------------------------------------------------------------------------------------------------------------
 # Batches: everything random is drawn for (seed, step, index of the sample in the global batch)
@@ -325,7 +72,7 @@ def draw_sample(dataset, clips, probabilities, seed, step, index, global_batch, 
         level = rng.choice(probabilities.size, p=probabilities.flatten())
         task, k = TASKS[level // len(LENGTHS)], LENGTHS[level % len(LENGTHS)]
         k = min(
-            k, max(clip["key_frames"])
+            k, clip.longest
         )  # a clip of few distinct frames: k shrinks first, then the row is drawn
         row = masks.draw_row(task, k, rng)
         frames = dataset.read(clip, k)
@@ -334,7 +81,7 @@ def draw_sample(dataset, clips, probabilities, seed, step, index, global_batch, 
         frames = dataset.read(clip)
 
     keep_text, keep_image = masks.draw_dropout(rng)
-    caption = hash_words(clip["caption"], rng) if row.text and keep_text else ""
+    caption = hash_words(clip.caption, rng) if row.text and keep_text else ""
     given = masks.condition_mask(row, k) & keep_image
     latents = np.zeros((NUM_FRAMES, *frames.shape[1:]), np.float32)
     latents[:k] = frames
@@ -349,6 +96,19 @@ def draw_batch(dataset, clips, probabilities, seed, step, indices, global_batch,
     latents, noise, timesteps, given, valid, captions, tasks, lengths = zip(*samples)
     tensors = (torch.from_numpy(np.stack(x)) for x in (latents, noise, timesteps, given, valid))
     return Batch(*tensors, list(captions), list(tasks), list(lengths))
+
+
+def fit_codec(codec, stickers, resolution, num_workers, most_clips=384, frames_per_clip=4):
+    """Fits a codec that learns from the stickers (PatchPCA) to an even selection of the training files."""
+    train = [sticker for sticker in stickers if sticker.split == "train"]
+    chosen = [train[i] for i in np.unique(np.linspace(0, len(train) - 1, most_clips).astype(int))] if train else []
+    loaded = tqdm(load_clips(chosen, resolution, num_workers), "fitting the codec", len(chosen), unit="file",
+                  disable=not sys.stderr.isatty())  # fmt: skip
+    clips = [clip for clip in loaded if isinstance(clip, Clip)]
+    if not clips:
+        raise DataError("none of the stickers can be used: `python data.py FOLDER` says why for each file.")
+    frames = [clip.pixels[np.linspace(0, len(clip.pixels) - 1, frames_per_clip).astype(int)] for clip in clips]
+    codec.fit(torch.from_numpy(np.concatenate(frames)))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -379,32 +139,46 @@ def preview(clips, captions, counts):
     return picture
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description="Say which stickers of a folder would be used, and why others would not."
-    )
-    parser.add_argument("folder", help="folder of stickers")
-    parser.add_argument(
-        "--preview", metavar="FILE.png", help="write a histogram of lengths and a sheet of key frames"
-    )
-    parser.add_argument(
-        "--resolution", type=int, default=96, help="side of the frames in the preview, in pixels"
-    )
-    parser.add_argument(
-        "--num_workers", type=int, default=os.cpu_count() or 1, help="decoding processes, 0 = this one alone"
-    )
+def parse_args():
+    parser = argparse.ArgumentParser(description="Say what of a folder of stickers is used, and encode it.")
+    # fmt: off
+    add = parser.add_argument
+    add("folder", help="folder of stickers")
+    add("--preview", metavar="FILE.png", help="write a histogram of lengths and a sheet of key frames")
+    add("--encode", action="store_true", help="encode every key frame into the latent cache that train.py reads")
+    add("--vae", metavar="DIR_OR_ID", help="the VAE to encode with: a folder or a hub id")
+    add("--resolution", type=int, help="side of the frames in pixels (default: 256 with --encode, else 96)")
+    add("--cache_dir", help=f"where latents are kept (default: {default_cache()})")
+    add("--num_workers", type=int, default=os.cpu_count() or 1, help="decoding processes, 0 = this one alone")
+    # fmt: on
     args = parser.parse_args()
-    try:
-        stickers, problems = scan_folder(args.folder)
-        if args.preview:
-            media.check_suffix(args.preview)
-    except ValueError as error:
-        parser.exit(2, f"data.py: {error}\n")
+    args.resolution = args.resolution or (256 if args.encode else 96)
+    if args.encode and not args.vae:
+        parser.error("--encode needs --vae: the built-in codec is fitted, and its latents encoded, by train.py.")
+    if args.preview:
+        media.check_suffix(args.preview)
+    return args
 
+
+def encode(args):
+    """Fills the latent cache of a folder. Returns a LatentDataset."""
+    stickers, _ = scan_folder(args.folder)
+    codec = PretrainedVAE(args.vae, "cuda" if torch.cuda.is_available() else "cpu")
+    if args.resolution % codec.factor:
+        raise DataError(f"--resolution {args.resolution}: must be a multiple of the VAE's {codec.factor}.")
+    dataset = open_dataset(args.folder, stickers, codec, args.resolution, args.cache_dir or default_cache(),
+                           args.num_workers)  # fmt: skip
+    print(f"{len(dataset.clips)} clips of {args.folder} are in {dataset.folder}")
+    return dataset
+
+
+def inspect(args):
+    """Decodes a folder, says what is used and what is dropped, and draws the preview."""
+    stickers, problems = scan_folder(args.folder)
     used, shown, counts = [], [], []
-    for sticker, clip in zip(
-        stickers, load_clips(stickers, args.resolution, args.num_workers, "reading stickers")
-    ):
+    clips = tqdm(load_clips(stickers, args.resolution, args.num_workers), "reading stickers", len(stickers),
+                 unit="file", disable=not sys.stderr.isatty())  # fmt: skip
+    for sticker, clip in zip(stickers, clips):
         if isinstance(clip, Clip):
             used.append(sticker)
             counts.append(clip.count)
@@ -419,11 +193,23 @@ def main():
           f"{sum(s.split == 'validation' for s in used)} of the used held out for validation, "
           f"{sum(not s.caption for s in used)} without a caption")  # fmt: skip
     if not used:
-        parser.exit(2, f"data.py: {args.folder} holds no usable sticker: the reasons are above.\n")
+        raise DataError(f"{args.folder} holds no usable sticker: the reasons are above.")
     print("frames per clip: " + ", ".join(f"{c} x {n}" for n, c in sorted(Counter(counts).items())[:40]))
     if args.preview:
         preview(*zip(*shown), counts).save(args.preview)
         print(f"wrote {args.preview}")
+
+
+def main():
+    try:
+        args = parse_args()
+        if args.preview or not args.encode:
+            inspect(args)
+        if args.encode:
+            encode(args)
+    except (DataError, media.MediaError, EncoderError) as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
+from diffusers import AutoencoderKL, ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import get_timestep_embedding
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoTokenizer, CLIPTextModel, T5EncoderModel
+from transformers.utils.logging import disable_progress_bar
 
+disable_progress_bar()  # of transformers: frozen parts load in a second or two
 MAX_TOKENS = 77  # text sequence length, per encoder (Table 6)
 
 # ------------------------------------------------------------------------------------------------------------
@@ -45,7 +49,7 @@ class PatchPCA(ModelMixin, ConfigMixin):
     # Standard deviation of the latents. Below 1, because neighbouring patches and frames say the same thing
     # many times over: at 1 the colour of a sticker shines through the noise of the last diffusion step, and
     # the network reads it there instead of in the text.
-    STD = 0.15
+    STD = 0.3
 
     @register_to_config
     def __init__(self, patch_size=8, latent_channels=32):
@@ -165,23 +169,182 @@ class NgramVectors(WordVectors):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Pre-trained ones: any VAE of the Stable Diffusion family, any CLIP text model, any T5 encoder
+
+
+class EncoderError(ValueError):
+    """A frozen part that cannot be loaded, in one sentence that names its flag and the way out."""
+
+
+def load_pretrained(flag, source, subfolders, load, config="config.json"):
+    """Calls load(source, subfolder=...), first on the folder or hub id itself, then on those of its subfolders
+    where a Stable Diffusion pipeline keeps the part. Weights are read as safetensors only.
+    Raises EncoderError."""
+    local = Path(source).is_dir()
+    first_error = None
+    for subfolder in ("", *subfolders):
+        if local and not (Path(source) / subfolder / config).is_file():
+            continue
+        try:
+            return load(source, subfolder=subfolder)
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            first_error = first_error or error
+    reason = " ".join(str(first_error or f"it holds no {config}").split())[:200]
+    raise EncoderError(
+        f"{flag} {source} cannot be loaded: give a folder that save_pretrained wrote, with model.safetensors, or a "
+        f"hub id; `hf download {'ID' if local else source}` fetches one, after `hf auth login` if it is gated ({reason})."
+    ) from first_error
+
+
+class PretrainedVAE:
+    """The paper's codec: an AutoencoderKL, with the scaling factor of its own config (diffusers).
+
+    It computes in fp32 whatever the training does: fp16 overflows in the decoders of some of the family and
+    gives black pictures, and a frame is encoded only once. Latents have a standard deviation of about 1."""
+
+    STD = 1.0
+    BATCH = 8  # frames at a time: the activations of a 256 x 256 frame take some 300 MB
+
+    def __init__(self, source, device="cpu"):
+        def load(source, subfolder):
+            return AutoencoderKL.from_pretrained(
+                source, subfolder=subfolder, use_safetensors=True, low_cpu_mem_usage=False
+            )
+
+        self.vae = load_pretrained("--vae", source, ("vae",), load).to(device).eval().requires_grad_(False)
+        self.source = str(source)
+        weights = hashlib.sha256()
+        for name, tensor in self.vae.state_dict().items():
+            weights.update(name.encode())
+            weights.update(tensor.contiguous().cpu().numpy().tobytes())
+        self.identity = "AutoencoderKL-" + weights.hexdigest()[:16]  # other weights, other latents
+
+    @property
+    def latent_channels(self):
+        return self.vae.config.latent_channels
+
+    @property
+    def factor(self):
+        """Pixels per latent along each side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @torch.no_grad()
+    def encode(self, frames):
+        """frames uint8 (N, R, R, 3) -> posterior means, scaled: float32 (N, C, R/f, R/f)"""
+        shift, scale = self.vae.config.shift_factor or 0.0, self.vae.config.scaling_factor
+        latents = []
+        for part in frames.split(self.BATCH):
+            x = part.to(self.vae.device).permute(0, 3, 1, 2).float() / 127.5 - 1  # (n, 3, R, R)
+            latents.append((self.vae.encode(x).latent_dist.mean - shift) * scale)
+        return torch.cat(latents)
+
+    @torch.no_grad()
+    def decode(self, latents):
+        """latents (N, C, h, w) -> frames uint8 (N, f h, f w, 3)"""
+        shift, scale = self.vae.config.shift_factor or 0.0, self.vae.config.scaling_factor
+        frames = []
+        for part in latents.float().split(self.BATCH):
+            x = self.vae.decode(part / scale + shift).sample  # (n, 3, R, R)
+            frames.append(((x + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1))
+        return torch.cat(frames)
+
+
+class PretrainedText:
+    """A frozen text encoder with its tokenizer (transformers). Its subclasses are the paper's two."""
+
+    def __init__(self, source, device="cpu", dtype=torch.float32):
+        def load(source, subfolder):
+            config = AutoConfig.from_pretrained(source, subfolder=subfolder)
+            if config.model_type not in self.MODEL_TYPES:
+                raise ValueError(f"it is a {config.model_type} model")
+            model, report = self.MODEL.from_pretrained(
+                source, subfolder=subfolder, dtype=dtype, use_safetensors=True, output_loading_info=True
+            )
+            if report["missing_keys"]:
+                raise ValueError(f"weights are missing, such as {sorted(report['missing_keys'])[0]}")
+            return model, subfolder
+
+        model, subfolder = load_pretrained(self.FLAG, source, self.SUBFOLDERS, load)
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.tokenizer = load_pretrained(
+            self.FLAG,
+            source,
+            (subfolder.replace("text_encoder", "tokenizer"),),
+            lambda source, subfolder: AutoTokenizer.from_pretrained(source, subfolder=subfolder),
+            "tokenizer_config.json",
+        )
+        self.source, self.width = str(source), model.config.hidden_size
+
+    @torch.no_grad()
+    def __call__(self, captions):
+        """captions: B strings -> states float32 (B, 77, width), zeros where padded; mask bool (B, 77).
+        The first token always counts: an empty caption must leave attention something to look at."""
+        tokens = self.tokenizer(
+            list(captions), padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
+        ).to(self.model.device)
+        mask = tokens.attention_mask.bool()  # (B, 77)
+        mask[:, 0] = True
+        states = self.model(tokens.input_ids, attention_mask=mask.long()).last_hidden_state.float()
+        return states * mask[..., None], mask
+
+
+class PretrainedCLIP(PretrainedText):
+    FLAG, MODEL, MODEL_TYPES = "--clip", CLIPTextModel, ("clip_text_model", "clip")
+    SUBFOLDERS = ("text_encoder",)
+
+
+class PretrainedT5(PretrainedText):
+    FLAG, MODEL, MODEL_TYPES = "--t5", T5EncoderModel, ("t5",)
+    SUBFOLDERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+
+
+# ------------------------------------------------------------------------------------------------------------
 # The three together
 
 
 class Encoders:
-    """codec, clip and t5 of one model, as attributes."""
+    """codec, clip and t5 of one model, as attributes; the built-in ones where no source is named.
 
-    def __init__(self, codec):
-        self.codec, self.clip, self.t5 = codec, WordVectors(), NgramVectors()
+    codec: a fitted PatchPCA, or None for the VAE of `vae`
+    vae, clip, t5: folders or hub ids
+    dtype: precision of the text encoders
+    """
+
+    def __init__(self, codec=None, vae=None, clip=None, t5=None, device="cpu", dtype=torch.float32):
+        self.codec = PretrainedVAE(vae, device) if vae else codec.to(device)
+        self.clip = PretrainedCLIP(clip, device, dtype) if clip else WordVectors()
+        self.t5 = PretrainedT5(t5, device, dtype) if t5 else NgramVectors()
 
     def text(self, captions, device="cpu"):
         """captions: B strings -> (clip, clip_mask, t5, t5_mask) on `device`, as DFGN.forward takes them."""
         return tuple(x.to(device) for encoder in (self.clip, self.t5) for x in encoder(captions))
 
+    def sources(self):
+        """{"vae" | "clip" | "t5": the folder or hub id of a pre-trained part, else None}, and the codec's identity."""
+        parts = dict(vae=self.codec, clip=self.clip, t5=self.t5)
+        named = {name: getattr(part, "source", None) for name, part in parts.items()}
+        return dict(named, codec_identity=self.codec.identity)
+
     def save(self, folder):
-        self.codec.save_pretrained(Path(folder) / "codec")
+        """Saves what cannot be found elsewhere: a codec that was fitted here. Pre-trained parts are not copied."""
+        if isinstance(self.codec, PatchPCA):
+            self.codec.save_pretrained(Path(folder) / "codec")
 
     @classmethod
-    def load(cls, folder, device="cpu"):
-        """Reads what `save` wrote. OSError if there is no codec in `folder`."""
-        return cls(PatchPCA.from_pretrained(Path(folder) / "codec", low_cpu_mem_usage=False).to(device))
+    def load(cls, folder, sources, device="cpu", dtype=torch.float32):
+        """The encoders of a model: what `save` wrote into `folder`, and the `sources` recorded with it.
+
+        Raises EncoderError if a pre-trained part is not there or the VAE is another one; OSError if there is no
+        codec in `folder`."""
+        named = {name: sources.get(name) for name in ("vae", "clip", "t5")}
+        codec = None
+        if not named["vae"]:
+            codec = PatchPCA.from_pretrained(Path(folder) / "codec", low_cpu_mem_usage=False)
+        encoders = cls(codec, **named, device=device, dtype=dtype)
+        expected = sources.get("codec_identity", encoders.codec.identity)
+        if encoders.codec.identity != expected:
+            raise EncoderError(
+                f"--vae {named['vae']} is another VAE than the model was trained with: name the one that "
+                "its model_index.json records."
+            )
+        return encoders

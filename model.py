@@ -47,6 +47,23 @@ def make_scheduler():
     )
 
 
+LATENT_ERROR = 0.1  # assumed error of an estimate of clean latents, as a share of their variance
+MAX_LATENT_WEIGHT = 5.0
+
+
+def loss_weights(latent_std):
+    """What the squared error of the noise counts at each timestep: float32 (1000,).
+
+    One everywhere, as in Eq. 1, for a network whose last layer is the noise. If that is an estimate of the clean
+    latents, of standard deviation `latent_std`, then it is the error of the estimate that counts, with min(snr + 1, 5):
+    under Eq. 1 the large timesteps, at which subject, colour and place are decided, would weigh next to nothing."""
+    alpha = make_scheduler().alphas_cumprod
+    if latent_std is None:
+        return torch.ones_like(alpha)
+    snr = alpha * latent_std**2 / (1 - alpha)
+    return (snr + 1).clamp(max=MAX_LATENT_WEIGHT) / snr
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Frames: the loss mask inside the network
 
@@ -125,7 +142,7 @@ class STI(nn.Module):
         self.norm_semantic = nn.GroupNorm(groups, width)
         self.norm_detail = nn.GroupNorm(groups, width)
         self.fusion = nn.Linear(2 * width, 2)
-        self.alpha = nn.Parameter(torch.zeros(()))
+        self.alpha = nn.Parameter(torch.zeros(1))
 
     def semantic(self, h, frames):
         """Any region of any frame looks at any region of any other frame, at 1/gamma of the resolution."""
@@ -177,7 +194,7 @@ class Conv3D(nn.Module):
     def __init__(self, width, groups=32):
         super().__init__()
         self.convs = nn.ModuleList([FrameConv(width, groups) for _ in range(4)])
-        self.alpha = nn.Parameter(torch.zeros(()))
+        self.alpha = nn.Parameter(torch.zeros(1))
 
     def forward(self, h, frames):
         x = h
@@ -217,11 +234,12 @@ class DFGN(ModelMixin, ConfigMixin):
     cross_attention_dim: width of the shared text space; clip_dim, t5_dim: widths of the two text encoders
     temporal: "sti", or "conv3d" for the ablation of Table 3
     sti_heads, sti_head_width, sti_gamma: Table 6 and section 3.1
-    noise_skip: None, or the standard deviation sigma of the latents. Then the network predicts what is left
-        of the noise after the best linear guess from the noisy latents of the same place,
-        x_t sqrt(1 - alpha_t) / (alpha_t sigma^2 + 1 - alpha_t). At large t the noise is all but x_t, and an
-        error of a few per cent there ruins a sample: a short training does not get a deep network to copy
-        that well. Ours, not the paper's; `full` goes without.
+    latent_std: None: the last layer is the noise, as in the paper. Or the standard deviation of the latents: then
+        the last layer estimates the clean latents, and the noise follows from x_t. Clean latents have few degrees
+        of freedom, noise has all of them, and a narrow network cannot carry it from input to output (Li and He,
+        "Back to Basics: Let Denoising Generative Models Denoise"). Where something better is known, the estimate
+        is mixed with it: x_t itself near t = 0, the clean latents of a given frame. Ours, not the paper's;
+        `full` goes without.
     """
 
     @register_to_config
@@ -240,7 +258,7 @@ class DFGN(ModelMixin, ConfigMixin):
         sti_heads=8,
         sti_head_width=32,
         sti_gamma=2,
-        noise_skip=None,
+        latent_std=None,
     ):
         super().__init__()
         if temporal not in ("sti", "conv3d"):
@@ -309,10 +327,8 @@ class DFGN(ModelMixin, ConfigMixin):
         self.conv_norm_out = nn.GroupNorm(groups, width, eps=1e-5)
         self.conv_out = nn.Conv2d(width, latent_channels, kernel_size=3, padding=1)
 
-        if noise_skip is not None:
-            alpha = make_scheduler().alphas_cumprod  # (1000,)
-            gain = (1 - alpha).sqrt() / (alpha * noise_skip**2 + 1 - alpha)
-            self.register_buffer("noise_gain", gain, persistent=False)
+        if latent_std is not None:
+            self.register_buffer("alphas_cumprod", make_scheduler().alphas_cumprod, persistent=False)  # (1000,)
 
         self.gradient_checkpointing = False
         self.initialize()
@@ -375,7 +391,13 @@ class DFGN(ModelMixin, ConfigMixin):
                 return checkpoint(run_layer, h, *modules, use_reentrant=False)
             return run_layer(h, *modules)
 
-        h = frames.pack(torch.cat([noisy, given], dim=2))  # (N, 2C, H, W)
+        noisy, given = frames.pack(noisy), frames.pack(given)  # (N, C, H, W)
+        x = torch.cat([noisy, given], dim=1)
+        sigma = self.config.latent_std
+        if sigma is not None:
+            alpha = self.alphas_cumprod[timestep][frames.clip, None, None, None]  # (N, 1, 1, 1)
+            x = torch.cat([noisy * (alpha * sigma**2 + 1 - alpha).rsqrt(), given / sigma], dim=1)
+        h = x  # (N, 2C, H, W)
         h = self.conv_in(h.contiguous(memory_format=torch.channels_last))  # (N, d_0, H, W)
 
         skips = [h]
@@ -399,9 +421,13 @@ class DFGN(ModelMixin, ConfigMixin):
                 )  # (N, d, 2H, 2W), or one less where a size was odd
 
         h = self.conv_out(F.silu(self.conv_norm_out(h)))  # (N, C, H, W)
-        if self.config.noise_skip is not None:
-            gain = self.noise_gain[timestep][frames.clip]  # (N,)
-            h = h.float() + gain[:, None, None, None] * frames.pack(noisy)
+        if sigma is not None:
+            variance = (1 - alpha) / alpha  # of the noise in x_t / sqrt(alpha)
+            w = variance / (variance + LATENT_ERROR * sigma**2)
+            shown = (given != 0).any(dim=(1, 2, 3), keepdim=True)  # (N, 1, 1, 1)
+            guess = torch.where(shown, given, (1 - w) * noisy / alpha.sqrt())
+            clean = guess + w * sigma * h.float()
+            h = (noisy - alpha.sqrt() * clean) / (1 - alpha).sqrt()
         return frames.unpack(h)  # (B, F, C, H, W)
 
 

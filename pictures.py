@@ -50,6 +50,48 @@ def plot_progress(log_path, picture_path):
     os.replace(writing, picture_path)
 
 
+def model_card(unet, args, sources, summary, global_batch, step):
+    """The README.md of a finished run: what the model is, what it was trained on, how to use it."""
+    frozen = {name: source or "built in" for name, source in sources.items() if name in ("vae", "clip", "t5")}
+    rows = dict(
+        size=f"{args.preset}, {sum(p.numel() for p in unet.parameters()):,} parameters",
+        data=f"{args.data or 'the built-in stickers'}: {summary}",
+        frames=f"3 to 8 of {args.resolution} x {args.resolution} pixels",
+        **frozen,
+        steps=f"{step}, {global_batch} clips each",
+        learning_rate=f"{args.learning_rate:g}, {args.lr_scheduler}, {args.lr_warmup_steps} steps of warm-up",
+        precision=args.mixed_precision,
+        averaged_weights="yes" if args.use_ema else "no",
+        curriculum=args.curriculum,
+        temporal_layer=args.temporal,
+        dual_masks="on" if args.ddu else "off",
+        seed=args.seed,
+        guidance=f"text {args.guidance_scale:g}, image {args.image_guidance_scale:g}",
+    )
+    table = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in rows.items())
+    prompt = "a red heart bouncing"
+    return f"""---
+library_name: diffusers
+tags: [rdtf, animated-stickers, text-to-video]
+---
+# {args.output_dir.name}
+
+An animated-sticker generator of the RDTF kind, trained with `train.py`.
+
+```bash
+python sample.py --checkpoint {args.output_dir} --prompt "{prompt}" --output sticker.gif
+```
+
+| setting | value |
+|---|---|
+{table}
+
+![held-out stickers and what the model makes of them](validation-{step}.png)
+
+![loss, task probabilities, mean k and feedback over the run](progress.png)
+"""
+
+
 def validation_sheet(unet, encoders, dataset, clips, prompts, args):
     """Samples the sheet: for held-out clips the real frames above interpolated, predicted and image-to-video
     ones (given frames framed), then a row per prompt. Returns (PIL.Image, {prompt: frames})."""
@@ -62,18 +104,18 @@ def validation_sheet(unet, encoders, dataset, clips, prompts, args):
     )
     for i, (task, name) in enumerate(tasks):
         row = next(row for row in masks.TABLE7 if row.name == name)
-        candidates = [clip for clip in clips if masks.NUM_FRAMES in clip["key_frames"]] or clips
+        candidates = [clip for clip in clips if clip.longest == masks.NUM_FRAMES] or clips
         if not candidates:
             continue
         clip = candidates[i % len(candidates)]
-        k = max(clip["key_frames"])
+        k = clip.longest
         if row not in masks.admissible_rows(row.task, k):
             continue
         latents = torch.from_numpy(dataset.read(clip, k))  # (k, C, h, w)
         given = torch.from_numpy(masks.condition_mask(row, k)[:k])
-        frames = generate(unet, encoders, [clip["caption"]], latents[None], given[None], **settings)[0]
+        frames = generate(unet, encoders, [clip.caption], latents[None], given[None], **settings)[0]
         rows += [encoders.codec.decode(latents.to(unet.device)).cpu().numpy(), frames]
-        labels += [f"real: {clip['caption'] or clip['name']}", f"{task} ({name})"]
+        labels += [f"real: {clip.caption or clip.name}", f"{task} ({name})"]
         marks += [[False] * k, given.tolist()]
 
     samples = {}

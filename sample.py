@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import masks
 import media
-from encoders import Encoders
+from encoders import EncoderError, Encoders
 from model import DFGN, make_scheduler, precision
 
 # ------------------------------------------------------------------------------------------------------------
@@ -123,8 +123,9 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used, in one sentence."""
 
 
-def load(folder, device="cpu"):
+def load(folder, device="cpu", vae=None, clip=None, t5=None):
     """Reads a finished run or one of its checkpoint-N folders; EMA weights where there are any.
+    vae, clip, t5: where the pre-trained parts are now, if not where the run recorded them.
 
     Returns (unet, encoders, settings), settings being the content of model_index.json.
     Raises CheckpointError.
@@ -144,7 +145,11 @@ def load(folder, device="cpu"):
         unet = DFGN.from_pretrained(
             folder / ("unet_ema" if (folder / "unet_ema").is_dir() else "unet"), low_cpu_mem_usage=False
         )
-        encoders = Encoders.load(folder, device)
+        named = dict(vae=vae, clip=clip, t5=t5)
+        sources = settings | {name: source for name, source in named.items() if source}
+        encoders = Encoders.load(folder, sources, device)
+    except EncoderError as error:
+        raise CheckpointError(str(error)) from error
     except (
         OSError,
         ValueError,
@@ -154,11 +159,14 @@ def load(folder, device="cpu"):
     ) as error:  # missing, damaged or of another size
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"--checkpoint {folder} cannot be read, use another one ({reason}).") from error
-    if unet.config.latent_channels != encoders.codec.latent_channels:
-        raise CheckpointError(
-            f"--checkpoint {folder}: its U-Net works on {unet.config.latent_channels} latent channels, "
-            f"its codec on {encoders.codec.latent_channels}: the parts are of different models."
-        )
+    for what, wanted, found in (("latent channels", unet.config.latent_channels, encoders.codec.latent_channels),
+                                ("CLIP channels", unet.config.clip_dim, encoders.clip.width),
+                                ("T5 channels", unet.config.t5_dim, encoders.t5.width)):  # fmt: skip
+        if wanted != found:
+            raise CheckpointError(
+                f"--checkpoint {folder}: its U-Net works on {wanted} {what}, its encoders give {found}: "
+                "the parts are of different models."
+            )
     return unet.eval().to(device, memory_format=torch.channels_last), encoders, settings
 
 
@@ -179,6 +187,8 @@ def parse_args():
     parser.add_argument(
         "--checkpoint", required=True, metavar="DIR", help="a finished run, or a checkpoint-N folder in it"
     )
+    for name, what in (("vae", "AutoencoderKL"), ("clip", "CLIP text model"), ("t5", "T5 encoder")):
+        parser.add_argument(f"--{name}", metavar="DIR_OR_ID", help=f"{what} (default: what the checkpoint records)")
     parser.add_argument("--prompt", default="", help="what the sticker shows")
     parser.add_argument("--negative_prompt", default="", help="what it should not show")
     parser.add_argument("--image", nargs="+", action="extend", type=parse_image, default=[],
@@ -237,7 +247,7 @@ def main():
     parser, args = parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        unet, encoders, settings = load(args.checkpoint, device)
+        unet, encoders, settings = load(args.checkpoint, device, args.vae, args.clip, args.t5)
         resolution = settings["resolution"]
         pictures = {slot: media.read_image(file, resolution) for slot, file in args.image}
     except (CheckpointError, media.MediaError) as error:

@@ -24,7 +24,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from diffusers.optimization import SchedulerType, get_scheduler
-from diffusers.training_utils import EMAModel
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -32,11 +31,14 @@ import data
 import masks
 import media
 import stickers
-from checkpoint import list_checkpoints, load_checkpoint, save_checkpoint, with_ema, write_finished
+from cache import default_cache, open_dataset
+from checkpoint import list_checkpoints, load_checkpoint, save_checkpoint, start_from_spatial, write_finished
 from curriculum import STRATEGIES, TASKS, Curriculum
-from encoders import Encoders, PatchPCA
-from model import DFGN, SIZES, make_scheduler, precision
-from pictures import plot_progress, validation_sheet
+from encoders import EncoderError, Encoders, PatchPCA
+from folder import DataError, scan_folder
+from model import DFGN, SIZES, loss_weights, make_scheduler, precision
+from optim import MAX_GRAD_NORM, Average, compile_layers, make_optimizer, shard, with_average
+from pictures import model_card, plot_progress, validation_sheet
 
 # What each preset trains with unless a flag says otherwise, and the guidance scales that sample.py then uses
 # for the finished model. `full` is Table 6.
@@ -50,17 +52,11 @@ ROWS = {
 PRESETS = {name: dict(zip(COLUMNS, row)) for name, row in ROWS.items()}
 
 LOG_EVERY = 10  # steps
-ADAM = dict(betas=(0.9, 0.999), weight_decay=0.01)
-# The gate of a temporal layer is one number that starts at zero:
-# at the weights' own rate it would open too late.
-ALPHA_LR = 30
-MAX_GRAD_NORM = 1.0
-EMA_DECAY, EMA_POWER = 0.9999, 0.75  # the decay warms up as 1 - (1 + step) ** -EMA_POWER
 VALIDATION_SAMPLES = 64  # held-out samples behind the validation loss
 # A resumed run continues the saved one only if these are as they were.
 SCHEDULE_FLAGS = ("preset", "resolution", "max_train_steps", "learning_rate", "lr_scheduler",
-                  "lr_warmup_steps", "use_ema", "mixed_precision", "curriculum", "temporal", "ddu",
-                  "seed")  # fmt: skip
+                  "lr_warmup_steps", "use_ema", "use_8bit_adam", "low_memory", "mixed_precision", "curriculum",
+                  "temporal", "ddu", "seed")  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -82,7 +78,7 @@ def parse_args():
     add("--data", metavar="DIR", help="folder of stickers (default: draws the built-in set)")
     add("--preset", choices=SIZES, default="tiny", help="size, and defaults of the training (default tiny)")
     add("--output_dir", help="where the run is written (default: runs/PRESET)")
-    add("--cache_dir", help=f"where drawn stickers and latents are kept (default: {data.default_cache()})")
+    add("--cache_dir", help=f"where drawn stickers and latents are kept (default: {default_cache()})")
     add("--resolution", type=int, help=f"side of the frames in pixels {per_preset}")
     add("--max_train_steps", type=int, help=f"optimizer steps; the curriculum spans them {per_preset}")
     add("--train_batch_size", type=int, help=f"clips per process and micro-step {per_preset}")
@@ -93,9 +89,20 @@ def parse_args():
     add("--lr_warmup_steps", type=int, help=f"steps of linear warm-up {per_preset}")
     add("--mixed_precision", choices=["no", "fp16", "bf16"],
         help="autocast; the weights stay in fp32 (default: bf16 where the machine has it, else no)")
+    add("--vae", metavar="DIR_OR_ID", help="AutoencoderKL (default: the built-in codec, fitted to the stickers)")
+    add("--clip", metavar="DIR_OR_ID", help="CLIP text model with its tokenizer (default: built-in word vectors)")
+    add("--t5", metavar="DIR_OR_ID", help="T5 encoder with its tokenizer (default: built-in n-gram vectors)")
+    add("--init_unet", metavar="DIR_OR_ID", help="start the spatial part from a Stable Diffusion 2.x U-Net")
     add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, more time")
+    add("--use_8bit_adam", action="store_true", help="AdamW's moments in 8 bits (needs torchao)")
+    add("--low_memory", action="store_true",
+        help="bf16 weights with stochastic rounding, 8-bit moments, averaged weights on the CPU, gradient "
+        "checkpointing (needs torchao)")
+    add("--shard", action="store_true", help="split weights and optimizer over the ranks of torchrun (FSDP2)")
+    add("--compile", action="store_true", help="torch.compile the layers: slow first steps, faster ones after")
     add("--use_ema", action=argparse.BooleanOptionalAction, default=True,
         help="keep averaged weights, and use them (default: yes)")
+    add("--ema_on_cpu", action="store_true", help="keep them in the CPU's memory")
     add("--curriculum", choices=STRATEGIES,
         help="none: uniform; linear: static part alone; dcl: with feedback (default dcl)")
     add("--temporal", choices=["sti", "conv3d"], default="sti",
@@ -121,8 +128,24 @@ def parse_args():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
     args.output_dir = Path(args.output_dir or f"runs/{args.preset}")
-    args.cache_dir = Path(args.cache_dir or data.default_cache())
-    args.mixed_precision = args.mixed_precision or ("bf16" if native_bf16() else "no")
+    args.cache_dir = Path(args.cache_dir or default_cache())
+    args.mixed_precision = args.mixed_precision or ("bf16" if native_bf16() or args.low_memory else "no")
+    if args.low_memory:
+        args.gradient_checkpointing = args.ema_on_cpu = True
+        if args.mixed_precision != "bf16":
+            raise UsageError(f"--low_memory keeps the weights in bf16: --mixed_precision {args.mixed_precision} "
+                             "does not go with it.")  # fmt: skip
+    if args.shard and (args.use_8bit_adam or args.low_memory):
+        raise UsageError("--shard splits AdamW's state over the ranks, --use_8bit_adam and --low_memory shrink it: "
+                         "choose one.")  # fmt: skip
+    if args.shard and args.mixed_precision == "fp16":
+        raise UsageError("--shard has no loss scaling for --mixed_precision fp16: use bf16.")
+    if args.shard and "RANK" not in os.environ:
+        raise UsageError("--shard splits the weights over processes: start train.py with torchrun.")
+    for name in ("vae", "clip", "t5"):  # folders are remembered, so that sample.py finds them from anywhere
+        source = getattr(args, name)
+        if source and Path(source).is_dir():
+            setattr(args, name, str(Path(source).resolve()))
     args.ddu = args.ddu == "on"
     if not args.ddu and args.curriculum not in (None, "none"):
         raise UsageError(
@@ -143,11 +166,12 @@ class UsageError(ValueError):
     """A wrong flag, in one sentence."""
 
 
-def check_resolution(resolution, factor, levels):
-    smallest = factor * 2 ** (levels - 1)  # one latent is left at the lowest level of the U-Net
-    if resolution % factor or resolution < smallest:
+def check_resolution(args, codec):
+    levels = len(SIZES[args.preset]["block_out_channels"])
+    smallest = codec.factor * 2 ** (levels - 1)  # one latent is left at the lowest level of the U-Net
+    if args.resolution % codec.factor or args.resolution < smallest:
         raise UsageError(
-            f"--resolution {resolution}: must be a multiple of {factor} and at least {smallest}."
+            f"--resolution {args.resolution}: must be a multiple of {codec.factor} and at least {smallest}."
         )
 
 
@@ -249,26 +273,27 @@ def train(args):
     if not args.data and main_process:
         stickers.draw_stickers(folder)
     barrier()
-    found, problems = data.scan_folder(folder)
+    found, problems = scan_folder(folder)
 
     # ---- frozen parts
-    if resume is not None:
-        encoders = Encoders.load(resume, device)
-    else:
-        codec_folder = args.output_dir / "codec"
-        if main_process:
-            codec = PatchPCA()
-            check_resolution(args.resolution, codec.factor, len(SIZES[args.preset]["block_out_channels"]))
-            data.fit_codec(codec, found, args.resolution, args.num_workers)
-            codec.save_pretrained(codec_folder)
-        barrier()
-        encoders = Encoders.load(args.output_dir, device)
-
-    # ---- latents
-    if main_process:
-        data.open_dataset(found, encoders.codec, args.resolution, args.cache_dir, args.num_workers)
+    half = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
+    sources = dict(vae=args.vae, clip=args.clip, t5=args.t5)
+    codec_folder = args.output_dir
+    if resume is not None:  # the same ones again, unless they are named anew
+        codec_folder, recorded = resume, json.loads((resume / "model_index.json").read_text())
+        sources = {name: sources.get(name) or value for name, value in recorded.items()}
+    elif main_process and not args.vae:
+        codec = PatchPCA()
+        check_resolution(args, codec)
+        data.fit_codec(codec, found, args.resolution, args.num_workers)
+        codec.save_pretrained(codec_folder / "codec")
     barrier()
-    dataset = data.open_dataset(found, encoders.codec, args.resolution, args.cache_dir)
+    encoders = Encoders.load(codec_folder, sources, device, half)
+    check_resolution(args, encoders.codec)
+
+    # ---- latents: all ranks encode what is missing
+    workers = args.num_workers // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    dataset = open_dataset(folder, found, encoders.codec, args.resolution, args.cache_dir, workers)
     clips, held_out = dataset.split("train", args.ddu), dataset.split("validation", args.ddu)
     if not clips:
         raise UsageError(f"--data {folder}: no clip is left to train on; `python data.py {folder}` says why.")
@@ -278,14 +303,14 @@ def train(args):
         say(f"  dropped {name}: {reason}")
     if len(problems) > 20:
         say(f"  and {len(problems) - 20} more: `python data.py {folder}` lists them")
-    if not any(clip["caption"] for clip in clips):
+    if not any(clip.caption for clip in clips):
         say(
             f"{folder} has no captions: training without text. "
             "(metadata.jsonl or NAME.txt files would give it some.)"
         )
     prompts = args.validation_prompts
     if prompts is None:
-        captions = [clip["caption"] for clip in held_out if clip["caption"]][:6]
+        captions = [clip.caption for clip in held_out if clip.caption][:6]
         prompts = captions if args.data else stickers.PROMPTS
 
     # ---- network
@@ -295,19 +320,28 @@ def train(args):
         clip_dim=encoders.clip.width,
         t5_dim=encoders.t5.width,
         temporal=args.temporal,
-        noise_skip=None if args.preset == "full" else encoders.codec.STD,
+        latent_std=None if args.preset == "full" else encoders.codec.STD,
         **SIZES[args.preset],
-    ).to(device, memory_format=torch.channels_last)
+    ).to(device)
+    if not args.shard:  # which wants its weights contiguous
+        unet.to(memory_format=torch.channels_last)
+    if args.init_unet and resume is None:
+        start_from_spatial(unet, args.init_unet)
+    if args.low_memory:
+        unet.to(torch.bfloat16)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
+    if args.compile:
+        compile_layers(unet)
+    if args.shard:
+        shard(unet, device)
     scheduler = make_scheduler()
-    ema = None
-    if args.use_ema:
-        ema = EMAModel(unet.parameters(), decay=EMA_DECAY, use_ema_warmup=True, power=EMA_POWER, foreach=True)
-    gates = [p for name, p in unet.named_parameters() if name.endswith(".alpha")]
-    weights = [p for name, p in unet.named_parameters() if not name.endswith(".alpha")]
-    groups = [dict(params=weights), dict(params=gates, lr=ALPHA_LR * args.learning_rate, weight_decay=0.0)]
-    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, fused=True, **ADAM)
+    weights_of = loss_weights(unet.config.latent_std).to(device)
+    average = Average(unet, args.ema_on_cpu) if args.use_ema else None
+    try:
+        optimizer = make_optimizer(unet, args.learning_rate, args.use_8bit_adam, args.low_memory)
+    except ImportError as error:
+        raise UsageError("--use_8bit_adam and --low_memory need a package: pip install torchao") from error
     lr_schedule = get_scheduler(
         args.lr_scheduler,
         optimizer,
@@ -320,14 +354,13 @@ def train(args):
     # ---- the state of the loop: `step`, and what the objects above hold; a fresh start, or the saved one
     step = 0
     if resume is not None:
-        tensors, state = load_checkpoint(resume, unet, ema)
-        optimizer.load_state_dict(tensors["optimizer"])
+        tensors, state = load_checkpoint(resume, unet, average, optimizer)
         lr_schedule.load_state_dict(tensors["lr_schedule"])
         scaler.load_state_dict(tensors["scaler"])
         curriculum.load_state_dict(state["curriculum"])
         step = state["step"]
         say(f"resuming {resume} at step {step}")
-        if state["latents"] != dataset.folder.name:
+        if state["latents"] != dataset.identity:
             say(f"warning: the stickers in {folder} have changed since: the run goes on with the new ones")
     if main_process:  # what was logged after the checkpoint will be logged again
         logged = log_path.read_text() if resume is not None and log_path.exists() else ""
@@ -335,7 +368,7 @@ def train(args):
         log_path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
 
     network = unet
-    if world > 1:
+    if world > 1 and not args.shard:
         network = DistributedDataParallel(unet, device_ids=[local_rank] if device.type == "cuda" else None,
                                           gradient_as_bucket_view=True)  # fmt: skip
     say(f"{args.preset}: {sum(p.numel() for p in unet.parameters()) / 1e6:.1f}M parameters "
@@ -356,19 +389,23 @@ def train(args):
         with precision(device.type, args.mixed_precision):
             text = encoders.text(batch.captions, device)
             noise_pred = network(noisy, given_latents(batch), batch.timesteps, text, batch.valid)
-        return masks.masked_loss(noise_pred, batch.noise, batch.valid)
+        return weights_of[batch.timesteps] * masks.masked_loss(noise_pred, batch.noise, batch.valid)
 
     def save():
-        if main_process:
-            tensors = dict(
-                optimizer=optimizer.state_dict(),
-                lr_schedule=lr_schedule.state_dict(),
-                scaler=scaler.state_dict(),
-            )
-            state = dict(schedule=schedule, latents=dataset.folder.name, curriculum=curriculum.state_dict())
-            limit = args.checkpoints_total_limit or None
-            now = dict(settings, step=step)
-            save_checkpoint(args.output_dir, step, limit, unet, ema, encoders, scheduler, now, tensors, state)
+        save_checkpoint(
+            args.output_dir,
+            step,
+            args.checkpoints_total_limit or None,
+            unet,
+            average,
+            optimizer,
+            encoders,
+            scheduler,
+            settings=dict(settings, step=step),
+            tensors=dict(lr_schedule=lr_schedule.state_dict(), scaler=scaler.state_dict()),
+            state=dict(schedule=schedule, latents=dataset.identity, curriculum=curriculum.state_dict()),
+            main_process=main_process,
+        )
         barrier()
 
     @torch.no_grad()
@@ -387,16 +424,19 @@ def train(args):
         return torch.cat(losses).mean().item()
 
     def validate():
+        """Returns the held-out loss and {prompt: frames}. Rank 0 does it alone, unless it holds only a part of
+        the weights: then all do the same."""
         nonlocal network
         loss = samples = None
-        if main_process:
+        if main_process or args.shard:
             unet.eval()
             network, wrapped = unet, network  # the other ranks do not take part
-            loss = with_ema(unet, ema, validation_loss)
-            picture, samples = with_ema(
-                unet, ema, lambda: validation_sheet(unet, encoders, dataset, held_out, prompts, args)
+            loss = with_average(average, unet, validation_loss)
+            picture, samples = with_average(
+                average, unet, lambda: validation_sheet(unet, encoders, dataset, held_out, prompts, args)
             )
-            picture.save(args.output_dir / f"validation-{step}.png")
+            if main_process:
+                picture.save(args.output_dir / f"validation-{step}.png")
             network = wrapped
             unet.train()
         barrier()
@@ -418,7 +458,9 @@ def train(args):
                 dataset, clips, probabilities, args.seed, step, indices, global_batch, args.ddu
             )
             last = micro == micro_steps - 1
-            with nullcontext() if world == 1 or last else network.no_sync():
+            if args.shard:
+                network.set_requires_gradient_sync(last)
+            with network.no_sync() if isinstance(network, DistributedDataParallel) and not last else nullcontext():
                 micro_loss = noise_loss(batch).mean() / micro_steps
                 scaler.scale(micro_loss).backward()
             totals[0] += micro_loss.detach()
@@ -435,13 +477,15 @@ def train(args):
 
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), MAX_GRAD_NORM)
+        if args.shard:
+            grad_norm = grad_norm.full_tensor()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        learning_rate = lr_schedule.get_last_lr()[0]
+        learning_rate = float(lr_schedule.get_last_lr()[0])
         lr_schedule.step()
-        if ema is not None:
-            ema.step(unet.parameters())
+        if average is not None:
+            average.step(unet)
         curriculum.update(loss)
         step += 1
         bar.update()
@@ -472,8 +516,10 @@ def train(args):
     bar.close()
 
     # ---- the finished model
+    summary = f"{len(clips)} clips to train on, {len(held_out)} held out, {len(problems)} dropped"
+    write_finished(args.output_dir, unet, average, encoders, scheduler, dict(settings, step=step),
+                   model_card(unet, args, encoders.sources(), summary, global_batch, step), main_process)  # fmt: skip
     if main_process:
-        write_finished(args.output_dir, unet, ema, encoders, scheduler, dict(settings, step=step))
         if samples:
             media.write_clip(args.output_dir / "sample.gif", next(iter(samples.values())), fps=8)
         say(f"wrote {args.output_dir}: the model, validation-{step}.png, sample.gif and progress.png")
@@ -485,7 +531,7 @@ def train(args):
 def main():
     try:
         train(parse_args())
-    except (UsageError, data.DataError, media.MediaError) as error:
+    except (UsageError, DataError, EncoderError, media.MediaError) as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)

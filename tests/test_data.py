@@ -2,21 +2,30 @@
 
 import json
 import os
+import shutil
+import subprocess
+import sys
 from collections import Counter
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
 
+import cache
 import data
 import keyframes
 import masks
 import media
+from cache import open_dataset
 from curriculum import LENGTHS, Curriculum
 from encoders import PatchPCA
+from folder import DataError, load_clip, load_clips, scan_folder
 from masks import NUM_FRAMES
 
+ROOT = Path(__file__).parents[1]
 UNIFORM = Curriculum("none", 1).probabilities(0)
 
 
@@ -49,27 +58,27 @@ def folder(tmp_path):
 
 
 def open_folder(folder, cache, **codec):
-    stickers, _ = data.scan_folder(folder)
+    stickers, _ = scan_folder(folder)
     pca = PatchPCA(**{**dict(patch_size=8, latent_channels=6), **codec})
     data.fit_codec(pca, stickers, 16, num_workers=0)
-    return data.open_dataset(stickers, pca, 16, cache), pca
+    return open_dataset(folder, stickers, pca, 16, cache), pca
 
 
 # ---------------------------------------------------------------------------------------------------- folders
 
 
 def test_captions_of_jsonl_csv_and_sidecars(folder):
-    stickers, problems = data.scan_folder(folder)
+    stickers, problems = scan_folder(folder)
     assert len(stickers) == 12 and not problems
     assert {s.name: s.caption for s in stickers}["deeper/07.gif"] == "square number 7"
 
     (folder / "metadata.jsonl").unlink()
     (folder / "02.txt").write_text("  a  sidecar\ncaption ")
-    captions = {s.name: s.caption for s in data.scan_folder(folder)[0]}
+    captions = {s.name: s.caption for s in scan_folder(folder)[0]}
     assert captions["02.gif"] == "a sidecar caption" and captions["04.gif"] == ""
 
     (folder / "metadata.csv").write_text("file_name,caption\n04.gif,from a table\n")
-    captions = {s.name: s.caption for s in data.scan_folder(folder)[0]}
+    captions = {s.name: s.caption for s in scan_folder(folder)[0]}
     assert captions["04.gif"] == "from a table" and captions["02.gif"] == "a sidecar caption"
 
 
@@ -79,7 +88,7 @@ def test_a_broken_entry_is_named_and_the_rest_used(folder):
             'not json\n{"text": "no name"}\n{"file_name": "absent.gif", "text": "x"}\n'
             '{"file_name": "../out.gif"}\n[]\n'
         )
-    stickers, problems = data.scan_folder(folder)
+    stickers, problems = scan_folder(folder)
     assert len(stickers) == 12
     reasons = dict(problems)
     assert "no such file" in reasons["absent.gif"]
@@ -88,29 +97,29 @@ def test_a_broken_entry_is_named_and_the_rest_used(folder):
 
 
 def test_held_out_tenth_does_not_depend_on_the_other_files(folder):
-    held_out = {s.name for s in data.scan_folder(folder)[0] if s.split == "validation"}
+    held_out = {s.name for s in scan_folder(folder)[0] if s.split == "validation"}
     assert len(held_out) == 1  # a tenth of twelve
-    again = {s.name for s in data.scan_folder(folder)[0] if s.split == "validation"}
+    again = {s.name for s in scan_folder(folder)[0] if s.split == "validation"}
     assert again == held_out
     lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     lines[0]["split"], lines[1]["split"] = "validation", "train"
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    split = {s.name: s.split for s in data.scan_folder(folder)[0]}
+    split = {s.name: s.split for s in scan_folder(folder)[0]}
     assert split["00.gif"] == "validation" and split["deeper/01.gif"] == "train"
 
 
 def test_missing_and_empty_folders(tmp_path):
-    with pytest.raises(data.DataError, match="not a folder"):
-        data.scan_folder(tmp_path / "absent")
-    with pytest.raises(data.DataError, match=r"no sticker.*\.gif"):
-        data.scan_folder(tmp_path)
+    with pytest.raises(DataError, match="not a folder"):
+        scan_folder(tmp_path / "absent")
+    with pytest.raises(DataError, match=r"no sticker.*\.gif"):
+        scan_folder(tmp_path)
 
 
 def test_unusable_files_are_dropped_with_a_reason(folder):
     moving_square(folder / "still.gif", frames=1)
     (folder / "text.gif").write_text("hello")
     (folder / "cut.gif").write_bytes((folder / "10.gif").read_bytes()[:300])
-    reasons = {s.name: data.load_clip(s, 16) for s in data.scan_folder(folder)[0]}
+    reasons = {s.name: load_clip(s, 16) for s in scan_folder(folder)[0]}
     dropped = {name: reason for name, reason in reasons.items() if isinstance(reason, str)}
     assert set(dropped) == {"still.gif", "text.gif", "cut.gif"}
     assert "distinct" in dropped["still.gif"]
@@ -174,46 +183,122 @@ def test_cached_latents_are_those_of_the_key_frames(folder, tmp_path):
     dataset, codec = open_folder(folder, tmp_path / "cache")
     assert not dataset.dropped and len(dataset.clips) == 12
     for clip in dataset.clips:
-        frames, _ = media.read_clip(folder / clip["name"], 16)
+        frames, _ = media.read_clip(folder / clip.name, 16)
         key_frames = keyframes.extract_key_frames(keyframes.thumbnails(frames))
-        assert list(clip["key_frames"]) == list(key_frames)
+        assert clip.longest == max(key_frames)
         for k, indices in key_frames.items():
             expected = codec.encode(torch.from_numpy(frames[indices])).numpy()
             np.testing.assert_allclose(
                 dataset.read(clip, k), expected, rtol=1e-3, atol=1e-2
             )  # half precision on disk
-        assert (clip["equal"] is not None) == (len(frames) >= NUM_FRAMES)
-        if clip["equal"] is not None:
+        assert clip.has_equal == (len(frames) >= NUM_FRAMES)
+        if clip.has_equal:
             expected = codec.encode(torch.from_numpy(frames[keyframes.equal_frames(len(frames))])).numpy()
             np.testing.assert_allclose(dataset.read(clip), expected, rtol=1e-3, atol=1e-2)
 
 
-def test_cache_is_rebuilt_when_files_or_codec_change_and_only_then(folder, tmp_path):
+def encoded(monkeypatch, codec):
+    """Counts the frames that go through the codec from now on."""
+    counts, encode = [], type(codec).encode
+    monkeypatch.setattr(type(codec), "encode", lambda self, frames: counts.append(len(frames)) or encode(self, frames))
+    return counts
+
+
+def test_a_latent_is_stale_exactly_when_it_should_be(folder, tmp_path, monkeypatch):
     dataset, codec = open_folder(folder, tmp_path / "cache")
-    os.utime(folder / "00.gif")
-    (folder / "metadata.jsonl").write_text("")  # captions are no part of the key
-    same, _ = open_folder(folder, tmp_path / "cache")
-    assert same.folder == dataset.folder and same.clips[0]["caption"] == ""
-    assert open_folder(folder, tmp_path / "cache", latent_channels=5)[0].folder != dataset.folder
-    moving_square(folder / "00.gif", frames=9)
-    stickers, _ = data.scan_folder(folder)
-    changed = data.open_dataset(stickers, codec, 16, tmp_path / "cache")
-    assert changed.folder != dataset.folder and len(changed.clips[0]["key_frames"]) > 1
+    counts = encoded(monkeypatch, codec)
+
+    def clips_encoded(codec=codec, resolution=16):
+        counts.clear()
+        stickers, _ = scan_folder(folder)
+        return open_dataset(folder, stickers, codec, resolution, tmp_path / "cache"), len(counts)
+
+    os.utime(folder / "00.gif")  # modification time
+    (folder / "metadata.jsonl").write_text("")  # captions
+    (folder / "02.gif").rename(folder / "renamed.gif")
+    shutil.copy(folder / "04.gif", folder / "copy.gif")
+    again, count = clips_encoded()
+    assert count == 0 and len(again.clips) == 13 and again.clips[0].caption == ""
+    by_name = {clip.name: clip for clip in again.clips}
+    assert np.array_equal(again.read(by_name["copy.gif"], 3), again.read(by_name["04.gif"], 3))
+
+    moving_square(folder / "00.gif", frames=9)  # contents
+    changed, count = clips_encoded()
+    assert count == 1 and changed.clips[0].longest == 8 and changed.identity != again.identity
+    assert clips_encoded(resolution=24)[1] == 12  # equal files are encoded once
+    other = PatchPCA(patch_size=8, latent_channels=6)
+    data.fit_codec(other, scan_folder(folder)[0], 16, num_workers=0)
+    assert other.identity != codec.identity and clips_encoded(other)[1] == 12
+    monkeypatch.setattr(cache, "CACHE_VERSION", cache.CACHE_VERSION + 1)  # key frames
+    assert clips_encoded()[1] == 12
 
 
-def test_an_interrupted_build_leaves_no_cache(folder, tmp_path, monkeypatch):
-    def fail(*_):
-        raise KeyboardInterrupt
+def test_a_dropped_file_keeps_its_reason_and_its_neighbours(folder, tmp_path):
+    (folder / "text.gif").write_text("hello")
+    for _ in range(2):  # built, then read
+        dataset, _ = open_folder(folder, tmp_path / "cache")
+        assert [name for name, _ in dataset.dropped] == ["text.gif"] and len(dataset.clips) == 12
 
-    monkeypatch.setattr(PatchPCA, "encode", fail)
+
+def test_an_interrupted_build_goes_on_where_it_stopped(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "SHARD_CLIPS", 4)
+    stickers, _ = scan_folder(folder)
+    codec = PatchPCA(patch_size=8, latent_channels=6)
+    data.fit_codec(codec, stickers, 16, num_workers=0)
+    counts, encode = encoded(monkeypatch, codec), PatchPCA.encode
+
+    def interrupt(self, frames):
+        if len(counts) == 6:
+            raise KeyboardInterrupt
+        return encode(self, frames)
+
+    monkeypatch.setattr(PatchPCA, "encode", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        open_folder(folder, tmp_path / "cache")
-    assert not list((tmp_path / "cache").iterdir())
+        open_dataset(folder, stickers, codec, 16, tmp_path / "cache")
+    monkeypatch.setattr(PatchPCA, "encode", encode)
+    counts.clear()
+    dataset = open_dataset(folder, stickers, codec, 16, tmp_path / "cache")
+    assert len(dataset.clips) == 12 and len(counts) == 8  # the first shard of four was kept
+
+
+BUILD = """
+import sys, time
+from pathlib import Path
+import cache, encoders, folder
+cache.SHARD_CLIPS = 2
+root, codec = Path(sys.argv[1]), encoders.PatchPCA.from_pretrained(sys.argv[2], low_cpu_mem_usage=False)
+encode = encoders.PatchPCA.encode
+def slow(self, frames):
+    time.sleep(0.15)
+    print("encoded", flush=True)
+    return encode(self, frames)
+encoders.PatchPCA.encode = slow
+found, _ = folder.scan_folder(root)
+dataset = cache.open_dataset(root, found, codec, 16, sys.argv[3])
+print("clips", len(dataset.clips))
+"""
+
+
+def test_processes_share_the_work_and_survive_each_other(folder, tmp_path):
+    codec = PatchPCA(patch_size=8, latent_channels=6)
+    data.fit_codec(codec, scan_folder(folder)[0], 16, num_workers=0)
+    codec.save_pretrained(tmp_path / "codec")
+    command = [sys.executable, "-c", BUILD, folder, tmp_path / "codec", tmp_path / "cache"]
+    start = partial(subprocess.Popen, command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    doomed = start()
+    for _ in range(3):  # it has finished a shard of two and is inside the next
+        doomed.stdout.readline()
+    doomed.kill()
+    doomed.wait()
+    outputs = [process.communicate(timeout=100)[0] for process in [start(), start()]]
+    assert all("clips 12" in output for output in outputs)
+    assert sum(output.count("encoded") for output in outputs) == 10  # nothing twice, and the first two kept
+    assert not list((tmp_path / "cache").glob("latents-*/*.tmp"))
 
 
 def test_several_processes_read_what_one_does(folder):
-    stickers, _ = data.scan_folder(folder)
-    one, two = (list(data.load_clips(stickers, 16, workers, "")) for workers in (0, 2))
+    stickers, _ = scan_folder(folder)
+    one, two = (list(load_clips(stickers, 16, workers)) for workers in (0, 2))
     for a, b in zip(one, two, strict=True):
         assert np.array_equal(a.pixels, b.pixels)
 
@@ -242,7 +327,7 @@ def test_an_epoch_shows_every_clip_once(folder, tmp_path, monkeypatch):
     dataset, _ = open_folder(folder, tmp_path / "cache")
     seen = []
     monkeypatch.setattr(
-        dataset, "read", lambda clip, k=None: seen.append(clip["name"]) or np.zeros((k, 6, 2, 2), np.float32)
+        dataset, "read", lambda clip, k=None: seen.append(clip.name) or np.zeros((k, 6, 2, 2), np.float32)
     )
     for step in range(6):  # two epochs of twelve, four samples a step
         draw(dataset, range(4), step=step, global_batch=4)
@@ -252,7 +337,7 @@ def test_an_epoch_shows_every_clip_once(folder, tmp_path, monkeypatch):
 
 def test_samples_obey_their_row(folder, tmp_path):
     dataset, _ = open_folder(folder, tmp_path / "cache")
-    by_length = {len(clip["key_frames"]) + 2: clip for clip in dataset.clips}
+    by_length = {clip.longest: clip for clip in dataset.clips}
     assert 3 in by_length
     for step in range(40):
         batch = draw(dataset, range(8), step=step)
@@ -272,7 +357,7 @@ def test_samples_obey_their_row(folder, tmp_path):
 
 def test_k_shrinks_to_the_distinct_frames_before_the_row_is_drawn(folder, tmp_path):
     dataset, _ = open_folder(folder, tmp_path / "cache")
-    short = [clip for clip in dataset.clips if max(clip["key_frames"]) == 3]
+    short = [clip for clip in dataset.clips if clip.longest == 3]
     only_prediction_at_8 = np.zeros_like(UNIFORM)
     only_prediction_at_8[1, -1] = 1.0
     batch = data.draw_batch(dataset, short, only_prediction_at_8, 0, 0, range(30), 30)
@@ -287,7 +372,7 @@ def test_k_shrinks_to_the_distinct_frames_before_the_row_is_drawn(folder, tmp_pa
 def test_without_dual_masks(folder, tmp_path):
     dataset, _ = open_folder(folder, tmp_path / "cache")
     clips = dataset.split("train", ddu=False)
-    assert clips and all(clip["count"] >= NUM_FRAMES for clip in clips)
+    assert clips and all(clip.count >= NUM_FRAMES for clip in clips)
     batch = data.draw_batch(dataset, clips, None, 0, 0, range(16), 16, ddu=False)
     assert batch.valid.all() and not batch.given.any() and set(batch.lengths) == {NUM_FRAMES}
 

@@ -56,7 +56,7 @@ def test_codec_saves_and_loads(tmp_path):
     codec = PatchPCA(patch_size=4, latent_channels=8)
     codec.fit(smooth_frames())
     Encoders(codec).save(tmp_path)
-    again = Encoders.load(tmp_path).codec
+    again = Encoders.load(tmp_path, {}).codec
     assert again.identity == codec.identity and again.factor == 4
     frames = smooth_frames(3)
     assert torch.equal(again.encode(frames), codec.encode(frames))

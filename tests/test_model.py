@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from masks import NUM_FRAMES
-from model import DFGN, SIZES, STI, Conv3D, Frames, make_scheduler
+from model import DFGN, SIZES, STI, Conv3D, Frames, loss_weights, make_scheduler
 
 TINY = dict(latent_channels=4, block_out_channels=(32, 64), attention_levels=(True, True), layers_per_block=1,
             head_width=16, cross_attention_dim=24, clip_dim=10, t5_dim=12, norm_num_groups=8,
@@ -157,19 +157,35 @@ def test_spatial_part_has_the_names_of_stable_diffusion():
     assert shapes == {name: p.shape for name, p in theirs.named_parameters()}
 
 
-def test_noise_skip_starts_as_the_best_linear_guess():
-    """With one Gaussian number per latent, E[eps | x_t] is linear in x_t:
-    the fresh network must be that function."""
+def test_estimate_of_clean_latents_becomes_noise():
+    """With latent_std, a last layer of zeros must say: given frames are known, of the others nothing is but x_t."""
     sigma = 0.5
-    unet = DFGN(**TINY, noise_skip=sigma)
-    noisy, given, timestep, text = random_inputs()
-    alpha = make_scheduler().alphas_cumprod[timestep].view(2, 1, 1, 1, 1)
-    expected = noisy * (1 - alpha).sqrt() / (alpha * sigma**2 + 1 - alpha)
-    with torch.no_grad():
-        torch.testing.assert_close(unet(noisy, given, timestep, text), expected)
-        masked = unet(noisy, given, timestep, text, first(5))
-    torch.testing.assert_close(masked[:, :5], expected[:, :5])
-    assert (masked[:, 5:] == 0).all()
+    unet = DFGN(**TINY, latent_std=sigma)  # a fresh network: its last layer gives zeros
+    clean, noise = random_inputs()[0], torch.randn_like(random_inputs()[0])
+    _, _, _, text = random_inputs()
+    given = clean * (torch.arange(NUM_FRAMES) < 3)[:, None, None, None]
+    for t in (0, 30, 600, 999):
+        timestep = torch.tensor([t, t])
+        alpha = make_scheduler().alphas_cumprod[t]
+        noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+        with torch.no_grad():
+            out = unet(noisy, given, timestep, text, first(5))
+        torch.testing.assert_close(out[:, :3], noise[:, :3], rtol=1e-3, atol=1e-3)  # exact where it is given
+        variance = (1 - alpha) / alpha
+        share = variance / (variance + 0.1 * sigma**2)  # of the network in the average
+        torch.testing.assert_close(out[:, 3:5], share * noisy[:, 3:5] / (1 - alpha).sqrt(), rtol=1e-3, atol=1e-3)
+        assert (out[:, 5:] == 0).all()
+
+
+def test_loss_weights():
+    assert (loss_weights(None) == 1).all()
+    sigma, alpha = 0.5, make_scheduler().alphas_cumprod
+    error = torch.randn(1000)  # of the clean latents, and what it makes of the noise
+    of_noise = error * alpha.sqrt() / (1 - alpha).sqrt()
+    snr = alpha * sigma**2 / (1 - alpha)
+    torch.testing.assert_close(
+        loss_weights(sigma) * of_noise.square(), (snr + 1).clamp(max=5) * (error / sigma).square()
+    )
 
 
 def test_padding_tokens_change_nothing():

@@ -12,12 +12,17 @@ from PIL import Image
 
 import media
 import sample
-from checkpoint import write_model
+from checkpoint import write_index, write_unet
 from encoders import Encoders, PatchPCA
 from model import DFGN, make_scheduler
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = dict(resolution=16, mixed_precision="no", guidance_scale=3.0, image_guidance_scale=1.5)
+
+
+def write_model(folder, unet, encoders, scheduler, settings):
+    write_unet(folder / "unet", unet, main_process=True)
+    write_index(folder, encoders, scheduler, settings)
 
 
 @pytest.fixture(scope="module")

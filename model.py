@@ -267,7 +267,9 @@ class DFGN(ModelMixin, ConfigMixin):
 
         def add_layer(block, in_width, width, attention):
             block.resnets.append(
-                ResnetBlock2D(in_channels=in_width, out_channels=width, temb_channels=emb_dim, groups=groups)
+                ResnetBlock2D(
+                    in_channels=in_width, out_channels=width, temb_channels=emb_dim, groups=groups, eps=1e-5
+                )
             )
             if attention:
                 block.attentions.append(Transformer2DModel(

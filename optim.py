@@ -9,6 +9,8 @@ weights sharded over ranks.
     shard               all of it divided by the number of ranks
 """
 
+import warnings
+
 import torch
 import torch.nn as nn
 from diffusers.models.resnet import ResnetBlock2D
@@ -95,7 +97,9 @@ def shard(unet, device):
         for i, resnet in enumerate(block.resnets):
             has_attention = i < len(block.attentions)
             fully_shard([resnet, *([block.attentions[i], block.temporal[i]] if has_attention else [])], mesh=mesh)
-    return fully_shard(unet, mesh=mesh)
+    # The network's output is a view; nothing changes it in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    return fully_shard(unet, mesh=mesh, reshard_after_forward=True)  # the rest, that is input and output layers
 
 
 def compile_layers(unet):

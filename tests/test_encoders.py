@@ -1,10 +1,24 @@
-"""The built-in codec and text encoders."""
+"""The codecs and text encoders, built-in and pre-trained."""
+
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from encoders import MAX_TOKENS, Encoders, NgramVectors, PatchPCA, WordVectors
+from encoders import (
+    MAX_TOKENS,
+    EncoderError,
+    Encoders,
+    NgramVectors,
+    PatchPCA,
+    PretrainedCLIP,
+    PretrainedT5,
+    PretrainedVAE,
+    WordVectors,
+)
+from tests.tiny_parts import make_parts, make_vae
 
 
 def smooth_frames(count=40, size=32, seed=0):
@@ -84,3 +98,90 @@ def test_unrelated_words_are_orthogonal_and_stems_are_shared():
 
     assert abs(cosine(WordVectors(), "red", "blue")) < 0.3
     assert cosine(NgramVectors(), "bouncing", "bounces") > 0.3 > cosine(NgramVectors(), "bouncing", "green")
+
+
+# ------------------------------------------------------------------------------------- pre-trained encoders
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    vae, clip, t5 = make_parts(tmp_path_factory.mktemp("parts"))
+    return Encoders(vae=vae, clip=clip, t5=t5), (vae, clip, t5)
+
+
+def test_vae_latents_are_scaled_posterior_means(pretrained):
+    codec = pretrained[0].codec
+    assert (codec.latent_channels, codec.factor) == (4, 8)
+    frames = smooth_frames(11)  # more than go through at a time
+    latents = codec.encode(frames)
+    x = frames.permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        expected = codec.vae.encode(x).latent_dist.mean * 0.7  # the scaling factor in the config
+        pixels = codec.vae.decode(latents / 0.7).sample
+    torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-5)
+    decoded = codec.decode(latents)
+    assert decoded.shape == frames.shape and decoded.dtype == torch.uint8
+    expected = ((pixels.permute(0, 2, 3, 1) + 1) * 127.5).clamp(0, 255)
+    assert (decoded.float() - expected).abs().max() < 0.6
+
+
+def test_vae_identity_is_that_of_its_weights(pretrained, tmp_path):
+    codec, vae = pretrained[0].codec, pretrained[1][0]
+    assert PretrainedVAE(shutil.copytree(vae, tmp_path / "a")).identity == codec.identity
+    make_vae(tmp_path / "other")
+    assert PretrainedVAE(tmp_path / "other").identity != codec.identity
+
+
+@pytest.mark.parametrize("name, width, model", [("clip", 32, "CLIPTextModel"), ("t5", 24, "T5EncoderModel")])
+def test_text_states_are_those_of_the_library(pretrained, name, width, model):
+    encoder = getattr(pretrained[0], name)
+    assert encoder.width == width and type(encoder.model).__name__ == model
+    states, mask = encoder(["a red cat", "", "red " * 500])
+    assert states.shape == (3, MAX_TOKENS, width) and mask.shape == (3, MAX_TOKENS)
+    assert 1 <= mask[1].sum() <= 2 and mask[0].sum() < 12 and mask[2].all()
+    assert (states[~mask] == 0).all() and states.dtype == torch.float32
+    tokens = encoder.tokenizer("a red cat", return_tensors="pt")  # alone, without padding
+    with torch.no_grad():
+        alone = encoder.model(**tokens).last_hidden_state[0]
+    torch.testing.assert_close(states[0][mask[0]], alone, rtol=1e-4, atol=1e-5)
+    with_hash, _ = encoder(["a # cat"])
+    assert not torch.allclose(with_hash[0], states[0])
+
+
+def test_half_precision_text(pretrained):
+    _, (vae, clip, t5) = pretrained
+    half = Encoders(vae=vae, clip=clip, t5=t5, dtype=torch.bfloat16)
+    for a, b in zip(half.text(["a red cat"]), pretrained[0].text(["a red cat"])):
+        torch.testing.assert_close(a, b, rtol=0.1, atol=0.1)
+    assert half.t5.model.dtype == torch.bfloat16 and half.codec.vae.dtype == torch.float32
+
+
+def test_what_cannot_be_loaded_gets_one_sentence(pretrained, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    _, (vae, clip, t5) = pretrained
+    broken = shutil.copytree(vae, tmp_path / "broken")
+    weights = broken / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    (tmp_path / "empty").mkdir()
+    partial = shutil.copytree(t5, tmp_path / "partial")
+    tensors = load_file(partial / "model.safetensors")
+    tensors.pop("encoder.final_layer_norm.weight")
+    save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+    for part, source, word in ((PretrainedVAE, broken, "--vae"), (PretrainedVAE, t5, "--vae"),
+                               (PretrainedVAE, tmp_path / "empty", "config.json"),
+                               (PretrainedCLIP, t5, "it is a t5 model"), (PretrainedT5, partial, "final_layer_norm"),
+                               (PretrainedT5, "nobody/has-this", "hf download nobody/has-this")):  # fmt: skip
+        with pytest.raises(EncoderError, match=word) as error:
+            part(source)
+        assert str(source) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_another_vae_is_refused(pretrained, tmp_path):
+    encoders, (_, clip, _) = pretrained
+    sources = encoders.sources()
+    assert sources["vae"] and sources["clip"] == str(clip)
+    again = Encoders.load(tmp_path, sources)
+    assert again.codec.identity == encoders.codec.identity
+    make_vae(tmp_path / "other")
+    with pytest.raises(EncoderError, match="another VAE"):
+        Encoders.load(tmp_path, dict(sources, vae=str(tmp_path / "other")))

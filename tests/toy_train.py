@@ -1,6 +1,8 @@
 """train.py with a toy network in the place of `tiny`:
 python tests/toy_train.py, or torchrun tests/toy_train.py."""
 
+import json
+import os
 import sys
 from pathlib import Path
 
@@ -23,7 +25,29 @@ def shrink(presets, sizes, generate):
     return lambda *args, **kwargs: generate(*args, **{**kwargs, "num_inference_steps": 3})
 
 
+class WatchedCurriculum(train.Curriculum):
+    """Keeps what every draw was made from, and writes it at the end: one file per rank."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.seen, self.count = [], 0
+
+    def probabilities(self, step):
+        p = super().probabilities(step)
+        self.seen.append(p.tolist())
+        return p
+
+    def update(self, loss):
+        super().update(loss)
+        self.count += 1
+        rank, folder = os.environ.get("RANK", 0), Path(os.environ["TOY_CURRICULUM"])
+        record = dict(losses=self.count, state=self.state_dict(), probabilities=self.seen[: self.count])
+        (folder / f"rank-{rank}.json").write_text(json.dumps(record))
+
+
 if __name__ == "__main__":
+    if "TOY_CURRICULUM" in os.environ:
+        train.Curriculum = WatchedCurriculum
     torch.set_num_threads(1)
     pictures.generate = shrink(train.PRESETS, model.SIZES, pictures.generate)
     train.main()

@@ -49,7 +49,7 @@ class PatchPCA(ModelMixin, ConfigMixin):
     # Standard deviation of the latents. Below 1, because neighbouring patches and frames say the same thing
     # many times over: at 1 the colour of a sticker shines through the noise of the last diffusion step, and
     # the network reads it there instead of in the text.
-    STD = 0.3
+    STD = 0.2
 
     @register_to_config
     def __init__(self, patch_size=8, latent_channels=32):

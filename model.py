@@ -13,7 +13,7 @@ Shapes: B clips, F frame slots per clip, N valid frames in the batch, C latent c
 layer, H x W the height and width of a layer, L text tokens.
 """
 
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 import torch.nn as nn
@@ -390,7 +390,7 @@ class DFGN(ModelMixin, ConfigMixin):
                 *((block.attentions[i], block.temporal[i]) if i < len(block.attentions) else (None, None)),
             )
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                return checkpoint(run_layer, h, *modules, use_reentrant=False)
+                return checkpoint(run_layer, h, *modules, use_reentrant=False, context_fn=same_attention)
             return run_layer(h, *modules)
 
         noisy, given = frames.pack(noisy), frames.pack(given)  # (N, C, H, W)
@@ -445,6 +445,13 @@ ROWS = {
     "full":  ((320, 640, 1280, 1280), (True, True, True, False),  2, 64, 1024, 32),
 }  # fmt: skip
 SIZES = {name: dict(zip(COLUMNS, row)) for name, row in ROWS.items()}
+
+
+def same_attention():
+    """Contexts for gradient checkpointing: the backward pass runs outside `precision`, and must recompute with the
+    same attention kernel (autocast is carried over by torch itself)."""
+    again = nullcontext() if torch.backends.cuda.flash_sdp_enabled() else sdpa_kernel(SDPBackend.MATH)
+    return nullcontext(), again
 
 
 @contextmanager

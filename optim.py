@@ -25,7 +25,7 @@ from model import STI, Conv3D
 ADAM = dict(betas=(0.9, 0.999), weight_decay=0.01)
 # The gate of a temporal layer is one number that starts at zero:
 # at the weights' own rate it would open too late.
-ALPHA_LR = 10
+ALPHA_LR = 30
 MAX_GRAD_NORM = 1.0
 EMA_DECAY, EMA_POWER = 0.9999, 0.75  # the decay warms up as 1 - (1 + step) ** -EMA_POWER
 

@@ -45,7 +45,7 @@ from pictures import model_card, plot_progress, validation_sheet
 COLUMNS = ("resolution", "max_train_steps", "train_batch_size", "learning_rate", "lr_scheduler",
            "lr_warmup_steps", "guidance_scale", "image_guidance_scale")  # fmt: skip
 ROWS = {
-    "tiny":  (64,    800,  8, 1.0e-3, "cosine",                 50, 3.0, 1.5),
+    "tiny":  (64,   1200,  8, 1.0e-3, "cosine",                 50, 3.0, 1.5),
     "small": (128, 50000, 16, 2.0e-4, "cosine",                500, 5.0, 2.0),
     "full":  (256, 50000,  1, 1.0e-5, "constant_with_warmup", 1000, 7.5, 7.5),
 }  # fmt: skip

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from masks import NUM_FRAMES
-from model import DFGN, SIZES, STI, Conv3D, Frames, loss_weights, make_scheduler
+from model import DFGN, SIZES, STI, Conv3D, Frames, loss_weights, make_scheduler, precision
 
 TINY = dict(latent_channels=4, block_out_channels=(32, 64), attention_levels=(True, True), layers_per_block=1,
             head_width=16, cross_attention_dim=24, clip_dim=10, t5_dim=12, norm_num_groups=8,
@@ -203,14 +203,16 @@ def test_padding_tokens_change_nothing():
     assert not torch.allclose(out, seen, atol=1e-2)
 
 
-@pytest.mark.parametrize("temporal", ["sti", "conv3d"])
-def test_gradient_checkpointing_changes_no_gradient(temporal):
+@pytest.mark.parametrize("temporal, mixed_precision", [("sti", "no"), ("sti", "bf16"), ("conv3d", "no")])
+def test_gradient_checkpointing_changes_no_gradient(temporal, mixed_precision):
     unet = random_dfgn(temporal)
     inputs = random_inputs()
     gradients = []
     for checkpointing in (False, True):
         unet.gradient_checkpointing = checkpointing
-        unet(*inputs, first(5)).square().mean().backward()
+        with precision("cpu", mixed_precision):
+            out = unet(*inputs, first(5))
+        out.square().mean().backward()  # outside, as in training
         gradients.append([p.grad.clone() for p in unet.parameters()])
         unet.zero_grad()
     for a, b in zip(*gradients):

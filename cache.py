@@ -20,7 +20,7 @@ import json
 import os
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -121,7 +121,7 @@ def digest_files(folder, stickers, cache_dir):
     except (OSError, ValueError):
         known = {}
     now = {}
-    for sticker in stickers:
+    for sticker in tqdm(stickers, "looking at files", unit="file", delay=2, disable=not sys.stderr.isatty()):
         try:
             state = sticker.path.stat()
             stamp = [state.st_size, state.st_mtime_ns, state.st_ino]
@@ -170,7 +170,7 @@ def claim(folder, missing, seen):
         fcntl.flock(door, fcntl.LOCK_EX)
         taken = set()
         for path in claims.glob("*.txt"):
-            with open(path) as file:
+            with suppress(FileNotFoundError), open(path) as file:  # it may be given back at this very moment
                 if try_lock(file):  # its process is gone
                     path.unlink()
                 else:

@@ -31,7 +31,7 @@ import data
 import masks
 import media
 import stickers
-from cache import default_cache, open_dataset
+from cache import default_cache, digest_files, open_dataset
 from checkpoint import list_checkpoints, load_checkpoint, save_checkpoint, start_from_spatial, write_finished
 from curriculum import STRATEGIES, TASKS, Curriculum
 from encoders import EncoderError, Encoders, PatchPCA
@@ -179,13 +179,13 @@ def check_schedule(checkpoint, schedule):
     """Refuses to resume with flags under which the run would not be the one that was interrupted."""
     saved = json.loads((checkpoint / "state.json").read_text())["schedule"]
     for name, value in schedule.items():
-        if saved[name] != value:
+        if saved.get(name) != value:
             flag = (
                 "--train_batch_size x --gradient_accumulation_steps x processes"
                 if name == "global_batch"
                 else f"--{name}"
             )
-            raise UsageError(f"{flag} is {value}, but {checkpoint} was trained with {saved[name]}: "
+            raise UsageError(f"{flag} is {value}, but {checkpoint} was trained with {saved.get(name)}: "
                              "a resumed run keeps its schedule. Give the old value, "
                              "or start anew in another --output_dir.")  # fmt: skip
 
@@ -230,6 +230,7 @@ def train(args):
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
     if world > 1:
         # Rank 0 decodes, validates and saves while the others wait:
         # far longer than the default timeout allows.
@@ -291,7 +292,10 @@ def train(args):
     encoders = Encoders.load(codec_folder, sources, device, half)
     check_resolution(args, encoders.codec)
 
-    # ---- latents: all ranks encode what is missing
+    # ---- latents: rank 0 looks at the files, then all ranks encode what is missing
+    if main_process:
+        digest_files(folder, found, args.cache_dir)
+    barrier()
     workers = args.num_workers // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     dataset = open_dataset(folder, found, encoders.codec, args.resolution, args.cache_dir, workers)
     clips, held_out = dataset.split("train", args.ddu), dataset.split("validation", args.ddu)

@@ -33,10 +33,14 @@ REPEATS = 7
 
 def machine():
     """One line: what the figures were measured on."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+        names = [
+            line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")
+        ]
         cpu = f"{len(names)} x {names[0]}" if names else cpu
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{cpu}{gpu}, Python {platform.python_version()}, torch {torch.__version__}, commit {commit or 'unknown'}"
@@ -137,7 +141,10 @@ def bench_cache(clips=2048, rows=24, shard=256):
         dataset = LatentDataset(place, stickers, names)
         for clip in dataset.clips:  # the baseline: one file per clip
             np.save(place / f"{clip.name}.one.npy", np.zeros((rows, 4, 32, 32), np.float16))
-        draws = [(dataset.clips[i], int(k)) for i, k in zip(rng.integers(clips, size=2000), rng.integers(3, 9, 2000))]
+        draws = [
+            (dataset.clips[i], int(k))
+            for i, k in zip(rng.integers(clips, size=2000), rng.integers(3, 9, 2000))
+        ]
         uniform = Curriculum("none", 1).probabilities(0)
 
         def cached():
@@ -146,16 +153,24 @@ def bench_cache(clips=2048, rows=24, shard=256):
 
         def one_file_per_clip():
             for clip, k in draws:
-                np.asarray(np.load(place / f"{clip.name}.one.npy")[clip.places[k - LENGTHS[0], :k]], np.float32)
+                np.asarray(
+                    np.load(place / f"{clip.name}.one.npy")[clip.places[k - LENGTHS[0], :k]], np.float32
+                )
 
         def samples():
             for step in range(2000 // 16):
                 draw_batch(dataset, dataset.clips, uniform, 0, step, range(16), 16)
 
         found = []
-        for name, function in (("one file per clip", one_file_per_clip), ("cache", cached), ("cache, whole samples", samples)):
+        for name, function in (
+            ("one file per clip", one_file_per_clip),
+            ("cache", cached),
+            ("cache, whole samples", samples),
+        ):
             median, fastest, slowest = timed(function)
-            found.append(dict(what=name, clips_per_second=2000 / median, best=2000 / fastest, worst=2000 / slowest))
+            found.append(
+                dict(what=name, clips_per_second=2000 / median, best=2000 / fastest, worst=2000 / slowest)
+            )
         return found
 
 

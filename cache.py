@@ -54,7 +54,9 @@ class CachedClip(NamedTuple):
     count: int  # frames in the file
     shard: int
     start: int  # first row in its shard
-    places: np.ndarray  # int8 (7, 8): rows of the key frames for k = 3..8, then of the equally spaced frames; -1 = none
+    places: (
+        np.ndarray
+    )  # int8 (7, 8): rows of the key frames for k = 3..8, then of the equally spaced frames; -1 = none
 
     @property
     def longest(self):
@@ -83,7 +85,9 @@ class LatentDataset:
         for number, index in enumerate(sorted(folder.glob("*.npz"))):
             self.shards.append(index.with_suffix(".npy"))
             with np.load(index) as arrays:
-                for digest, start, count, table in zip(*(arrays[n] for n in ("digest", "start", "count", "places"))):
+                for digest, start, count, table in zip(
+                    *(arrays[n] for n in ("digest", "start", "count", "places"))
+                ):
                     where[str(digest)], places[str(digest)] = (int(count), number, int(start)), table
                 reasons.update(zip(arrays["dropped"].tolist(), arrays["reason"].tolist()))
         for sticker, digest in zip(stickers, digests):
@@ -115,7 +119,10 @@ class LatentDataset:
 def digest_files(folder, stickers, cache_dir):
     """sha256 of every file, in the order of `stickers`. A file whose size and time of change are those of the
     last call is not read again."""
-    memory = Path(cache_dir) / f"digests-{hashlib.sha256(str(Path(folder).resolve()).encode()).hexdigest()[:16]}.json"
+    memory = (
+        Path(cache_dir)
+        / f"digests-{hashlib.sha256(str(Path(folder).resolve()).encode()).hexdigest()[:16]}.json"
+    )
     try:
         known = json.loads(memory.read_text())
     except (OSError, ValueError):
@@ -211,8 +218,10 @@ def write_shard(folder, digests, clips, codec):
         rows += len(latents[-1])
     name = hashlib.sha256("".join(digests).encode()).hexdigest()[:20]
     frames = np.concatenate(latents) if latents else np.zeros((0, 1, 1, 1), np.float16)
-    for suffix, save in ((".npy", lambda file: np.save(file, frames)),
-                         (".npz", lambda file: np.savez(file, **{n: np.array(v) for n, v in index.items()}))):
+    for suffix, save in (
+        (".npy", lambda file: np.save(file, frames)),
+        (".npz", lambda file: np.savez(file, **{n: np.array(v) for n, v in index.items()})),
+    ):
         writing = folder / f"{name}{suffix}.tmp"
         with open(writing, "wb") as file:
             save(file)
@@ -231,7 +240,9 @@ def open_dataset(folder, stickers, codec, resolution, cache_dir, num_workers=0):
     missing, seen = dict(zip(digests, stickers)), set()  # {digest: sticker}; equal files are encoded once
     forget_cached(missing, place, seen)
     total = len(missing)
-    with tqdm(desc="encoding stickers", total=total, unit="file", disable=not (total and sys.stderr.isatty())) as bar:
+    with tqdm(
+        desc="encoding stickers", total=total, unit="file", disable=not (total and sys.stderr.isatty())
+    ) as bar:
         while missing:
             with claim(place, missing, seen) as mine:
                 bar.update(total - len(missing) - bar.n)  # what the others have done meanwhile

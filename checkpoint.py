@@ -72,7 +72,18 @@ def list_checkpoints(output_dir):
 
 
 def save_checkpoint(
-    output_dir, step, limit, unet, average, optimizer, encoders, scheduler, settings, tensors, state, main_process
+    output_dir,
+    step,
+    limit,
+    unet,
+    average,
+    optimizer,
+    encoders,
+    scheduler,
+    settings,
+    tensors,
+    state,
+    main_process,
 ):
     """Writes output_dir/checkpoint-{step} and then deletes the oldest beyond `limit` (None = keep all).
 

@@ -71,9 +71,7 @@ def draw_sample(dataset, clips, probabilities, seed, step, index, global_batch, 
     if ddu:
         level = rng.choice(probabilities.size, p=probabilities.flatten())
         task, k = TASKS[level // len(LENGTHS)], LENGTHS[level % len(LENGTHS)]
-        k = min(
-            k, clip.longest
-        )  # a clip of few distinct frames: k shrinks first, then the row is drawn
+        k = min(k, clip.longest)  # a clip of few distinct frames: k shrinks first, then the row is drawn
         row = masks.draw_row(task, k, rng)
         frames = dataset.read(clip, k)
     else:
@@ -101,13 +99,17 @@ def draw_batch(dataset, clips, probabilities, seed, step, indices, global_batch,
 def fit_codec(codec, stickers, resolution, num_workers, most_clips=384, frames_per_clip=4):
     """Fits a codec that learns from the stickers (PatchPCA) to an even selection of the training files."""
     train = [sticker for sticker in stickers if sticker.split == "train"]
-    chosen = [train[i] for i in np.unique(np.linspace(0, len(train) - 1, most_clips).astype(int))] if train else []
+    chosen = (
+        [train[i] for i in np.unique(np.linspace(0, len(train) - 1, most_clips).astype(int))] if train else []
+    )
     loaded = tqdm(load_clips(chosen, resolution, num_workers), "fitting the codec", len(chosen), unit="file",
                   disable=not sys.stderr.isatty())  # fmt: skip
     clips = [clip for clip in loaded if isinstance(clip, Clip)]
     if not clips:
         raise DataError("none of the stickers can be used: `python data.py FOLDER` says why for each file.")
-    frames = [clip.pixels[np.linspace(0, len(clip.pixels) - 1, frames_per_clip).astype(int)] for clip in clips]
+    frames = [
+        clip.pixels[np.linspace(0, len(clip.pixels) - 1, frames_per_clip).astype(int)] for clip in clips
+    ]
     codec.fit(torch.from_numpy(np.concatenate(frames)))
 
 
@@ -154,7 +156,9 @@ def parse_args():
     args = parser.parse_args()
     args.resolution = args.resolution or (256 if args.encode else 96)
     if args.encode and not args.vae:
-        parser.error("--encode needs --vae: the built-in codec is fitted, and its latents encoded, by train.py.")
+        parser.error(
+            "--encode needs --vae: the built-in codec is fitted, and its latents encoded, by train.py."
+        )
     if args.preview:
         media.check_suffix(args.preview)
     return args

@@ -330,7 +330,9 @@ class DFGN(ModelMixin, ConfigMixin):
         self.conv_out = nn.Conv2d(width, latent_channels, kernel_size=3, padding=1)
 
         if latent_std is not None:
-            self.register_buffer("alphas_cumprod", make_scheduler().alphas_cumprod, persistent=False)  # (1000,)
+            self.register_buffer(
+                "alphas_cumprod", make_scheduler().alphas_cumprod, persistent=False
+            )  # (1000,)
 
         self.gradient_checkpointing = False
         self.initialize()

@@ -58,7 +58,9 @@ class Average:
 
     def __init__(self, unet, on_cpu=False):
         self.on_cpu = on_cpu
-        self.ema = EMAModel(local_weights(unet), decay=EMA_DECAY, use_ema_warmup=True, power=EMA_POWER, foreach=True)
+        self.ema = EMAModel(
+            local_weights(unet), decay=EMA_DECAY, use_ema_warmup=True, power=EMA_POWER, foreach=True
+        )
         self.ema.to(device="cpu" if on_cpu else None, dtype=torch.float32)
 
     def step(self, unet):
@@ -96,10 +98,14 @@ def shard(unet, device):
     for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
         for i, resnet in enumerate(block.resnets):
             has_attention = i < len(block.attentions)
-            fully_shard([resnet, *([block.attentions[i], block.temporal[i]] if has_attention else [])], mesh=mesh)
+            fully_shard(
+                [resnet, *([block.attentions[i], block.temporal[i]] if has_attention else [])], mesh=mesh
+            )
     # The network's output is a view; nothing changes it in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    return fully_shard(unet, mesh=mesh, reshard_after_forward=True)  # the rest, that is input and output layers
+    return fully_shard(
+        unet, mesh=mesh, reshard_after_forward=True
+    )  # the rest, that is input and output layers
 
 
 def compile_layers(unet):

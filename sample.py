@@ -188,7 +188,9 @@ def parse_args():
         "--checkpoint", required=True, metavar="DIR", help="a finished run, or a checkpoint-N folder in it"
     )
     for name, what in (("vae", "AutoencoderKL"), ("clip", "CLIP text model"), ("t5", "T5 encoder")):
-        parser.add_argument(f"--{name}", metavar="DIR_OR_ID", help=f"{what} (default: what the checkpoint records)")
+        parser.add_argument(
+            f"--{name}", metavar="DIR_OR_ID", help=f"{what} (default: what the checkpoint records)"
+        )
     parser.add_argument("--prompt", default="", help="what the sticker shows")
     parser.add_argument("--negative_prompt", default="", help="what it should not show")
     parser.add_argument("--image", nargs="+", action="extend", type=parse_image, default=[],

@@ -20,10 +20,10 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import data  # noqa: E402
 import masks  # noqa: E402
 import sample  # noqa: E402
 import stickers  # noqa: E402
+from folder import Clip, load_clip, scan_folder  # noqa: E402
 
 
 def dominant_colour(frames):
@@ -76,13 +76,13 @@ def main():
         print(f"  {prompt}: {colour}")
     print(f"colour: {right} of {len(prompts)} right (guidance {settings['guidance_scale']}, eta 1, seed 0)")
 
-    found, _ = data.scan_folder(stickers.draw_stickers(stickers.default_folder()))
+    found, _ = scan_folder(stickers.draw_stickers(stickers.default_folder()))
     held_out = [sticker for sticker in found if sticker.split == "validation"]
-    clips = [(sticker, data.load_clip(sticker, settings["resolution"])) for sticker in held_out]
+    clips = [(sticker, load_clip(sticker, settings["resolution"])) for sticker in held_out]
     clips = [
         (sticker, clip)
         for sticker, clip in clips
-        if isinstance(clip, data.Clip) and masks.NUM_FRAMES in clip.key_frames
+        if isinstance(clip, Clip) and masks.NUM_FRAMES in clip.key_frames
     ]
     clips = clips[: args.clips]
     real = np.stack([clip.pixels[clip.key_frames[masks.NUM_FRAMES]] for _, clip in clips])  # (B, 8, R, R, 3)

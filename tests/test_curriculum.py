@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import curriculum
-from curriculum import Curriculum, LENGTHS, TASKS
+from curriculum import LENGTHS, TASKS, Curriculum
 
 HOSTILE = {
     "zeros": [0.0] * 50,

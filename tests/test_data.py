@@ -200,7 +200,9 @@ def test_cached_latents_are_those_of_the_key_frames(folder, tmp_path):
 def encoded(monkeypatch, codec):
     """Counts the frames that go through the codec from now on."""
     counts, encode = [], type(codec).encode
-    monkeypatch.setattr(type(codec), "encode", lambda self, frames: counts.append(len(frames)) or encode(self, frames))
+    monkeypatch.setattr(
+        type(codec), "encode", lambda self, frames: counts.append(len(frames)) or encode(self, frames)
+    )
     return counts
 
 

@@ -65,7 +65,9 @@ def test_encode_train_resume_and_sample_with_pre_trained_parts(made):
     assert "24 clips" in said
     before = {path: path.stat().st_mtime_ns for path in root.glob("cache/latents-*/*.np?")}
     one, _ = train(made, "one")
-    assert {path: path.stat().st_mtime_ns for path in root.glob("cache/latents-*/*.np?")} == before  # nothing anew
+    assert {
+        path: path.stat().st_mtime_ns for path in root.glob("cache/latents-*/*.np?")
+    } == before  # nothing anew
     assert not (one / "codec").exists()
     index = json.loads((one / "model_index.json").read_text())
     assert index["vae"] == str(parts["vae"]) and index["codec_identity"].startswith("AutoencoderKL")
@@ -80,7 +82,10 @@ def test_encode_train_resume_and_sample_with_pre_trained_parts(made):
     train((root, data, {}), "resumed", resume_from_checkpoint="latest")
     assert_same_weights(weights(one), weights(resumed), rtol=0, atol=0)
 
-    for output, more in {"a.gif": [], "b.gif": ["--vae", parts["vae"], "--image", f"0:{data / '00000.gif'}"]}.items():
+    for output, more in {
+        "a.gif": [],
+        "b.gif": ["--vae", parts["vae"], "--image", f"0:{data / '00000.gif'}"],
+    }.items():
         command(sys.executable, "sample.py", "--checkpoint", one, "--prompt", "a red heart", "--num_inference_steps",
                 2, "--output", root / output, *more)  # fmt: skip
         assert (root / output).stat().st_size > 200
@@ -117,7 +122,10 @@ def test_two_ranks_sharded_or_not_are_one_process(made):
                              num_inference_steps=3, guidance_scale=settings["guidance_scale"],
                              image_guidance_scale=settings["image_guidance_scale"])[0]  # fmt: skip
     media.write_clip(root / "one.gif", frames, fps=8)
-    ours, theirs = (media.read_clip(path, 32)[0].astype(int) for path in (root / "one.gif", root / "sharded" / "sample.gif"))
+    ours, theirs = (
+        media.read_clip(path, 32)[0].astype(int)
+        for path in (root / "one.gif", root / "sharded" / "sample.gif")
+    )
     assert np.abs(ours - theirs).mean() < 0.5 and ours.std() > 5
 
 
@@ -157,7 +165,9 @@ def test_ranks_with_different_losses_share_one_curriculum(made, tmp_path, monkey
     a, b = ((tmp_path / f"rank-{rank}.json").read_text() for rank in (0, 1))
     assert a == b and json.loads(a)["losses"] == 50 and len(json.loads(a)["probabilities"]) == 50
     one, _ = train(made, "fifty-1", train_batch_size=1, max_train_steps=50, checkpointing_steps=50)
-    assert (tmp_path / "rank-0.json").read_text() != a  # with the losses of one rank it would have been another
+    assert (
+        tmp_path / "rank-0.json"
+    ).read_text() != a  # with the losses of one rank it would have been another
 
 
 # ------------------------------------------------------------------------------------------------ start, memory
@@ -176,7 +186,9 @@ def test_init_unet_is_that_unet_frame_by_frame(tmp_path, slots):
     timestep = torch.tensor([3, 700])
     with torch.no_grad():
         ours = unet(noisy, given, timestep, (clip, clip_mask, t5, t5_mask))
-        states = torch.cat([clip, unet.t5_projection(t5)], dim=1)  # the same text states: CLIP's pass unchanged
+        states = torch.cat(
+            [clip, unet.t5_projection(t5)], dim=1
+        )  # the same text states: CLIP's pass unchanged
         theirs = torch.stack([spatial(noisy[:, i], timestep, states).sample for i in range(slots)], dim=1)
     assert ours.abs().max() > 0.01
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

@@ -173,7 +173,9 @@ def test_estimate_of_clean_latents_becomes_noise():
         torch.testing.assert_close(out[:, :3], noise[:, :3], rtol=1e-3, atol=1e-3)  # exact where it is given
         variance = (1 - alpha) / alpha
         share = variance / (variance + 0.1 * sigma**2)  # of the network in the average
-        torch.testing.assert_close(out[:, 3:5], share * noisy[:, 3:5] / (1 - alpha).sqrt(), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            out[:, 3:5], share * noisy[:, 3:5] / (1 - alpha).sqrt(), rtol=1e-3, atol=1e-3
+        )
         assert (out[:, 5:] == 0).all()
 
 

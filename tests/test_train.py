@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import masks
 import media
+import options
 import pictures
 import stickers
 import train
@@ -37,10 +38,11 @@ def cache(tmp_path_factory):
 def run(folder, cache, tmp_path, monkeypatch):
     """Calls train.main with a toy network; returns the output folder.
     Exits with an error raise SystemExit."""
-    monkeypatch.setattr(train, "PRESETS", dict(train.PRESETS))
-    generate = shrink(train.PRESETS, toy_sizes := dict(SIZES), pictures.generate)
+    monkeypatch.setattr(options, "PRESETS", dict(options.PRESETS))
+    generate = shrink(options.PRESETS, toy_sizes := dict(SIZES), pictures.generate)
     monkeypatch.setattr(pictures, "generate", generate)
     monkeypatch.setattr(train, "SIZES", toy_sizes)
+    monkeypatch.setattr(options, "SIZES", toy_sizes)
 
     def run(name, **more):
         flags = dict(dict(data=folder, cache_dir=cache, output_dir=tmp_path / name, max_train_steps=6,

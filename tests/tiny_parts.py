@@ -23,9 +23,18 @@ def make_vae(folder, channels=(8, 16, 16, 16), latent_channels=4):
 
 
 def make_clip(folder, width=32):
-    tokens = [*LETTERS, *(letter + "</w>" for letter in LETTERS), "re", "red</w>", "<|startoftext|>", "<|endoftext|>"]
+    tokens = [
+        *LETTERS,
+        *(letter + "</w>" for letter in LETTERS),
+        "re",
+        "red</w>",
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
     CLIPTokenizer(
-        vocab={token: i for i, token in enumerate(tokens)}, merges=[("r", "e"), ("re", "d</w>")], model_max_length=77
+        vocab={token: i for i, token in enumerate(tokens)},
+        merges=[("r", "e"), ("re", "d</w>")],
+        model_max_length=77,
     ).save_pretrained(folder / "tokenizer")
     CLIPTextModel(
         CLIPTextConfig(
@@ -42,8 +51,17 @@ def make_clip(folder, width=32):
 
 
 def make_t5(folder, width=24):
-    pieces = ["<pad>", "</s>", "<unk>", "\N{LOWER ONE EIGHTH BLOCK}", *LETTERS, "\N{LOWER ONE EIGHTH BLOCK}red"]
-    T5Tokenizer(vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)], extra_ids=0).save_pretrained(folder)
+    pieces = [
+        "<pad>",
+        "</s>",
+        "<unk>",
+        "\N{LOWER ONE EIGHTH BLOCK}",
+        *LETTERS,
+        "\N{LOWER ONE EIGHTH BLOCK}red",
+    ]
+    T5Tokenizer(vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)], extra_ids=0).save_pretrained(
+        folder
+    )
     T5EncoderModel(
         T5Config(vocab_size=len(pieces), d_model=width, d_kv=8, d_ff=2 * width, num_layers=2, num_heads=2)
     ).save_pretrained(folder)

@@ -11,6 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import model  # noqa: E402
+import options  # noqa: E402
 import pictures  # noqa: E402
 import train  # noqa: E402
 
@@ -49,5 +50,5 @@ if __name__ == "__main__":
     if "TOY_CURRICULUM" in os.environ:
         train.Curriculum = WatchedCurriculum
     torch.set_num_threads(1)
-    pictures.generate = shrink(train.PRESETS, model.SIZES, pictures.generate)
+    pictures.generate = shrink(options.PRESETS, model.SIZES, pictures.generate)
     train.main()

@@ -26,7 +26,7 @@ from curriculum import LENGTHS, Curriculum
 from data import draw_batch
 from folder import Clip, Sticker
 from model import DFGN, SIZES, precision
-from optim import MAX_GRAD_NORM, Average, compile_layers, make_optimizer
+from optim import MAX_GRAD_NORM, compile_layers, make_optimizer
 
 REPEATS = 7
 

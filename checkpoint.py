@@ -4,6 +4,7 @@ What a run leaves on disk.
     output_dir/checkpoint-N/    unet/, unet_ema/, codec/, scheduler/,
                                 model_index.json            what sample.py reads
                                 optimizer.pt, state.json    what resuming needs besides
+                                files.json                  sha256 of each of these files
     output_dir/                 at the end: unet/ (EMA weights where EMA is on), codec/, scheduler/,
                                 model_index.json, README.md (the model card)
 
@@ -13,15 +14,18 @@ of the U-Net's parameters, however many ranks they were spread over: any number 
 Functions that take `main_process` are called by every rank; only that one writes.
 """
 
+import hashlib
 import json
 import os
 import re
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -71,6 +75,52 @@ def list_checkpoints(output_dir):
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
+class SaveError(OSError):
+    """Something could not be written, in one sentence. What had been saved before is still there."""
+
+
+@contextmanager
+def removed_on_failure(writing, final):
+    """Turns a failure to write into SaveError, with the half-written folder gone."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap the system's error
+        shutil.rmtree(writing, ignore_errors=True)
+        reason = " ".join(str(error).split())[:200]
+        raise SaveError(
+            f"{final} could not be written ({reason}): make room on its disk. Checkpoints saved before are unharmed."
+        ) from error
+
+
+def sweep(output_dir):
+    """Removes what a killed run was writing."""
+    for leftover in Path(output_dir).glob("*.tmp"):
+        shutil.rmtree(leftover)
+
+
+def digests(folder):
+    """{path inside the folder: sha256} of its files."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "files.json")
+    found = {}
+    for path in files:
+        with open(path, "rb") as file:
+            found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def find_damage(folder):
+    """What is wrong with a checkpoint, in a few words; None if it is what was saved."""
+    try:
+        expected = json.loads((folder / "files.json").read_text())
+        found = digests(folder)
+    except (OSError, ValueError):
+        return "files.json is missing or unreadable"
+    for name, digest in expected.items():
+        if found.get(name) != digest:
+            return f"{name} is {'not what was saved' if name in found else 'missing'}"
+    return None
+
+
 def save_checkpoint(
     output_dir,
     step,
@@ -92,21 +142,23 @@ def save_checkpoint(
     """
     final = Path(output_dir) / f"checkpoint-{step}"
     writing = final.with_name(final.name + ".tmp")
-    if main_process:
-        shutil.rmtree(writing, ignore_errors=True)
-        writing.mkdir(parents=True)
-    write_unet(writing / "unet", unet, main_process)
-    if average is not None:
-        average.applied(unet, lambda: write_unet(writing / "unet_ema", unet, main_process))
-        state = dict(state, ema_step=average.ema.optimization_step)
-    moments = get_optimizer_state_dict(unet, optimizer, options=WHOLE)
-    if not main_process:
-        return
-    write_index(writing, encoders, scheduler, settings)
-    torch.save(dict(tensors, optimizer=moments), writing / "optimizer.pt")
-    (writing / "state.json").write_text(json.dumps(dict(state, step=step), indent=2) + "\n")
-    shutil.rmtree(final, ignore_errors=True)
-    os.rename(writing, final)
+    with removed_on_failure(writing, final):
+        if main_process:
+            shutil.rmtree(writing, ignore_errors=True)
+            writing.mkdir(parents=True)
+        write_unet(writing / "unet", unet, main_process)
+        if average is not None:
+            average.applied(unet, lambda: write_unet(writing / "unet_ema", unet, main_process))
+            state = dict(state, ema_step=average.ema.optimization_step)
+        moments = get_optimizer_state_dict(unet, optimizer, options=WHOLE)
+        if not main_process:
+            return
+        write_index(writing, encoders, scheduler, settings)
+        torch.save(dict(tensors, optimizer=moments), writing / "optimizer.pt")
+        (writing / "state.json").write_text(json.dumps(dict(state, step=step), indent=2) + "\n")
+        (writing / "files.json").write_text(json.dumps(digests(writing), indent=2) + "\n")
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(writing, final)
     if limit is not None:
         for _, old in list_checkpoints(output_dir)[:-limit]:
             shutil.rmtree(old)
@@ -168,18 +220,19 @@ def write_finished(output_dir, unet, average, encoders, scheduler, settings, car
     """Turns `output_dir` itself into the finished folder, with the averaged weights where there are any.
     card: the text of its README.md"""
     writing = Path(output_dir) / "finished.tmp"
-    if main_process:
-        shutil.rmtree(writing, ignore_errors=True)
-        writing.mkdir(parents=True)
-    with_average(average, unet, lambda: write_unet(writing / "unet", unet, main_process))
-    if not main_process:
-        return
-    write_index(writing, encoders, scheduler, settings)
-    (writing / "README.md").write_text(card)
-    order = sorted(writing.iterdir(), key=lambda part: (part.name == "model_index.json", part.name))
-    for part in order:  # model_index.json last: with it the folder is whole
-        final = Path(output_dir) / part.name
-        if final.is_dir():
-            shutil.rmtree(final)
-        os.replace(part, final)
-    writing.rmdir()
+    with removed_on_failure(writing, output_dir):
+        if main_process:
+            shutil.rmtree(writing, ignore_errors=True)
+            writing.mkdir(parents=True)
+        with_average(average, unet, lambda: write_unet(writing / "unet", unet, main_process))
+        if not main_process:
+            return
+        write_index(writing, encoders, scheduler, settings)
+        (writing / "README.md").write_text(card)
+        order = sorted(writing.iterdir(), key=lambda part: (part.name == "model_index.json", part.name))
+        for part in order:  # model_index.json last: with it the folder is whole
+            final = Path(output_dir) / part.name
+            if final.is_dir():
+                shutil.rmtree(final)
+            os.replace(part, final)
+        writing.rmdir()

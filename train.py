@@ -13,16 +13,19 @@ sample.py reads.
 import json
 import math
 import os
+import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from diffusers.optimization import get_scheduler
+from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -31,7 +34,16 @@ import masks
 import media
 import stickers
 from cache import digest_files, open_dataset
-from checkpoint import list_checkpoints, load_checkpoint, save_checkpoint, start_from_spatial, write_finished
+from checkpoint import (
+    SaveError,
+    find_damage,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+    start_from_spatial,
+    sweep,
+    write_finished,
+)
 from curriculum import TASKS, Curriculum
 from encoders import EncoderError, Encoders, PatchPCA
 from folder import DataError, scan_folder
@@ -41,6 +53,7 @@ from options import SCHEDULE_FLAGS, UsageError, check_resolution, check_schedule
 from pictures import model_card, plot_progress, validation_sheet
 
 LOG_EVERY = 10  # steps
+MAX_BAD_STEPS = 20  # in a row; fp16 needs some at its start, until the loss scale has come down
 VALIDATION_SAMPLES = 64  # held-out samples behind the validation loss
 
 # ------------------------------------------------------------------------------------------------------------
@@ -69,6 +82,60 @@ def make_reporter(args):
             f"--report_to {args.report_to} needs a package: pip install {args.report_to}"
         ) from error
     return lambda entry: None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Stopping and going on
+
+
+def choose_checkpoint(args, say):
+    """The checkpoint that --resume_from_checkpoint asks for, None for a fresh start. A damaged one is never used:
+    `latest` then takes the one before it. Raises UsageError."""
+    checkpoints = [path for _, path in list_checkpoints(args.output_dir)]
+    if args.resume_from_checkpoint == "latest":
+        for path in reversed(checkpoints):
+            damage = find_damage(path)
+            if damage is None:
+                return path
+            say(f"{path} is damaged ({damage}): trying the one before it")
+        if checkpoints:
+            raise UsageError(f"--output_dir {args.output_dir}: all its checkpoints are damaged: "
+                             "start anew in another folder.")  # fmt: skip
+        return None
+    if args.resume_from_checkpoint:
+        path = Path(args.resume_from_checkpoint)
+        if not (path / "state.json").is_file():
+            raise UsageError(
+                f"--resume_from_checkpoint {path} is no checkpoint: give latest or a checkpoint-N folder."
+            )
+        if damage := find_damage(path):
+            raise UsageError(
+                f"--resume_from_checkpoint {path} is damaged ({damage}): give another, or latest."
+            )
+        return path
+    if checkpoints or (args.output_dir / "log.jsonl").exists():
+        raise UsageError(f"--output_dir {args.output_dir} already holds a run: continue it with "
+                         "--resume_from_checkpoint latest, or choose another folder.")  # fmt: skip
+    return None
+
+
+@contextmanager
+def stop_requests():
+    """Yields a list that collects SIGTERM and SIGINT (Ctrl-C) instead of dying of them. A second Ctrl-C exits at
+    once, with status 130."""
+    asked = []
+
+    def note(number, _):
+        if number == signal.SIGINT and signal.SIGINT in asked:
+            os._exit(128 + number)
+        asked.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -103,19 +170,10 @@ def train(args):
             dist.barrier()
 
     # ---- output folder
-    checkpoints = list_checkpoints(args.output_dir)
-    resume = None
-    if args.resume_from_checkpoint == "latest":
-        resume = checkpoints[-1][1] if checkpoints else None
-    elif args.resume_from_checkpoint:
-        resume = Path(args.resume_from_checkpoint)
-        if not (resume / "state.json").is_file():
-            raise UsageError(
-                f"--resume_from_checkpoint {resume} is no checkpoint: give latest or a checkpoint-N folder."
-            )
-    elif checkpoints or (args.output_dir / "log.jsonl").exists():
-        raise UsageError(f"--output_dir {args.output_dir} already holds a run: continue it with "
-                         "--resume_from_checkpoint latest, or choose another folder.")  # fmt: skip
+    resume = choose_checkpoint(args, say) if main_process else None
+    if world > 1:
+        dist.broadcast_object_list(chosen := [resume])
+        resume = chosen[0]
     micro_steps, batch_size = args.gradient_accumulation_steps, args.train_batch_size
     global_batch = world * batch_size * micro_steps
     schedule = dict({name: getattr(args, name) for name in SCHEDULE_FLAGS}, global_batch=global_batch)
@@ -124,6 +182,7 @@ def train(args):
     log_path = args.output_dir / "log.jsonl"
     if main_process:
         args.output_dir.mkdir(parents=True, exist_ok=True)
+        sweep(args.output_dir)
     report = make_reporter(args) if main_process else None
 
     # ---- stickers
@@ -213,13 +272,18 @@ def train(args):
     curriculum = Curriculum(args.curriculum, args.max_train_steps)
 
     # ---- the state of the loop: `step`, and what the objects above hold; a fresh start, or the saved one
-    step = 0
+    step = skipped = bad_in_row = 0
     if resume is not None:
-        tensors, state = load_checkpoint(resume, unet, average, optimizer)
+        try:
+            tensors, state = load_checkpoint(resume, unet, average, optimizer)
+        except (ValueError, KeyError, OSError, RuntimeError, UnpicklingError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UsageError(f"{resume} cannot be resumed, optimizer.pt or weights do not fit: start from another "
+                             f"({reason}).") from error  # fmt: skip
         lr_schedule.load_state_dict(tensors["lr_schedule"])
         scaler.load_state_dict(tensors["scaler"])
         curriculum.load_state_dict(state["curriculum"])
-        step = state["step"]
+        step, skipped, bad_in_row = state["step"], state["skipped"], state["bad_in_row"]
         say(f"resuming {resume} at step {step}")
         if state["latents"] != dataset.identity:
             say(f"warning: the stickers in {folder} have changed since: the run goes on with the new ones")
@@ -252,7 +316,7 @@ def train(args):
             noise_pred = network(noisy, given_latents(batch), batch.timesteps, text, batch.valid)
         return weights_of[batch.timesteps] * masks.masked_loss(noise_pred, batch.noise, batch.valid)
 
-    def save():
+    def write_checkpoint():
         save_checkpoint(
             args.output_dir,
             step,
@@ -264,9 +328,16 @@ def train(args):
             scheduler,
             settings=dict(settings, step=step),
             tensors=dict(lr_schedule=lr_schedule.state_dict(), scaler=scaler.state_dict()),
-            state=dict(schedule=schedule, latents=dataset.identity, curriculum=curriculum.state_dict()),
+            state=dict(schedule=schedule, latents=dataset.identity, curriculum=curriculum.state_dict(),
+                       skipped=skipped, bad_in_row=bad_in_row),
             main_process=main_process,
-        )
+        )  # fmt: skip
+
+    def save():
+        try:
+            write_checkpoint()
+        except SaveError as error:  # the run is worth more than one checkpoint
+            say(f"warning: {error}")
         barrier()
 
     @torch.no_grad()
@@ -285,10 +356,10 @@ def train(args):
         return torch.cat(losses).mean().item()
 
     def validate():
-        """Returns the held-out loss and {prompt: frames}. Rank 0 does it alone, unless it holds only a part of
+        """Writes the sheet and the first prompt's sticker; returns the held-out loss. Rank 0 does it alone, unless it holds only a part of
         the weights: then all do the same."""
         nonlocal network
-        loss = samples = None
+        loss = None
         if main_process or args.shard:
             unet.eval()
             network, wrapped = unet, network  # the other ranks do not take part
@@ -298,20 +369,24 @@ def train(args):
             )
             if main_process:
                 picture.save(args.output_dir / f"validation-{step}.png")
+                if samples:
+                    media.write_clip(args.output_dir / "sample.gif", next(iter(samples.values())), fps=8)
             network = wrapped
             unet.train()
         barrier()
-        return loss, samples
+        return loss
 
     # ---- the loop
     unet.train()
     bar = tqdm(
         desc="training", unit="step", total=args.max_train_steps, initial=step, disable=not main_process
     )
-    started, since, samples = time.perf_counter(), step, {}
+    started, since = time.perf_counter(), step
+    signals = ExitStack()
+    asked = signals.enter_context(stop_requests())
     while step < args.max_train_steps:
         probabilities = curriculum.probabilities(step)
-        totals = torch.zeros(2, device=device)  # means over the global batch: loss, k
+        totals = torch.zeros(3, device=device)  # sums over the ranks: loss, k, whether to stop
         for micro in range(micro_steps):
             first = (micro * world + rank) * batch_size
             indices = range(first, first + batch_size)
@@ -330,46 +405,48 @@ def train(args):
                 scaler.scale(micro_loss).backward()
             totals[0] += micro_loss.detach()
             totals[1] += np.mean(batch.lengths) / micro_steps
+        totals[2] = len(asked)
         if world > 1:
             dist.all_reduce(totals)
-        loss, mean_k = (totals / world).tolist()
-        if not math.isfinite(loss):
-            kept = list_checkpoints(args.output_dir)
-            raise UsageError(f"the loss of step {step + 1} is {loss}: lower --learning_rate, "
-                             "or use --mixed_precision bf16 or no. "
-                             + (f"The last good checkpoint is {kept[-1][1]}." if kept
-                                else "No checkpoint had been saved yet."))  # fmt: skip
+        loss, mean_k, stop = (totals / world).tolist()
 
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), MAX_GRAD_NORM)
-        if args.shard:
-            grad_norm = grad_norm.full_tensor()
-        scaler.step(optimizer)
+        grad_norm = (grad_norm.full_tensor() if args.shard else grad_norm).item()
+        # Both numbers are sums over the ranks, so all of them see what is no number on one, and skip the step.
+        good = math.isfinite(loss) and math.isfinite(grad_norm)
+        if good:
+            scaler.step(optimizer)
+            if average is not None:
+                average.step(unet)
+            curriculum.update(loss)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         learning_rate = float(lr_schedule.get_last_lr()[0])
         lr_schedule.step()
-        if average is not None:
-            average.step(unet)
-        curriculum.update(loss)
+        skipped, bad_in_row = skipped + (not good), 0 if good else bad_in_row + 1
         step += 1
         bar.update()
+        if bad_in_row == MAX_BAD_STEPS:
+            kept = list_checkpoints(args.output_dir)
+            raise UsageError(f"{MAX_BAD_STEPS} steps in a row, up to step {step}, gave a loss or gradients that are no "
+                             "numbers: lower --learning_rate, or use --mixed_precision bf16 or no. "
+                             + (f"The last good checkpoint is {kept[-1][1]}." if kept
+                                else "No checkpoint had been saved yet."))  # fmt: skip
 
+        # ---- look, write the log, save: in this order, so that whatever is saved has been logged
         last_step = step == args.max_train_steps
         validates = last_step or (args.validation_steps and step % args.validation_steps == 0)
-        if main_process and (validates or step % LOG_EVERY == 0):
+        if validates:
+            validation = validate()
+        if main_process and good and (validates or step % LOG_EVERY == 0):
             terms, seconds = curriculum.terms, time.perf_counter() - started
-            entry = dict(step=step, loss=loss, learning_rate=learning_rate, grad_norm=grad_norm.item(),
+            entry = dict(step=step, loss=loss, learning_rate=learning_rate, grad_norm=grad_norm, skipped=skipped,
                          clips_per_second=round((step - since) * global_batch / seconds, 2),
                          **{f"p_{task}": p for task, p in zip(TASKS, probabilities.sum(axis=1).tolist())},
                          mean_k=mean_k, p_term=terms["p"], i_term=terms["i"],
                          d_term=terms["d"])  # fmt: skip
             bar.set_postfix(loss=f"{loss:.4f}")
-        if last_step or step % args.checkpointing_steps == 0:
-            save()
-        if validates:
-            validation, samples = validate()
-        if main_process and (validates or step % LOG_EVERY == 0):
             if validates and validation is not None:
                 entry["validation_loss"] = validation
             with open(log_path, "a") as file:
@@ -378,6 +455,14 @@ def train(args):
             if validates:
                 plot_progress(log_path, args.output_dir / "progress.png")
             started, since = time.perf_counter(), step
+        if last_step or stop or step % args.checkpointing_steps == 0:
+            save()
+        if stop and not last_step:
+            say(f"stopped after step {step}, as asked; --resume_from_checkpoint latest goes on")
+            if world > 1:
+                dist.destroy_process_group()
+            sys.exit(128 + (asked[0] if asked else signal.SIGTERM))
+    signals.close()
     bar.close()
 
     # ---- the finished model
@@ -385,8 +470,6 @@ def train(args):
     write_finished(args.output_dir, unet, average, encoders, scheduler, dict(settings, step=step),
                    model_card(unet, args, encoders.sources(), summary, global_batch, step), main_process)  # fmt: skip
     if main_process:
-        if samples:
-            media.write_clip(args.output_dir / "sample.gif", next(iter(samples.values())), fps=8)
         say(f"wrote {args.output_dir}: the model, validation-{step}.png, sample.gif and progress.png")
     barrier()
     if world > 1:
@@ -396,7 +479,7 @@ def train(args):
 def main():
     try:
         train(parse_args())
-    except (UsageError, DataError, EncoderError, media.MediaError) as error:
+    except (UsageError, SaveError, DataError, EncoderError, media.MediaError) as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -3,6 +3,8 @@ python tests/toy_train.py, or torchrun tests/toy_train.py."""
 
 import json
 import os
+import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import checkpoint  # noqa: E402
 import model  # noqa: E402
 import options  # noqa: E402
 import pictures  # noqa: E402
@@ -46,7 +49,46 @@ class WatchedCurriculum(train.Curriculum):
         (folder / f"rank-{rank}.json").write_text(json.dumps(record))
 
 
+def count_down(name, module, function, calls):
+    """Makes `function` of `module` kill this process when it is called for the n-th time, n = TOY_KILL; halfway
+    through the file, if it writes one."""
+    real = getattr(module, function)
+
+    def counted(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == int(os.environ["TOY_KILL"]):
+            if "save" in name:
+                real(*args, **kwargs)
+                path = Path(args[1])
+                path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+
+    setattr(module, function, counted)
+
+
+def poison(rank, steps):
+    """Makes the loss of one rank no number at the given calls."""
+    real, calls = train.masks.masked_loss, []
+
+    def poisoned(*args):
+        calls.append(1)
+        bad = os.environ.get("RANK", "0") == rank and len(calls) in steps
+        return real(*args) * (float("nan") if bad else 1.0)
+
+    train.masks.masked_loss = poisoned
+
+
 if __name__ == "__main__":
+    if "TOY_KILL" in os.environ:
+        calls = []
+        for name, module, function in (("save_file", checkpoint, "save_file"), ("save", torch, "save"),
+                                       ("rename", os, "rename"), ("replace", os, "replace"),
+                                       ("rmtree", shutil, "rmtree")):  # fmt: skip
+            count_down(name, module, function, calls)
+    if "TOY_NAN" in os.environ:  # rank:call,call
+        rank, steps = os.environ["TOY_NAN"].split(":")
+        poison(rank, {int(step) for step in steps.split(",")})
     if "TOY_CURRICULUM" in os.environ:
         train.Curriculum = WatchedCurriculum
     torch.set_num_threads(1)

@@ -1,0 +1,221 @@
+"""Nothing is lost: numbers that are none, requests to stop, damaged checkpoints, a full disk, a kill at any moment."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import masks
+import train
+from tests.test_train import (  # noqa: F401 (fixtures)
+    assert_same_weights,
+    cache,
+    flags_of,
+    folder,
+    log,
+    refused,
+    run,
+    weights,
+)
+
+ROOT = Path(__file__).parents[1]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+
+
+def poison(monkeypatch, bad):
+    """Makes the loss no number at the calls for which `bad(call)`; the first call is 1."""
+    real, calls = masks.masked_loss, []
+
+    def poisoned(*args):
+        calls.append(1)
+        return real(*args) * (float("nan") if bad(len(calls)) else 1.0)
+
+    monkeypatch.setattr(masks, "masked_loss", poisoned)
+
+
+def state(out, step):
+    return json.loads((out / f"checkpoint-{step}" / "state.json").read_text())
+
+
+# ------------------------------------------------------------------------------------------------ bad numbers
+
+
+@pytest.mark.parametrize("flags", [dict(), dict(mixed_precision="fp16")], ids=["fp32", "fp16"])
+def test_a_step_whose_loss_is_no_number_is_skipped(run, monkeypatch, flags):  # noqa: F811
+    poison(monkeypatch, lambda call: call == 4)
+    out = run("a", checkpointing_steps=1, **flags)
+    assert_same_weights(weights(out / "checkpoint-3"), weights(out / "checkpoint-4"), rtol=0, atol=0)
+    assert_same_weights(weights(out / "checkpoint-3", "unet_ema"), weights(out / "checkpoint-4", "unet_ema"),
+                        rtol=0, atol=0)  # fmt: skip
+    assert state(out, 3)["curriculum"] == state(out, 4)["curriculum"]
+    assert state(out, 6)["skipped"] == 1 and log(out)[-1]["skipped"] == 1
+    assert all(tensor.isfinite().all() for tensor in weights(out).values())
+    assert any(not torch.equal(a, b) for a, b in zip(weights(out / "checkpoint-4").values(),
+                                                     weights(out / "checkpoint-5").values()))  # fmt: skip
+
+
+def test_too_many_of_them_stop_the_run(run, capsys, monkeypatch, tmp_path):  # noqa: F811
+    monkeypatch.setattr(train, "MAX_BAD_STEPS", 3)
+    poison(monkeypatch, lambda call: call in (1, 2) or call > 4)
+    refused(run, capsys, "up to step 7", max_train_steps=9, checkpointing_steps=2)
+    assert "checkpoint-6" in str(checkpoint.list_checkpoints(tmp_path / "a")[-1][1])
+    assert state(tmp_path / "a", 6)["bad_in_row"] == 2  # a resumed run goes on counting
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "a" / "checkpoint-6").values())
+
+
+def test_a_large_loss_is_no_fault(run, monkeypatch):  # noqa: F811
+    real, calls = masks.masked_loss, []
+    monkeypatch.setattr(
+        masks, "masked_loss", lambda *args: calls.append(1) or real(*args) * (1e6 if len(calls) == 3 else 1)
+    )
+    assert state(run("a"), 6)["skipped"] == 0
+
+
+# ---------------------------------------------------------------------------------------------- asked to stop
+
+
+def start(out, folder, cache, launcher=(sys.executable,), env=None, **more):  # noqa: F811
+    """A toy run in a process of its own."""
+    flags = dict(dict(data=folder, cache_dir=cache, output_dir=out, max_train_steps=12, train_batch_size=4,
+                      mixed_precision="no", num_workers=0, validation_steps=0, checkpointing_steps=4,
+                      checkpoints_total_limit=0, validation_prompts="a red heart"), **more)  # fmt: skip
+    return subprocess.Popen([str(word) for word in [*launcher, "tests/toy_train.py", *flags_of(flags)]], cwd=ROOT,
+                            env={**os.environ, **(env or {})}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True)  # fmt: skip
+
+
+def wait_for(condition, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1][-2000:]
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_asked_to_stop_it_saves_and_goes_on_as_if_nothing_had_been(folder, cache, tmp_path, number):  # noqa: F811
+    out = tmp_path / "run"
+    process = start(out, folder, cache, max_train_steps=5000, checkpointing_steps=4)
+    wait_for((out / "checkpoint-4").exists, process)
+    process.send_signal(number)
+    said, errors = process.communicate(timeout=100)
+    assert process.returncode == 128 + number and "as asked" in said and "Traceback" not in errors
+    step, newest = checkpoint.list_checkpoints(out)[-1]
+    assert checkpoint.find_damage(newest) is None and state(out, step)["step"] == step
+
+
+# ----------------------------------------------------------------------------------------- damaged checkpoints
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, Path.unlink, lambda path: path.write_bytes(b"")],
+                         ids=["truncated", "flipped", "missing", "empty"])  # fmt: skip
+@pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model.safetensors", "optimizer.pt", "state.json"])
+def test_damage_is_found(trained, tmp_path, damage, name):
+    copy = shutil.copytree(trained / "checkpoint-6", tmp_path / "copy")
+    assert checkpoint.find_damage(copy) is None
+    damage(copy / name)
+    assert checkpoint.find_damage(copy).startswith(name)
+
+
+@pytest.fixture(scope="module")
+def trained(folder, cache, tmp_path_factory):  # noqa: F811
+    out = tmp_path_factory.mktemp("trained") / "run"
+    process = start(out, folder, cache, max_train_steps=6, checkpointing_steps=3)
+    assert process.wait(timeout=200) == 0, process.communicate()[1][-2000:]
+    return out
+
+
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(trained, run, capsys, tmp_path):  # noqa: F811
+    out = tmp_path / "a"
+    out.mkdir()
+    for step in (3, 6):
+        shutil.copytree(trained / f"checkpoint-{step}", out / f"checkpoint-{step}")
+    shutil.copy(trained / "log.jsonl", out)
+    (out / "checkpoint-9.tmp").mkdir()  # what a kill leaves
+    truncate(out / "checkpoint-6" / "optimizer.pt")
+    refused(run, capsys, "optimizer.pt is not what was saved", resume_from_checkpoint=out / "checkpoint-6")
+    run("a", resume_from_checkpoint="latest")
+    said = capsys.readouterr().out
+    assert (
+        "checkpoint-6 is damaged (optimizer.pt is not what was saved)" in said
+        and "checkpoint-3 at step 3" in said
+    )
+    assert_same_weights(weights(trained), weights(out), rtol=0, atol=0)
+    assert not list(out.glob("*.tmp")) and checkpoint.find_damage(out / "checkpoint-6") is None
+    for step in (3, 6):
+        flip(out / f"checkpoint-{step}" / "state.json")
+    refused(run, capsys, "all its checkpoints are damaged", resume_from_checkpoint="latest")
+
+
+def test_a_pickle_is_refused(trained, run, capsys, tmp_path):  # noqa: F811
+    out = tmp_path / "a"
+    copy = shutil.copytree(trained / "checkpoint-3", out / "checkpoint-3")
+    torch.save(dict(optimizer=Path("/")), copy / "optimizer.pt")  # an object, not a tensor
+    (copy / "files.json").write_text(json.dumps(checkpoint.digests(copy)))
+    refused(run, capsys, "optimizer.pt", resume_from_checkpoint="latest")
+
+
+@pytest.mark.parametrize("writer", ["save_file", "torch.save", "rename"])
+def test_a_full_disk_costs_one_checkpoint(run, capsys, monkeypatch, writer):  # noqa: F811
+    module, name = dict(save_file=(checkpoint, "save_file"), rename=(checkpoint.os, "rename")).get(
+        writer, (torch, "save")
+    )
+    real, full = getattr(module, name), []
+
+    def write(*args, **kwargs):
+        if any("checkpoint-4" in str(arg) for arg in args):
+            full.append(1)
+            raise OSError(28, "No space left on device")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, write)
+    out = run("a", checkpointing_steps=2)
+    assert full and "checkpoint-4 could not be written" in capsys.readouterr().out
+    assert [step for step, _ in checkpoint.list_checkpoints(out)] == [2, 6] and not list(out.glob("*.tmp"))
+
+
+# --------------------------------------------------------------------------------------------- killed anywhere
+
+
+@pytest.mark.parametrize("call", [2, 5])
+def test_killed_inside_a_save_it_ends_as_if_it_had_not_been(folder, cache, trained, tmp_path, call):  # noqa: F811
+    """The n-th writing, renaming or removing call kills the process; the whole search is tests/kill.py."""
+    out = tmp_path / "run"
+    more = dict(max_train_steps=6, checkpointing_steps=3, resume_from_checkpoint="latest")
+    process = start(out, folder, cache, env=dict(TOY_KILL=str(call)), **more)
+    assert process.wait(timeout=200) == -signal.SIGKILL
+    for _, path in checkpoint.list_checkpoints(out):
+        assert checkpoint.find_damage(path) is None
+    process = start(out, folder, cache, **more)
+    assert process.wait(timeout=200) == 0, process.communicate()[1][-2000:]
+    assert_same_weights(weights(trained), weights(out), rtol=0, atol=0)
+    assert not list(out.glob("*.tmp")) and [e["loss"] for e in log(out)] == [e["loss"] for e in log(trained)]
+
+
+def test_one_rank_without_a_number_stops_no_other(folder, cache, tmp_path):  # noqa: F811
+    out = tmp_path / "run"
+    process = start(out, folder, cache, TORCHRUN, env=dict(TOY_NAN="1:3", TOY_CURRICULUM=str(tmp_path)),
+                    max_train_steps=6, train_batch_size=2, checkpointing_steps=1)  # fmt: skip
+    said, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors[-2000:]
+    assert state(out, 6)["skipped"] == 1
+    assert_same_weights(weights(out / "checkpoint-2"), weights(out / "checkpoint-3"), rtol=0, atol=0)
+    a, b = (json.loads((tmp_path / f"rank-{rank}.json").read_text())["state"] for rank in (0, 1))
+    assert a == b

@@ -118,15 +118,16 @@ def test_two_ranks_sharded_or_not_are_one_process(made):
     # what the sharded ranks sampled together, one process samples from the folder they left
     unet, encoders, settings = sample.load(root / "sharded")
     shape = (1, NUM_FRAMES, 4, 4, 4)
-    frames = sample.generate(unet, encoders, ["a red heart"], torch.zeros(shape), torch.zeros(shape[:2], dtype=torch.bool),
-                             num_inference_steps=3, guidance_scale=settings["guidance_scale"],
-                             image_guidance_scale=settings["image_guidance_scale"])[0]  # fmt: skip
-    media.write_clip(root / "one.gif", frames, fps=8)
-    ours, theirs = (
-        media.read_clip(path, 32)[0].astype(int)
-        for path in (root / "one.gif", root / "sharded" / "sample.gif")
-    )
-    assert np.abs(ours - theirs).mean() < 0.5 and ours.std() > 5
+    clips = []
+    for seed in (0, 1):
+        frames = sample.generate(unet, encoders, ["a red heart"], torch.zeros(shape),
+                                 torch.zeros(shape[:2], dtype=torch.bool), num_inference_steps=3, seed=seed,
+                                 guidance_scale=settings["guidance_scale"])[0]  # fmt: skip
+        media.write_clip(root / "one.gif", frames, fps=8)
+        clips.append(media.read_clip(root / "one.gif", 32)[0].astype(int))
+    theirs = media.read_clip(root / "sharded" / "sample.gif", 32)[0].astype(int)
+    same, other = (np.abs(clip - theirs).mean() for clip in clips)
+    assert same < 2 and other > 5 * same  # rounding can move a pixel to the next colour of a GIF's palette
 
 
 HALVES = """

@@ -109,8 +109,8 @@ def shard(unet, device):
 
 
 def compile_layers(unet):
-    """Compiles layer by layer (torch.compile): quick, since layers of one kind share their code, and indifferent
-    to the packing of frames around them."""
+    """Compiles layer by layer (torch.compile): the packing of frames around them, whose shapes follow the draw, stays
+    as it is."""
     for module in unet.modules():
         if isinstance(module, ResnetBlock2D | Transformer2DModel | STI | Conv3D):
             module.compile()

@@ -37,20 +37,25 @@ from torch.distributed.checkpoint.state_dict import (
 
 from encoders import EncoderError, load_pretrained
 from model import DFGN
-from optim import with_average
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-def write_unet(folder, unet, main_process):
+def whole_weights(unet, average=None):
+    """{name: tensor in the CPU's memory} on rank 0; every rank has to call it. With `average` the averaged weights,
+    copied, since they stand in the network for a moment only."""
+    if average is None:
+        return get_model_state_dict(unet, options=WHOLE)
+    return average.applied(unet, lambda: {name: w.clone() for name, w in whole_weights(unet).items()})
+
+
+def write_unet(folder, unet, weights):
     """unet/ as `DFGN.from_pretrained` reads it."""
-    weights = get_model_state_dict(unet, options=WHOLE)
-    if main_process:
-        folder.mkdir(parents=True)
-        config = json.loads(unet.to_json_string()) | dict(_class_name="DFGN")  # sharding renames the class
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        save_file({name: w.contiguous() for name, w in weights.items()}, folder / WEIGHTS, dict(format="pt"))
+    folder.mkdir(parents=True)
+    config = json.loads(unet.to_json_string()) | dict(_class_name="DFGN")  # sharding renames the class
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_file({name: w.contiguous() for name, w in weights.items()}, folder / WEIGHTS, dict(format="pt"))
 
 
 def write_index(folder, encoders, scheduler, settings):
@@ -140,19 +145,21 @@ def save_checkpoint(
     average: the averaged weights, or None; tensors: further state dicts with tensors in them; state: what JSON
     can hold
     """
+    # First what all ranks do together, then what one writes: a full disk must not leave the others waiting.
+    weights, averaged = whole_weights(unet), None
+    if average is not None:
+        averaged = whole_weights(unet, average)
+        state = dict(state, ema_step=average.ema.optimization_step)
+    moments = get_optimizer_state_dict(unet, optimizer, options=WHOLE)
+    if not main_process:
+        return
     final = Path(output_dir) / f"checkpoint-{step}"
     writing = final.with_name(final.name + ".tmp")
     with removed_on_failure(writing, final):
-        if main_process:
-            shutil.rmtree(writing, ignore_errors=True)
-            writing.mkdir(parents=True)
-        write_unet(writing / "unet", unet, main_process)
-        if average is not None:
-            average.applied(unet, lambda: write_unet(writing / "unet_ema", unet, main_process))
-            state = dict(state, ema_step=average.ema.optimization_step)
-        moments = get_optimizer_state_dict(unet, optimizer, options=WHOLE)
-        if not main_process:
-            return
+        shutil.rmtree(writing, ignore_errors=True)
+        write_unet(writing / "unet", unet, weights)
+        if averaged is not None:
+            write_unet(writing / "unet_ema", unet, averaged)
         write_index(writing, encoders, scheduler, settings)
         torch.save(dict(tensors, optimizer=moments), writing / "optimizer.pt")
         (writing / "state.json").write_text(json.dumps(dict(state, step=step), indent=2) + "\n")
@@ -220,13 +227,12 @@ def write_finished(output_dir, unet, average, encoders, scheduler, settings, car
     """Turns `output_dir` itself into the finished folder, with the averaged weights where there are any.
     card: the text of its README.md"""
     writing = Path(output_dir) / "finished.tmp"
+    weights = whole_weights(unet, average)
+    if not main_process:
+        return
     with removed_on_failure(writing, output_dir):
-        if main_process:
-            shutil.rmtree(writing, ignore_errors=True)
-            writing.mkdir(parents=True)
-        with_average(average, unet, lambda: write_unet(writing / "unet", unet, main_process))
-        if not main_process:
-            return
+        shutil.rmtree(writing, ignore_errors=True)
+        write_unet(writing / "unet", unet, weights)
         write_index(writing, encoders, scheduler, settings)
         (writing / "README.md").write_text(card)
         order = sorted(writing.iterdir(), key=lambda part: (part.name == "model_index.json", part.name))

@@ -449,6 +449,9 @@ ROWS = {
 SIZES = {name: dict(zip(COLUMNS, row)) for name, row in ROWS.items()}
 
 
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by --mixed_precision
+
+
 def same_attention():
     """Contexts for gradient checkpointing: the backward pass runs outside `precision`, and must recompute with the
     same attention kernel (autocast is carried over by torch itself)."""
@@ -459,10 +462,9 @@ def same_attention():
 @contextmanager
 def precision(device_type, mixed_precision):
     """The context to run the network in. mixed_precision: "no", "fp16" or "bf16"."""
-    dtype = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[mixed_precision]
     with ExitStack() as stack:
-        if dtype is not None:
-            stack.enter_context(torch.autocast(device_type, dtype))
+        if mixed_precision != "no":
+            stack.enter_context(torch.autocast(device_type, DTYPES[mixed_precision]))
         if (
             device_type == "cpu"
         ):  # for short sequences plain matrix products beat the CPU's flash attention, most of all backwards

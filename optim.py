@@ -98,14 +98,11 @@ def shard(unet, device):
     for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
         for i, resnet in enumerate(block.resnets):
             has_attention = i < len(block.attentions)
-            fully_shard(
-                [resnet, *([block.attentions[i], block.temporal[i]] if has_attention else [])], mesh=mesh
-            )
+            layers = [resnet, block.attentions[i], block.temporal[i]] if has_attention else [resnet]
+            fully_shard(layers, mesh=mesh)
     # The network's output is a view; nothing changes it in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    return fully_shard(
-        unet, mesh=mesh, reshard_after_forward=True
-    )  # the rest, that is input and output layers
+    fully_shard(unet, mesh=mesh, reshard_after_forward=True)  # what is left: input and output layers
 
 
 def compile_layers(unet):

@@ -18,6 +18,7 @@ import sys
 import time
 from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -47,7 +48,7 @@ from checkpoint import (
 from curriculum import TASKS, Curriculum
 from encoders import EncoderError, Encoders, PatchPCA
 from folder import DataError, scan_folder
-from model import DFGN, SIZES, loss_weights, make_scheduler, precision
+from model import DFGN, DTYPES, SIZES, loss_weights, make_scheduler, precision
 from optim import MAX_GRAD_NORM, Average, compile_layers, make_optimizer, shard, with_average
 from options import SCHEDULE_FLAGS, UsageError, check_resolution, check_schedule, parse_args
 from pictures import model_card, plot_progress, validation_sheet
@@ -193,7 +194,7 @@ def train(args):
     found, problems = scan_folder(folder)
 
     # ---- frozen parts
-    half = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
+    half = DTYPES[args.mixed_precision]
     sources = dict(vae=args.vae, clip=args.clip, t5=args.t5)
     codec_folder = args.output_dir
     if resume is not None:  # the same ones again, unless they are named anew
@@ -356,17 +357,15 @@ def train(args):
         return torch.cat(losses).mean().item()
 
     def validate():
-        """Writes the sheet and the first prompt's sticker; returns the held-out loss. Rank 0 does it alone, unless it holds only a part of
-        the weights: then all do the same."""
+        """Writes the sheet and the first prompt's sticker; returns the held-out loss. Rank 0 does it alone, unless
+        it holds only a part of the weights: then all do the same."""
         nonlocal network
         loss = None
         if main_process or args.shard:
             unet.eval()
             network, wrapped = unet, network  # the other ranks do not take part
-            loss = with_average(average, unet, validation_loss)
-            picture, samples = with_average(
-                average, unet, lambda: validation_sheet(unet, encoders, dataset, held_out, prompts, args)
-            )
+            sheet = partial(validation_sheet, unet, encoders, dataset, held_out, prompts, args)
+            loss, (picture, samples) = with_average(average, unet, lambda: (validation_loss(), sheet()))
             if main_process:
                 picture.save(args.output_dir / f"validation-{step}.png")
                 if samples:

@@ -191,6 +191,22 @@ def test_a_full_disk_costs_one_checkpoint(run, capsys, monkeypatch, writer):  # 
     assert [step for step, _ in checkpoint.list_checkpoints(out)] == [2, 6] and not list(out.glob("*.tmp"))
 
 
+def test_a_full_disk_leaves_no_rank_waiting(folder, cache, tmp_path):  # noqa: F811
+    """The other ranks hold parts of the weights, and must not wait for a rank that gave up."""
+    out = tmp_path / "run"
+    command = [*TORCHRUN, "tests/toy_train.py", "--shard"]
+    flags = flags_of(dict(data=folder, cache_dir=cache, output_dir=out, max_train_steps=4, train_batch_size=2,
+                          mixed_precision="no", num_workers=0, validation_steps=0, checkpointing_steps=2,
+                          validation_prompts="a red heart"))  # fmt: skip
+    done = subprocess.run([str(word) for word in [*command, *flags]], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "TOY_FULL": "checkpoint-2"}, timeout=200)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "checkpoint-2 could not be written" in done.stdout
+    assert [step for step, _ in checkpoint.list_checkpoints(out)] == [4] and (
+        out / "model_index.json"
+    ).exists()
+
+
 # --------------------------------------------------------------------------------------------- killed anywhere
 
 

@@ -21,7 +21,7 @@ SETTINGS = dict(resolution=16, mixed_precision="no", guidance_scale=3.0, image_g
 
 
 def write_model(folder, unet, encoders, scheduler, settings):
-    write_unet(folder / "unet", unet, main_process=True)
+    write_unet(folder / "unet", unet, unet.state_dict())
     write_index(folder, encoders, scheduler, settings)
 
 

@@ -79,7 +79,21 @@ def poison(rank, steps):
     train.masks.masked_loss = poisoned
 
 
+def fill_disk(name):
+    """Makes the disk full for weights whose path has `name` in it."""
+    real = checkpoint.save_file
+
+    def save_file(tensors, path, *args):
+        if name in str(path):
+            raise OSError(28, "No space left on device")
+        real(tensors, path, *args)
+
+    checkpoint.save_file = save_file
+
+
 if __name__ == "__main__":
+    if "TOY_FULL" in os.environ:
+        fill_disk(os.environ["TOY_FULL"])
     if "TOY_KILL" in os.environ:
         calls = []
         for name, module, function in (("save_file", checkpoint, "save_file"), ("save", torch, "save"),

@@ -113,6 +113,18 @@ def fit_codec(codec, stickers, resolution, num_workers, most_clips=384, frames_p
     codec.fit(torch.from_numpy(np.concatenate(frames)))
 
 
+def fit_prior(prior, dataset, clips, encoders, most_clips=1024):
+    """Fits a GaussianPrior to the latents and captions of an even selection of `clips`."""
+    chosen = [clips[i] for i in np.unique(np.linspace(0, len(clips) - 1, most_clips).astype(int))]
+    latents, texts = {}, {}
+    for k in LENGTHS:
+        having = [clip for clip in chosen if clip.longest >= k] or chosen[:1]
+        n = len(having) if having[0].longest >= k else 0
+        latents[k] = torch.from_numpy(np.stack([dataset.read(clip, k) for clip in having]))[:n]
+        texts[k] = [x[:n] for x in encoders.text([clip.caption for clip in having])]
+    prior.fit(latents, texts, encoders.text([""]))
+
+
 # ------------------------------------------------------------------------------------------------------------
 # What is in a folder
 

@@ -10,6 +10,7 @@ caption. A real VAE, CLIP or T5 has to offer the same attributes and calls.
 """
 
 import hashlib
+import json
 import re
 from functools import lru_cache
 from pathlib import Path
@@ -52,7 +53,7 @@ class PatchPCA(ModelMixin, ConfigMixin):
     STD = 0.2
 
     @register_to_config
-    def __init__(self, patch_size=8, latent_channels=32):
+    def __init__(self, patch_size=4, latent_channels=16):
         super().__init__()
         pixels = 3 * patch_size**2
         self.register_buffer("encoder_weight", torch.zeros(latent_channels, pixels, 1, 1))
@@ -176,18 +177,52 @@ class EncoderError(ValueError):
     """A frozen part that cannot be loaded, in one sentence that names its flag and the way out."""
 
 
-def load_pretrained(flag, source, subfolders, load, config="config.json"):
+MAX_SIZE, MAX_LAYERS = 2**20, 256  # of any number in a config.json; of those that count layers
+
+
+def check_size(folder, build):
+    """Raises ValueError if `folder` describes more weights than its files hold, before memory is taken for them: a
+    config.json from elsewhere may say anything. build: function of the folder -> the module of its config.json."""
+
+    def check(name, value):
+        for inner in value.items() if isinstance(value, dict) else [(name, x) for x in value]:
+            if isinstance(inner[1], (dict, list)):
+                check(*inner)
+            elif isinstance(inner[1], (int, float)):
+                if not abs(inner[1]) <= (MAX_LAYERS if "layer" in inner[0] else MAX_SIZE):
+                    raise ValueError(f"its config.json says {inner[0]} = {inner[1]}")
+
+    config = json.loads((folder / "config.json").read_text())
+    check("config", config if isinstance(config, dict) else dict(config=config))
+    with torch.device("meta"):
+        tensors = build(folder).state_dict().values()
+    held = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if sum(tensor.numel() for tensor in tensors) > held:  # a number takes a byte at least
+        raise ValueError("its config.json describes more weights than its safetensors files hold")
+
+
+def load_pretrained(flag, source, subfolders, load, build=None, config="config.json"):
     """Calls load(source, subfolder=...), first on the folder or hub id itself, then on those of its subfolders
-    where a Stable Diffusion pipeline keeps the part. Weights are read as safetensors only.
-    Raises EncoderError."""
+    where a Stable Diffusion pipeline keeps the part. Weights are read as safetensors only, code is never run; with
+    `build` a folder is held against `check_size` first. Raises EncoderError."""
     local = Path(source).is_dir()
     first_error = None
     for subfolder in ("", *subfolders):
         if local and not (Path(source) / subfolder / config).is_file():
             continue
         try:
+            if local and build is not None:
+                check_size(Path(source) / subfolder, build)
             return load(source, subfolder=subfolder)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:
             first_error = first_error or error
     reason = " ".join(str(first_error or f"it holds no {config}").split())[:200]
     raise EncoderError(
@@ -211,7 +246,11 @@ class PretrainedVAE:
                 source, subfolder=subfolder, use_safetensors=True, low_cpu_mem_usage=False
             )
 
-        self.vae = load_pretrained("--vae", source, ("vae",), load).to(device).eval().requires_grad_(False)
+        def build(folder):
+            return AutoencoderKL.from_config(AutoencoderKL.load_config(folder))
+
+        vae = load_pretrained("--vae", source, ("vae",), load, build)
+        self.vae = vae.to(device).eval().requires_grad_(False)
         self.source = str(source)
         weights = hashlib.sha256()
         for name, tensor in self.vae.state_dict().items():
@@ -254,7 +293,7 @@ class PretrainedText:
 
     def __init__(self, source, device="cpu", dtype=torch.float32):
         def load(source, subfolder):
-            config = AutoConfig.from_pretrained(source, subfolder=subfolder)
+            config = AutoConfig.from_pretrained(source, subfolder=subfolder, trust_remote_code=False)
             if config.model_type not in self.MODEL_TYPES:
                 raise ValueError(f"it is a {config.model_type} model")
             model, report = self.MODEL.from_pretrained(
@@ -264,14 +303,20 @@ class PretrainedText:
                 raise ValueError(f"weights are missing, such as {sorted(report['missing_keys'])[0]}")
             return model, subfolder
 
-        model, subfolder = load_pretrained(self.FLAG, source, self.SUBFOLDERS, load)
+        def build(folder):
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            return self.MODEL(getattr(config, "text_config", config))
+
+        model, subfolder = load_pretrained(self.FLAG, source, self.SUBFOLDERS, load, build)
         self.model = model.to(device).eval().requires_grad_(False)
         self.tokenizer = load_pretrained(
             self.FLAG,
             source,
             (subfolder.replace("text_encoder", "tokenizer"),),
-            lambda source, subfolder: AutoTokenizer.from_pretrained(source, subfolder=subfolder),
-            "tokenizer_config.json",
+            lambda source, subfolder: AutoTokenizer.from_pretrained(
+                source, subfolder=subfolder, trust_remote_code=False
+            ),
+            config="tokenizer_config.json",
         )
         self.source, self.width = str(source), model.config.hidden_size
 
@@ -339,7 +384,9 @@ class Encoders:
         named = {name: sources.get(name) for name in ("vae", "clip", "t5")}
         codec = None
         if not named["vae"]:
-            codec = PatchPCA.from_pretrained(Path(folder) / "codec", low_cpu_mem_usage=False)
+            fitted = Path(folder) / "codec"
+            check_size(fitted, lambda folder: PatchPCA.from_config(PatchPCA.load_config(folder)))
+            codec = PatchPCA.from_pretrained(fitted, low_cpu_mem_usage=False)
         encoders = cls(codec, **named, device=device, dtype=dtype)
         expected = sources.get("codec_identity", encoders.codec.identity)
         if encoders.codec.identity != expected:

@@ -28,6 +28,8 @@ from diffusers.models.upsampling import Upsample2D
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from prior import GaussianPrior
+
 # ------------------------------------------------------------------------------------------------------------
 # Diffusion
 
@@ -47,7 +49,7 @@ def make_scheduler():
     )
 
 
-LATENT_ERROR = 0.1  # assumed error of an estimate of clean latents, as a share of their variance
+LATENT_ERROR = 0.3  # assumed error of the network's estimate of clean latents, as a share of their variance
 MAX_LATENT_WEIGHT = 5.0
 
 
@@ -234,12 +236,11 @@ class DFGN(ModelMixin, ConfigMixin):
     cross_attention_dim: width of the shared text space; clip_dim, t5_dim: widths of the two text encoders
     temporal: "sti", or "conv3d" for the ablation of Table 3
     sti_heads, sti_head_width, sti_gamma: Table 6 and section 3.1
-    latent_std: None: the last layer is the noise, as in the paper. Or the standard deviation of the latents: then
-        the last layer estimates the clean latents, and the noise follows from x_t. Clean latents have few degrees
-        of freedom, noise has all of them, and a narrow network cannot carry it from input to output (Li and He,
-        "Back to Basics: Let Denoising Generative Models Denoise"). Where something better is known, the estimate
-        is mixed with it: x_t itself near t = 0, the clean latents of a given frame. Ours, not the paper's;
-        `full` goes without.
+    prior_side: None: the last layer is the noise, as in the paper. Or the side of the latents: then the last layer
+        estimates the clean latents, and the noise follows from x_t. Clean latents have few degrees of freedom, noise
+        has all of them, and a narrow network cannot carry it from input to output (Li and He, "Back to Basics: Let
+        Denoising Generative Models Denoise"). The estimate of a GaussianPrior is one more input, and mixed with
+        that of the network by the errors of both. Ours, not the paper's; `full` goes without.
     """
 
     @register_to_config
@@ -258,7 +259,7 @@ class DFGN(ModelMixin, ConfigMixin):
         sti_heads=8,
         sti_head_width=32,
         sti_gamma=2,
-        latent_std=None,
+        prior_side=None,
     ):
         super().__init__()
         if temporal not in ("sti", "conv3d"):
@@ -295,7 +296,8 @@ class DFGN(ModelMixin, ConfigMixin):
         self.time_embedding = TimestepEmbedding(widths[0], emb_dim)
 
         # down
-        self.conv_in = nn.Conv2d(2 * latent_channels, widths[0], kernel_size=3, padding=1)
+        inputs = 2 if prior_side is None else 3  # noisy, given, and what the prior makes of them
+        self.conv_in = nn.Conv2d(inputs * latent_channels, widths[0], kernel_size=3, padding=1)
         skips = [widths[0]]  # widths of the skip connections, a stack
         self.down_blocks = nn.ModuleList()
         width = widths[0]
@@ -329,7 +331,8 @@ class DFGN(ModelMixin, ConfigMixin):
         self.conv_norm_out = nn.GroupNorm(groups, width, eps=1e-5)
         self.conv_out = nn.Conv2d(width, latent_channels, kernel_size=3, padding=1)
 
-        if latent_std is not None:
+        if prior_side is not None:
+            self.prior = GaussianPrior(latent_channels, prior_side, clip_dim)
             self.register_buffer(
                 "alphas_cumprod", make_scheduler().alphas_cumprod, persistent=False
             )  # (1000,)
@@ -370,6 +373,15 @@ class DFGN(ModelMixin, ConfigMixin):
         batch, slots = noisy.shape[:2]
         frames = Frames(valid, batch, slots, noisy.device)
 
+        inputs = [noisy, given]
+        if self.config.prior_side is not None:
+            alpha = self.alphas_cumprod[timestep]  # (B,)
+            with torch.autocast(noisy.device.type, enabled=False):
+                clean, error = self.prior(noisy, given, alpha, text, valid)
+            alpha = alpha[:, None, None, None, None]
+            std = self.prior.std
+            inputs = [noisy * (alpha * std**2 + 1 - alpha).rsqrt(), given / std, clean / std]
+
         clip, clip_mask, t5, t5_mask = text
         text = torch.cat([self.clip_projection(clip), self.t5_projection(t5)], dim=1)[
             frames.clip
@@ -395,13 +407,7 @@ class DFGN(ModelMixin, ConfigMixin):
                 return checkpoint(run_layer, h, *modules, use_reentrant=False, context_fn=same_attention)
             return run_layer(h, *modules)
 
-        noisy, given = frames.pack(noisy), frames.pack(given)  # (N, C, H, W)
-        x = torch.cat([noisy, given], dim=1)
-        sigma = self.config.latent_std
-        if sigma is not None:
-            alpha = self.alphas_cumprod[timestep][frames.clip, None, None, None]  # (N, 1, 1, 1)
-            x = torch.cat([noisy * (alpha * sigma**2 + 1 - alpha).rsqrt(), given / sigma], dim=1)
-        h = x  # (N, 2C, H, W)
+        h = torch.cat([frames.pack(x) for x in inputs], dim=1)  # (N, 2C | 3C, H, W)
         h = self.conv_in(h.contiguous(memory_format=torch.channels_last))  # (N, d_0, H, W)
 
         skips = [h]
@@ -425,14 +431,13 @@ class DFGN(ModelMixin, ConfigMixin):
                 )  # (N, d, 2H, 2W), or one less where a size was odd
 
         h = self.conv_out(F.silu(self.conv_norm_out(h)))  # (N, C, H, W)
-        if sigma is not None:
-            variance = (1 - alpha) / alpha  # of the noise in x_t / sqrt(alpha)
-            w = variance / (variance + LATENT_ERROR * sigma**2)
-            shown = (given != 0).any(dim=(1, 2, 3), keepdim=True)  # (N, 1, 1, 1)
-            guess = torch.where(shown, given, (1 - w) * noisy / alpha.sqrt())
-            clean = guess + w * sigma * h.float()
+        h = frames.unpack(h)  # (B, F, C, H, W)
+        if self.config.prior_side is not None:
+            w = error.square() / (error.square() + LATENT_ERROR * std**2)  # (B, F), 0 in given frames
+            clean = torch.lerp(clean, std * h.float(), w[:, :, None, None, None])
             h = (noisy - alpha.sqrt() * clean) / (1 - alpha).sqrt()
-        return frames.unpack(h)  # (B, F, C, H, W)
+            h = frames.unpack(frames.pack(h))  # zeros where there is no frame
+        return h
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -442,7 +447,7 @@ class DFGN(ModelMixin, ConfigMixin):
 COLUMNS = ("block_out_channels", "attention_levels", "layers_per_block", "head_width", "cross_attention_dim",
            "norm_num_groups")  # fmt: skip
 ROWS = {
-    "tiny":  ((128, 256),             (False, True),              1, 32,  256,  8),
+    "tiny":  ((96, 192),              (False, True),              1, 32,  256,  8),
     "small": ((128, 256, 512, 512),   (True, True, True, False),  2, 64,  512, 32),
     "full":  ((320, 640, 1280, 1280), (True, True, True, False),  2, 64, 1024, 32),
 }  # fmt: skip

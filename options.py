@@ -19,7 +19,7 @@ from model import SIZES
 COLUMNS = ("resolution", "max_train_steps", "train_batch_size", "learning_rate", "lr_scheduler",
            "lr_warmup_steps", "guidance_scale", "image_guidance_scale")  # fmt: skip
 ROWS = {
-    "tiny":  (64,   1200,  8, 1.0e-3, "cosine",                 50, 3.0, 1.5),
+    "tiny":  (48,   1200,  8, 1.0e-3, "cosine",                 50, 3.0, 1.5),
     "small": (128, 50000, 16, 2.0e-4, "cosine",                500, 5.0, 2.0),
     "full":  (256, 50000,  1, 1.0e-5, "constant_with_warmup", 1000, 7.5, 7.5),
 }  # fmt: skip

@@ -21,12 +21,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 import masks
 import media
-from encoders import EncoderError, Encoders
-from model import DFGN, make_scheduler, precision
+from encoders import EncoderError, Encoders, check_size
+from model import DFGN, DTYPES, make_scheduler, precision
 
 # ------------------------------------------------------------------------------------------------------------
 # Diffusion
@@ -123,6 +124,17 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used, in one sentence."""
 
 
+def check_settings(settings):
+    """Raises ValueError, KeyError or TypeError unless the content of model_index.json can be sampled with."""
+    if not (type(settings["resolution"]) is int and 8 <= settings["resolution"] <= media.MAX_SIDE):
+        raise ValueError(f"model_index.json says resolution = {settings['resolution']}")
+    if settings["mixed_precision"] not in DTYPES:
+        raise ValueError(f"model_index.json says mixed_precision = {settings['mixed_precision']}")
+    for name in ("guidance_scale", "image_guidance_scale"):
+        if not abs(settings[name]) < 1000:
+            raise ValueError(f"model_index.json says {name} = {settings[name]}")
+
+
 def load(folder, device="cpu", vae=None, clip=None, t5=None):
     """Reads a finished run or one of its checkpoint-N folders; EMA weights where there are any.
     vae, clip, t5: where the pre-trained parts are now, if not where the run recorded them.
@@ -140,11 +152,15 @@ def load(folder, device="cpu", vae=None, clip=None, t5=None):
             f"--checkpoint {folder} holds no model_index.json: give the output_dir of a finished "
             "training run, or a checkpoint-N folder inside it."
         )
+    part = folder / ("unet_ema" if (folder / "unet_ema").is_dir() else "unet")
     try:
         settings = json.loads((folder / "model_index.json").read_text())
-        unet = DFGN.from_pretrained(
-            folder / ("unet_ema" if (folder / "unet_ema").is_dir() else "unet"), low_cpu_mem_usage=False
-        )
+        check_settings(settings)
+        config = DFGN.load_config(part)
+        if config.get("_class_name") != "DFGN":
+            raise ValueError(f"its U-Net is a {config.get('_class_name')}, not a DFGN")
+        check_size(part, lambda part: DFGN.from_config(config))
+        unet = DFGN.from_pretrained(part, low_cpu_mem_usage=False)
         named = dict(vae=vae, clip=clip, t5=t5)
         sources = settings | {name: source for name, source in named.items() if source}
         encoders = Encoders.load(folder, sources, device)
@@ -154,9 +170,12 @@ def load(folder, device="cpu", vae=None, clip=None, t5=None):
         OSError,
         ValueError,
         RuntimeError,
-        KeyError,
+        LookupError,
         TypeError,
-    ) as error:  # missing, damaged or of another size
+        AttributeError,
+        ArithmeticError,
+        SafetensorError,
+    ) as error:  # missing, damaged, of another size, or from elsewhere
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"--checkpoint {folder} cannot be read, use another one ({reason}).") from error
     for what, wanted, found in (("latent channels", unet.config.latent_channels, encoders.codec.latent_channels),

@@ -241,15 +241,21 @@ def train(args):
         clip_dim=encoders.clip.width,
         t5_dim=encoders.t5.width,
         temporal=args.temporal,
-        latent_std=None if args.preset == "full" else encoders.codec.STD,
+        prior_side=None if args.preset == "full" else args.resolution // encoders.codec.factor,
         **SIZES[args.preset],
     ).to(device)
+    if unet.config.prior_side is not None and resume is None:
+        if main_process:
+            data.fit_prior(unet.prior, dataset, clips, encoders)
+        for buffer in unet.prior.buffers() if world > 1 else ():
+            dist.broadcast(buffer, 0)
     if not args.shard:  # which wants its weights contiguous
         unet.to(memory_format=torch.channels_last)
     if args.init_unet and resume is None:
         start_from_spatial(unet, args.init_unet)
     if args.low_memory:
-        unet.to(torch.bfloat16)
+        for weight in unet.parameters():  # not the buffers
+            weight.data = weight.data.to(torch.bfloat16)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.compile:
@@ -257,7 +263,6 @@ def train(args):
     if args.shard:
         shard(unet, device)
     scheduler = make_scheduler()
-    weights_of = loss_weights(unet.config.latent_std).to(device)
     average = Average(unet, args.ema_on_cpu) if args.use_ema else None
     try:
         optimizer = make_optimizer(unet, args.learning_rate, args.use_8bit_adam, args.low_memory)
@@ -288,6 +293,7 @@ def train(args):
         say(f"resuming {resume} at step {step}")
         if state["latents"] != dataset.identity:
             say(f"warning: the stickers in {folder} have changed since: the run goes on with the new ones")
+    weights_of = loss_weights(float(unet.prior.std) if unet.config.prior_side else None).to(device)
     if main_process:  # what was logged after the checkpoint will be logged again
         logged = log_path.read_text() if resume is not None and log_path.exists() else ""
         lines = logged.splitlines(keepends=True)
@@ -296,7 +302,7 @@ def train(args):
     network = unet
     if world > 1 and not args.shard:
         network = DistributedDataParallel(unet, device_ids=[local_rank] if device.type == "cuda" else None,
-                                          gradient_as_bucket_view=True)  # fmt: skip
+                                          gradient_as_bucket_view=True, broadcast_buffers=False)  # fmt: skip
     say(f"{args.preset}: {sum(p.numel() for p in unet.parameters()) / 1e6:.1f}M parameters "
         f"on {world} x {device.type}, {args.mixed_precision}, "
         f"{global_batch} clips per step, {args.max_train_steps} steps")  # fmt: skip

@@ -1,0 +1,163 @@
+"""
+What can be said about a clip before any learning: its latents as a Gaussian whose mean depends on the caption, fitted
+to the stickers in closed form. `tiny` and `small` start each estimate from it, so that the network learns what a
+Gaussian cannot say: outlines, eyes, and which of them go together. Ours, not the paper's; `full` goes without.
+
+A frame is a point along principal components ("modes"). Modes are independent of each other; within a mode the
+frames of a clip correlate, by the number of frames and by how strong the mode is; a caption moves all frames of its
+clip, by a sum over its words. Under this model the best estimate of clean latents is linear, in the noisy frames and
+in the given ones, and needs no training: the Wiener filter, and for given frames the best linear interpolation.
+"""
+
+import torch
+import torch.nn as nn
+
+from curriculum import LENGTHS
+from masks import NUM_FRAMES
+
+MODES = 1024  # components that are told apart; what is left of a frame has one variance in all directions
+BAND_ENDS = (
+    8,
+    32,
+    128,
+    512,
+)  # from strong modes to weak ones: within a band they share the correlation of frames
+FIT_FRAMES = 8192  # most frames that the modes are fitted to
+RIDGE = 0.1  # of the regression on captions, as a share of the mean square of their features
+
+
+class GaussianPrior(nn.Module):
+    """latent_channels, side: C, and h = w of the latents; text_dim: width of the CLIP states"""
+
+    def __init__(self, latent_channels, side, text_dim):
+        super().__init__()
+        size = latent_channels * side**2  # D
+        modes = min(MODES, size - 1)  # M
+        bands = sum(end < modes for end in BAND_ENDS) + 1
+        self.register_buffer("std", torch.ones(()))  # of the latents
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("modes", torch.eye(modes, size))  # (M, D), orthonormal rows
+        self.register_buffer("no_text", torch.zeros(text_dim))  # features of the empty caption
+        self.register_buffer(
+            "shift", torch.zeros(text_dim, modes)
+        )  # what a caption's features do to the modes
+        # First for clips without text, then for those with it, whose mean is known better:
+        # variances, the last one of what is left; for every number of frames 3..8 and every band, in the upper left
+        # corner, correlations with a mean diagonal of one
+        self.register_buffer("variance", torch.ones(2, modes + 1))
+        self.register_buffer(
+            "frames", torch.eye(NUM_FRAMES).repeat(2 * len(LENGTHS), bands, 1, 1)
+        )  # (12, bands, 8, 8)
+        band = torch.bucketize(torch.arange(modes + 1), torch.tensor(BAND_ENDS[: bands - 1]), right=True)
+        self.register_buffer("band", band, persistent=False)  # (M + 1,)
+
+    def features(self, text):
+        """text as DFGN.forward takes it -> (B, text_dim): the sum of CLIP states, less that of the empty caption"""
+        states, mask = text[:2]
+        return (states.float() * mask[..., None]).sum(dim=1) - self.no_text
+
+    @torch.no_grad()
+    def fit(self, clips, texts, no_text):
+        """clips: {k: latents (n, k, C, h, w) of clips that have k distinct frames} for k = 3..8, n may be 0;
+        texts: {k: their captions, as DFGN.forward takes them}; no_text: the same of one empty caption.
+
+        Three clips of four give mean, modes and what captions do, the fourth says how much clips vary around that:
+        from its own mean and along its own modes a clip seems to vary less than the next one will."""
+        device = self.mean.device
+        self.no_text.copy_(self.features([x.to(device) for x in no_text])[0])
+        clips = {k: clip.flatten(2).to(device) for k, clip in clips.items()}  # (n, k, D)
+        texts = {k: self.features([x.to(device) for x in text]) for k, text in texts.items()}  # (n, text_dim)
+        fourth = {k: torch.arange(len(clip), device=device) % 4 == 0 for k, clip in clips.items()}
+        first = {k: ~last if len(last) > 1 else last for k, last in fourth.items()}
+        x = torch.cat([clips[k][first[k]].flatten(0, 1) for k in LENGTHS])  # (N, D)
+        self.std.copy_(x.square().mean().sqrt())
+        self.mean.copy_(x.mean(dim=0))
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            some = torch.linspace(0, len(x) - 1, min(len(x), FIT_FRAMES), device=device).long()
+            found = min(len(self.modes), len(some))
+            self.modes[:found] = torch.svd_lowrank(x[some] - self.mean, q=found, niter=2)[2].T
+        self.modes[found:] = 0
+
+        z = {k: (clip - self.mean) @ self.modes.T for k, clip in clips.items()}  # (n, k, M)
+        words = torch.cat([texts[k][first[k]] for k in LENGTHS])
+        moved = torch.cat([z[k][first[k]].mean(dim=1) for k in LENGTHS])  # (n, M)
+        square = words.T @ words
+        ridge = (RIDGE * square.diagonal().mean()).clamp(min=1e-6) * torch.eye(len(square), device=device)
+        self.shift.copy_(torch.linalg.solve(square + ridge, words.T @ moved))
+
+        new = torch.cat([clips[k][fourth[k]].flatten(0, 1) for k in LENGTHS]) - self.mean
+        rest = new.square().sum() - (new @ self.modes.T).square().sum()
+        self.variance[:, -1] = rest / (len(new) * (new.shape[1] - found))
+        for has_text in (0, 1):
+            left = {k: z[k] - has_text * (texts[k] @ self.shift)[:, None] for k in LENGTHS}
+            along = torch.cat([left[k][fourth[k]].flatten(0, 1) for k in LENGTHS])
+            self.variance[has_text, :-1] = along.square().mean(dim=0)
+            for i, k in enumerate(LENGTHS):
+                for band in range(self.frames.shape[1]):
+                    strong = left[k][:, :, self.band[:-1] == band]
+                    correlation = torch.einsum("nim,njm->ij", strong, strong)
+                    correlation *= k / correlation.trace().clamp(min=1e-12)
+                    one_more = torch.eye(k, device=device)  # as if one more clip had unrelated frames
+                    self.frames[has_text * len(LENGTHS) + i, band, :k, :k] = (
+                        len(strong) * correlation + one_more
+                    ) / (len(strong) + 1)
+        self.variance.clamp_(min=1e-6 * self.variance.max())
+
+    def forward(self, noisy, given, alpha, text, valid=None):
+        """The best linear estimate of the clean latents, and how far off it will be.
+
+        noisy: (B, F, C, h, w), x_t; given: the same, clean latents of the given frames, zeros elsewhere
+        alpha: (B,) cumulative; text: as DFGN.forward takes it; valid: bool (B, F)
+        Returns estimate (B, F, C, h, w), exact in given frames, and error (B, F), the expected root mean square
+        of its error. In slots that hold no frame both mean nothing.
+        """
+        slots, shape = noisy.shape[1], noisy.shape[2:]
+        is_given = (given != 0).flatten(2).any(dim=2)  # (B, F)
+        if valid is None:
+            valid = torch.ones_like(is_given)
+        words = self.features(text)
+        has_text = (words.norm(dim=1) > 1e-3 * self.no_text.norm()).long()  # (B,)
+        shift = (words @ self.shift * has_text[:, None])[:, None]  # (B, 1, M)
+
+        noise = ((1 - alpha) / alpha)[:, None, None]  # variance of the noise in x_t / sqrt(alpha)
+        x = torch.where(
+            is_given[:, :, None], given.flatten(2), noisy.flatten(2) / alpha.sqrt()[:, None, None]
+        )
+        x = torch.where(valid[:, :, None], x - self.mean, 0)
+        z = x @ self.modes.T  # (B, F, M)
+        rest = x - z @ self.modes  # (B, F, D)
+
+        # Given frames have no noise: the others follow them linearly, and vary less than before.
+        g, u = (m[:, None, :, None].float() for m in (is_given & valid, ~is_given & valid))  # (B, 1, F, 1)
+        length = (valid.sum(dim=1) - LENGTHS[0]).clamp(min=0)
+        T = self.frames[has_text * len(LENGTHS) + length, :, :slots, :slots]  # (B, bands, F, F)
+        among_given = T * g * g.mT + torch.diag_embed(1 - g.squeeze(3))
+        follow = u * torch.linalg.solve(among_given, T * g).mT  # (B, bands, F, F)
+        left = T * u * u.mT - follow @ (T * g * u.mT)
+        s, Q = torch.linalg.eigh((left + left.mT) / 2)  # (B, bands, F), (B, bands, F, F)
+        variance = s.clamp(min=0).mT[:, :, self.band] * self.variance[has_text][:, None]  # (B, F, M + 1)
+        gain = variance / (variance + noise)
+
+        def estimate(z, band, gain):
+            """(B, F, m) modes of one band -> the same, without their noise"""
+            base = follow[:, band] @ z
+            turned = Q[:, band].mT @ (u[:, 0] * z - base)
+            return base + Q[:, band] @ (gain * turned) + g[:, 0] * z
+
+        ends = [0, *BAND_ENDS[: T.shape[1] - 1], z.shape[2]]
+        parts = [slice(a, b) for a, b in zip(ends, ends[1:])]
+        z = z - shift
+        z = (
+            torch.cat([estimate(z[:, :, part], i, gain[:, :, part]) for i, part in enumerate(parts)], dim=2)
+            + shift
+        )
+        x = self.mean + z @ self.modes + estimate(rest, -1, gain[:, :, -1:])
+        x = torch.where(is_given[:, :, None], given.flatten(2), x)
+
+        share = torch.ones_like(gain) / x.shape[2]  # of each mode, and of the rest, in a frame's mean square
+        share[:, :, -1] *= x.shape[2] - len(self.modes)
+        left = gain * noise * share  # posterior variances along the eigenvectors Q
+        left = left.new_zeros(*left.shape[:2], T.shape[1]).index_add(2, self.band, left)  # (B, F, bands)
+        error = torch.einsum("bnfj,bjn->bf", Q.square(), left)
+        return x.unflatten(2, shape), error.clamp(min=0).sqrt()

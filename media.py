@@ -38,6 +38,7 @@ DEFAULT_DELAY = 100.0  # milliseconds: what browsers make of a missing delay and
 WHITE = (255, 255, 255)
 TOO_LARGE = f"has a side that is not 1 to {MAX_SIDE} pixels long; resize it first"
 
+Image.MAX_IMAGE_PIXELS = MAX_SIDE**2 // 2  # Pillow raises beyond twice that, before it allocates an area of a GIF
 av.logging.set_level(av.logging.PANIC)  # FFmpeg would write to stderr; what matters comes as an exception
 
 

@@ -205,6 +205,7 @@ def inspect(args):
 
 
 def main():
+    sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack letters of a name
     try:
         args = parse_args()
         if args.preview or not args.encode:

@@ -476,6 +476,7 @@ def train(args):
 
 
 def main():
+    sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack letters of a name
     try:
         train(parse_args())
     except (UsageError, SaveError, DataError, EncoderError, media.MediaError) as error:

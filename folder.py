@@ -55,8 +55,8 @@ class Sticker(NamedTuple):
 
 
 def clean(caption):
-    """Any value as a caption: one line of at most MAX_CAPTION characters, "" for what is no text. Every script
-    stays; control characters become spaces, and what is no valid Unicode a question mark."""
+    """Any value as a caption: one line of at most MAX_CAPTION characters, "" for what is no text. Every
+    script stays; control characters become spaces, and what is no valid Unicode a question mark."""
     if not isinstance(caption, str):
         return ""
     caption = re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", caption[: 4 * MAX_CAPTION])
@@ -64,13 +64,13 @@ def clean(caption):
 
 
 def open_text(path, **options):
-    """A text file that may begin with a byte order mark; bytes that are no UTF-8 become what they are in names
-    of files (surrogates)."""
+    """A text file that may begin with a byte order mark; bytes that are no UTF-8 become what they are in
+    names of files (surrogates)."""
     return open(path, encoding="utf-8-sig", errors="surrogateescape", **options)
 
 
 def metadata_rows(folder):
-    """Yields (where, entry) for every entry of metadata.jsonl, else metadata.csv; entry is None if unreadable."""
+    """Yields (where, entry) for every entry of metadata.jsonl, else metadata.csv; entry is None if broken."""
     jsonl, table = folder / "metadata.jsonl", folder / "metadata.csv"
     if jsonl.is_file():
         with open_text(jsonl) as file:
@@ -147,11 +147,11 @@ def find_files(folder):
 def scan_folder(folder):
     """Finds the stickers of a folder and its subfolders, with captions, in the order of their names.
 
-    Returns (stickers, problems); problems are pairs (name, reason) for files and entries that cannot be used,
-    with names as they are (media.printable shows them). Nothing is decoded. A metadata entry may set "split" to
-    "train" or "validation"; otherwise the tenth of the files (at most 500) whose names hash lowest is
-    validation. Raises DataError if the folder is missing or holds no sticker file, or its metadata is kept from
-    being read.
+    Returns (stickers, problems); problems are pairs (name, reason) for files and entries that cannot be
+    used, with names as they are (media.printable shows them). Nothing is decoded. A metadata entry may set
+    "split" to "train" or "validation"; otherwise the tenth of the files (at most 500) whose names hash lowest
+    is validation. Raises DataError if the folder is missing or holds no sticker file, or its metadata is kept
+    from being read.
     """
     folder = Path(folder)
     if not os.path.isdir(folder):
@@ -226,10 +226,10 @@ def run_in_worker(work, item):
 
 
 def in_processes(work, items, num_workers):
-    """Yields work(item) for each item, in order, from `num_workers` processes; where an item ends its process (a
-    crash, no memory) or takes longer than HANG_SECONDS, twice, the reason (str).
+    """Yields work(item) for each item, in order, from `num_workers` processes; where an item ends its process
+    (a crash, no memory) or takes longer than HANG_SECONDS, twice, the reason (str).
 
-    It gets a second chance because the fault may be the machine's. An exception that `work` raises is raised here.
+    It gets a second chance because the fault may be the machine's. What `work` raises is raised here.
     """
     todo, failed = deque(items), False  # failed: whether the first of `todo` has been tried before
     while todo:  # once, and again after each failure: the pool may be out of order
@@ -262,8 +262,8 @@ def in_processes(work, items, num_workers):
 
 
 def load_clips(stickers, resolution, num_workers):
-    """Yields load_clip for each sticker, in order, from `num_workers` processes, of which a file may cost one: it
-    alone is dropped (in_processes). With 0 this process decodes: then media.MAX_SECONDS, looked at between frames,
-    is the only limit of time, and a crash ends the run."""
+    """Yields load_clip for each sticker, in order, from `num_workers` processes, of which a file may cost one:
+    it alone is dropped (in_processes). With 0 this process decodes: then media.MAX_SECONDS, looked at between
+    frames, is the only limit of time, and a crash ends the run."""
     load = partial(load_clip, resolution=resolution)
     yield from in_processes(load, stickers, num_workers) if num_workers else map(load, stickers)

@@ -8,8 +8,9 @@ The one place where sticker files come in and go out.
 
 On its way in, the bytes of a file tell its format (the suffix is not believed), its header is held against
 the limits below before a pixel is decoded, and of every frame only the resized result is kept: memory is
-bounded by a few canvases, however long the animation; the clock is looked at between frames. Pillow decodes GIF, WebP and still pictures; FFmpeg
-(through PyAV) decodes MP4, WebM and APNG, since Pillow 13 leaves residue of earlier frames in many APNGs.
+bounded by a few canvases, however long the animation; the clock is looked at between frames. Pillow decodes
+GIF, WebP and still pictures; FFmpeg (through PyAV) decodes MP4, WebM and APNG, since Pillow 13 leaves
+residue of earlier frames in many APNGs.
 """
 
 import io
@@ -33,12 +34,12 @@ MAX_BYTES = 64 * 2**20  # of the file
 MAX_SIDE = 4096  # pixels, of the canvas
 MAX_FRAMES = 1000
 MAX_PIXELS = 400_000_000  # frames x canvas: some ten seconds of decoding
-MAX_SECONDS = 30  # of processor time to decode a file: a busy machine refuses nothing that an idle one takes
+MAX_SECONDS = 30  # of processor time, for a file: a busy machine refuses nothing that an idle one takes
 DEFAULT_DELAY = 100.0  # milliseconds: what browsers make of a missing delay and of one of at most 10 ms
 WHITE = (255, 255, 255)
 TOO_LARGE = f"has a side that is not 1 to {MAX_SIDE} pixels long; resize it first"
 
-Image.MAX_IMAGE_PIXELS = MAX_SIDE**2 // 2  # Pillow raises beyond twice that, before it allocates an area of a GIF
+Image.MAX_IMAGE_PIXELS = MAX_SIDE**2 // 2  # Pillow raises beyond twice that, before it allocates
 av.logging.set_level(av.logging.PANIC)  # FFmpeg would write to stderr; what matters comes as an exception
 
 
@@ -59,8 +60,8 @@ def check_limits(width, height, count=1):
 def printable(text, most=500):
     """A name or message from a file (str or Path) as one line that any terminal shows as it is meant.
 
-    Control characters, line breaks, bytes that are no UTF-8 and marks that turn the writing direction come out
-    as escapes such as \\x1b; beyond `most` characters it is cut.
+    Control characters, line breaks, bytes that are no UTF-8 and marks that turn the writing direction come
+    out as escapes such as \\x1b; beyond `most` characters it is cut.
     """
     text = str(text)
     shown = text if len(text) <= most else text[:most] + "..."
@@ -164,8 +165,8 @@ def on_white(picture):
 def decoded(path, resolution, stills=False):
     """Yields (frame (resolution, resolution, 3) uint8, delay in milliseconds) and no error but MediaError.
 
-    MAX_SECONDS is looked at between frames: only the caller of a process can end a decoder that is lost within
-    one (folder.load_clips does).
+    MAX_SECONDS is looked at between frames: only from outside of the process can a decoder be ended that is
+    lost within one (folder.load_clips does).
     """
     name, start = printable(path), time.thread_time()
     try:

@@ -3,7 +3,7 @@ Damages good stickers in every way that comes to mind, and reads them as a train
 
     python tests/fuzz.py --cases 10000 --seed 0
 
-Each case, known by (seed, number), is a good GIF, WebP, PNG, APNG, MP4 or WebM after one or two mutations, under
+A case (seed, number) is a good GIF, WebP, PNG, APNG, MP4 or WebM after one or two mutations, under
 a suffix that may be wrong. It must end as a clip or as a MediaError of one printable line, within SECONDS and
 MEMORY, and its process must live. Then as many metadata files, a quarter of --cases, must end as stickers and
 problems or as a DataError. A case that breaks this is kept under --keep, and the exit status is 1.
@@ -35,7 +35,7 @@ import media  # noqa: E402
 from tests.test_media import clip, write  # noqa: E402
 
 SECONDS = media.MAX_SECONDS  # of one case; real: a process that hangs is ended after folder.HANG_SECONDS
-MEMORY = 1024  # MiB, the peak of a decoding process
+MEMORY = 512  # MiB, the peak of a decoding process
 RESOLUTION = 32
 EXTREMES = (
     0,
@@ -127,7 +127,7 @@ def splice(rng, data, other):
 
 
 def extreme(rng, data, other):
-    """A length, a size or a count: mostly in the header or beside a name of four letters, as MP4 and PNG have."""
+    """A length, a size or a count: mostly in the header, or beside a name of four letters (MP4, PNG)."""
     names = [
         found.start() + int(rng.choice((-4, 4, 8, 12, 16))) for found in re.finditer(rb"[A-Za-z]{4}", data)
     ]
@@ -143,7 +143,7 @@ MUTATIONS = (flip, scramble, delete, insert, repeat, truncate, splice, extreme, 
 
 
 def mend(data):
-    """Right checksums of PNG, size of WebP and end of GIF: without them the decoders would look no further."""
+    """Right sums of PNG, size of WebP and end of GIF: without them the decoders would look no further."""
     at = 8
     while data[:4] == b"\x89PNG" and at + 12 <= len(data):
         end = at + 8 + struct.unpack_from(">I", data, at)[0]

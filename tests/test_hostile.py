@@ -80,7 +80,7 @@ def test_damaged_metadata_becomes_captions_or_problems(tmp_path):
 
 
 def test_the_fuzzer_finds_faults(tmp_path, monkeypatch):
-    """The checks above can fail: a reader that lets an error through, or decodes to the wrong shape, is caught."""
+    """The checks can fail: a reader that lets an error through, or gives a wrong shape, is seen."""
     monkeypatch.setattr(media, "read_clip", lambda path, resolution: 1 / 0)
     monkeypatch.setattr(folder, "load_clip", lambda sticker, resolution: "unreadable")
     assert "ZeroDivisionError" in fuzz.try_file(0, 0, tmp_path)[1]

@@ -262,7 +262,7 @@ def in_processes(work, items, num_workers):
 
 
 def load_clips(stickers, resolution, num_workers):
-    """Yields load_clip for each sticker, in order, from `num_workers` processes, of which a file may cost one:
+    """Yields load_clip for each sticker, in order, from `num_workers` processes; a file may cost one of them:
     it alone is dropped (in_processes). With 0 this process decodes: then media.MAX_SECONDS, looked at between
     frames, is the only limit of time, and a crash ends the run."""
     load = partial(load_clip, resolution=resolution)

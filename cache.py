@@ -20,7 +20,7 @@ import json
 import os
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -248,7 +248,8 @@ def open_dataset(folder, stickers, codec, resolution, cache_dir, num_workers=0):
                 bar.update(total - len(missing) - bar.n)  # what the others have done meanwhile
                 clips = load_clips([missing[digest] for digest in mine], resolution, num_workers)
                 if mine:
-                    write_shard(place, mine, (clip for clip in clips if bar.update() or True), codec)
+                    with closing(clips):  # no decoding process stays when the encoder or the disk fails
+                        write_shard(place, mine, (clip for clip in clips if bar.update() or True), codec)
             if not mine:
                 time.sleep(0.2)  # until the others are done, or dead
             forget_cached(missing, place, seen)

@@ -184,7 +184,7 @@ def encode(args):
         raise DataError(f"--resolution {args.resolution}: must be a multiple of the VAE's {codec.factor}.")
     dataset = open_dataset(args.folder, stickers, codec, args.resolution, args.cache_dir or default_cache(),
                            args.num_workers)  # fmt: skip
-    print(f"{len(dataset.clips)} clips of {args.folder} are in {dataset.folder}")
+    print(f"{len(dataset.clips)} clips of {media.printable(args.folder)} are in {dataset.folder}")
     return dataset
 
 
@@ -199,17 +199,17 @@ def inspect(args):
             used.append(sticker)
             counts.append(clip.count)
             if len(used) % max(1, len(stickers) // 24) == 0:
-                shown.append((clip, sticker.caption or sticker.name))
+                shown.append((clip, sticker.caption or media.printable(sticker.name)))
         else:
             problems.append((sticker.name, clip))
 
     for name, reason in problems:
-        print(f"dropped {name}: {reason}")
-    print(f"{args.folder}: {len(used)} stickers used, {len(problems)} dropped, "
+        print(f"dropped {media.printable(name)}: {reason}")
+    print(f"{media.printable(args.folder)}: {len(used)} stickers used, {len(problems)} dropped, "
           f"{sum(s.split == 'validation' for s in used)} of the used held out for validation, "
           f"{sum(not s.caption for s in used)} without a caption")  # fmt: skip
     if not used:
-        raise DataError(f"{args.folder} holds no usable sticker: the reasons are above.")
+        raise DataError(f"{media.printable(args.folder)} holds no usable sticker: the reasons are above.")
     print("frames per clip: " + ", ".join(f"{c} x {n}" for n, c in sorted(Counter(counts).items())[:40]))
     if args.preview:
         preview(*zip(*shown), counts).save(args.preview)
@@ -217,6 +217,7 @@ def inspect(args):
 
 
 def main():
+    sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack letters of a name
     try:
         args = parse_args()
         if args.preview or not args.encode:

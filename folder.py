@@ -3,25 +3,41 @@ A folder of stickers: which files, with which captions, and what becomes of one 
 
     scan_folder    captions from metadata.jsonl / metadata.csv, or NAME.txt beside NAME.gif; a tenth held out
     load_clip      one file -> frames, and its key frames for every k in 3..8
+    load_clips     the same for many, in processes that may die or hang over a file: it alone is lost
+
+Files come from anywhere, so nothing in a folder but its having no sticker stops a run. Links to files are
+followed, wherever they lead (many data sets are links into a store), links to folders are not (they may go in
+circles). Names in metadata come from whoever wrote it: only files found in the folder are looked up by them.
 """
 
 import csv
 import hashlib
 import json
-from concurrent.futures import ProcessPoolExecutor
+import os
+import re
+import signal
+from collections import deque
 from functools import partial
+from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from pebble import ProcessExpired, ProcessPool
 
 import media
 from curriculum import LENGTHS
 from keyframes import equal_frames, extract_key_frames, thumbnails
 from masks import NUM_FRAMES
+from media import printable
 
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.1, 500  # of a user's folder, for validation
 MIN_FRAMES = LENGTHS[0]  # distinct frames that a clip needs
+MAX_CAPTION = 1000  # characters; the rest is cut: CLIP reads 77 tokens, and sheets show every line
+MAX_DEPTH = 100  # folders in folders
+HANG_SECONDS = 60  # until a process is ended that decodes one file: twice media.MAX_SECONDS
+LOOK_AHEAD = 4  # files that each decoding process may be ahead of the reader: they wait in memory
 
 # ------------------------------------------------------------------------------------------------------------
 # The folder
@@ -38,70 +54,134 @@ class Sticker(NamedTuple):
     split: str  # "train" or "validation"
 
 
-def read_metadata(folder):
-    """The entries of metadata.jsonl or metadata.csv. Returns ({name: entry}, [(where, reason)])."""
-    entries, problems = {}, []
+def clean(caption):
+    """Any value as a caption: one line of at most MAX_CAPTION characters, "" for what is no text. Every
+    script stays; control characters become spaces, and what is no valid Unicode a question mark."""
+    if not isinstance(caption, str):
+        return ""
+    caption = re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", caption[: 4 * MAX_CAPTION])
+    return " ".join(caption.encode(errors="replace").decode().split())[:MAX_CAPTION].strip()
+
+
+def open_text(path, **options):
+    """A text file that may begin with a byte order mark; bytes that are no UTF-8 become what they are in
+    names of files (surrogates)."""
+    return open(path, encoding="utf-8-sig", errors="surrogateescape", **options)
+
+
+def metadata_rows(folder):
+    """Yields (where, entry) for every entry of metadata.jsonl, else metadata.csv; entry is None if broken."""
     jsonl, table = folder / "metadata.jsonl", folder / "metadata.csv"
-    if jsonl.exists():
-        lines = enumerate(jsonl.read_text(encoding="utf-8", errors="replace").splitlines(), start=1)
-        rows = [(f"{jsonl.name} line {number}", line) for number, line in lines if line.strip()]
-    elif table.exists():
-        with open(table, newline="", encoding="utf-8", errors="replace") as file:
-            rows = [
-                (f"{table.name} row {number}", row)
-                for number, row in enumerate(csv.DictReader(file), start=2)
-            ]
-    else:
-        rows = []
-    for where, row in rows:
-        try:
-            entry = json.loads(row) if isinstance(row, str) else row
-            name = Path(entry["file_name"]).as_posix()
-        except (ValueError, KeyError, TypeError):
-            problems.append((where, "has no usable file_name: each entry needs file_name and text"))
-            continue
-        if not (folder / name).resolve().is_relative_to(folder.resolve()):
-            problems.append((name, f"{where} points outside of the folder"))
-        elif not (folder / name).is_file():
-            problems.append((name, f"{where} names it, but there is no such file"))
-        else:
-            entries[name] = entry
+    if jsonl.is_file():
+        with open_text(jsonl) as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    try:
+                        entry = json.loads(line)
+                    except (ValueError, RecursionError):  # RecursionError: brackets in thousands of brackets
+                        entry = None
+                    yield f"{jsonl.name} line {number}", entry
+    elif table.is_file():
+        with open_text(table, newline="") as file:
+            rows, number = csv.DictReader(file), 1
+            while True:
+                number += 1
+                try:
+                    entry = next(rows)
+                except StopIteration:
+                    break
+                except csv.Error:  # a field of more than 128 KiB: an open quote, mostly
+                    entry = None
+                yield f"{table.name} row {number}", entry
+
+
+def read_metadata(folder, names):
+    """The entries that metadata.jsonl or metadata.csv has for the files `names`.
+
+    Returns ({name: (caption, split)}, [(where, reason)]); raises DataError if it cannot be read at all.
+    """
+    entries, problems = {}, []
+    try:
+        for where, entry in metadata_rows(folder):
+            name = entry.get("file_name") if isinstance(entry, dict) else None
+            if not name or not isinstance(name, str):
+                problems.append((where, "has no usable file_name: each entry needs file_name and text"))
+                continue
+            path = os.path.normpath(name)
+            if os.path.isabs(path) or path.split(os.sep)[0] == os.pardir:
+                problems.append((name, f"{where} points outside of the folder"))
+            elif path not in names:
+                problems.append((name, f"{where} names it, but there is no such file among the stickers"))
+            else:
+                entries[path] = clean(entry.get("text")) or clean(entry.get("caption")), entry.get("split")
+    except OSError as error:
+        where = printable(error.filename or folder)
+        raise DataError(f"{where} cannot be read ({error.strerror}): allow it or take it out.") from None
     return entries, problems
+
+
+def find_files(folder):
+    """The sticker files of a folder and its subfolders, sorted. Returns (paths, [(name, reason)])."""
+    paths, problems = [], []
+
+    def name_of(path):
+        return Path(path).relative_to(folder).as_posix()
+
+    def unreadable(error):
+        problems.append((name_of(error.filename), f"is a folder that cannot be read ({error.strerror})"))
+
+    for place, folders, files in os.walk(folder, onerror=unreadable):
+        if len(Path(place).relative_to(folder).parts) >= MAX_DEPTH and folders:
+            problems.append((name_of(place), f"is {MAX_DEPTH} folders deep: what is below is not looked at"))
+            folders.clear()
+        for path in (Path(place, file) for file in files):
+            if path.suffix.lower() not in media.SUFFIXES:
+                continue
+            if os.path.isfile(path):
+                paths.append(path)
+            else:
+                problems.append((name_of(path), "is no file that can be read, or a link to none"))
+    return sorted(paths), problems
 
 
 def scan_folder(folder):
     """Finds the stickers of a folder and its subfolders, with captions, in the order of their names.
 
-    Returns (stickers, problems); problems are pairs (name, reason) for entries that cannot be used. Nothing
-    is decoded. A metadata entry may set "split" to "train" or "validation"; otherwise the tenth of the files
-    (at most 500) whose names hash lowest is validation. Raises DataError if the folder is missing or holds no
-    sticker file.
+    Returns (stickers, problems); problems are pairs (name, reason) for files and entries that cannot be
+    used, with names as they are (media.printable shows them). Nothing is decoded. A metadata entry may set
+    "split" to "train" or "validation"; otherwise the tenth of the files (at most 500) whose names hash lowest
+    is validation. Raises DataError if the folder is missing or holds no sticker file, or its metadata is kept
+    from being read.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder: give --data a folder of stickers.")
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in media.SUFFIXES and p.is_file())
+    if not os.path.isdir(folder):
+        raise DataError(f"{printable(folder)} is not a folder: give --data a folder of stickers.")
+    paths, problems = find_files(folder)
     if not paths:
+        others = "".join(f" {printable(name)} {reason}." for name, reason in problems[:1])
         raise DataError(
-            f"{folder} holds no sticker: looked, in its subfolders too, "
-            f"for files that end in {', '.join(media.SUFFIXES)}."
+            f"{printable(folder)} holds no sticker: looked, in its subfolders too, "
+            f"for files that end in {', '.join(media.SUFFIXES)}.{others}"
         )
-    entries, problems = read_metadata(folder)
-
     names = [path.relative_to(folder).as_posix() for path in paths]
+    entries, broken = read_metadata(folder, set(names))
+    problems += broken
     by_hash = sorted(names, key=lambda name: hashlib.sha256(name.encode(errors="surrogateescape")).digest())
     held_out = set(by_hash[: min(HELD_OUT_MOST, int(HELD_OUT_SHARE * len(names)))])
 
     stickers = []
     for path, name in zip(paths, names):
-        entry, sidecar = entries.get(name, {}), path.with_suffix(".txt")
-        caption = entry.get("text") or entry.get("caption") or ""
-        if not caption and sidecar.is_file():
-            caption = sidecar.read_text(encoding="utf-8", errors="replace")
-        split = entry.get("split")
+        caption, split = entries.get(name, ("", None))
+        sidecar = path.with_suffix(".txt")
+        if not caption and os.path.isfile(sidecar):
+            try:
+                with open_text(sidecar) as file:
+                    caption = clean(file.read(4 * MAX_CAPTION))
+            except OSError as error:
+                problems.append((name, f"is used without its caption: {sidecar.name}: {error.strerror}"))
         if split not in ("train", "validation"):
             split = "validation" if name in held_out else "train"
-        stickers.append(Sticker(path, name, " ".join(str(caption).split()), split))
+        stickers.append(Sticker(path, name, caption, split))
     return stickers, problems
 
 
@@ -125,6 +205,8 @@ def load_clip(sticker, resolution):
         frames, _ = media.read_clip(sticker.path, resolution)
     except media.MediaError as error:
         return str(error)
+    except MemoryError:
+        return "its frames do not fit into memory"
     key_frames = extract_key_frames(thumbnails(frames))
     if not key_frames:
         return f"fewer than {MIN_FRAMES} distinct frames (it has {len(frames)} in all)"
@@ -136,11 +218,52 @@ def load_clip(sticker, resolution):
     return Clip(frames[wanted], key_frames, equal, len(frames))
 
 
+def run_in_worker(work, item):
+    signal.alarm(2 * HANG_SECONDS)  # ends it even within C code: nobody else would, had the run been killed
+    result = work(item)
+    signal.alarm(0)
+    return result
+
+
+def in_processes(work, items, num_workers):
+    """Yields work(item) for each item, in order, from `num_workers` processes; where an item ends its process
+    (a crash, no memory) or takes longer than HANG_SECONDS, twice, the reason (str).
+
+    It gets a second chance because the fault may be the machine's. What `work` raises is raised here.
+    """
+    todo, failed = deque(items), False  # failed: whether the first of `todo` has been tried before
+    while todo:  # once, and again after each failure: the pool may be out of order
+        # Forked, as torch's own loaders are: a fresh process would import torch (7 s, 400 MB) for nothing.
+        pool, futures = ProcessPool(num_workers, context=get_context("fork")), deque()
+        try:
+            while todo:
+                reason = None
+                try:
+                    for item in islice(todo, len(futures), LOOK_AHEAD * num_workers):
+                        futures.append(pool.schedule(run_in_worker, (work, item), timeout=HANG_SECONDS))
+                    result = futures[0].result(2 * HANG_SECONDS)  # longer than that it is the pool that hangs
+                except TimeoutError:
+                    reason = f"decoding it took longer than {HANG_SECONDS} seconds"
+                except (ProcessExpired, RuntimeError) as error:
+                    if isinstance(error, RuntimeError) and pool.active:  # a fault of ours, not a broken pool
+                        raise
+                    reason = "its decoding process died"
+                if reason and not failed:
+                    failed = True
+                    break
+                yield reason or result
+                todo.popleft(), futures.popleft()
+                failed = False
+                if reason:
+                    break
+        finally:
+            pool.stop()
+            pool.join()
+
+
 def load_clips(stickers, resolution, num_workers):
-    """Yields load_clip for each sticker, in order, from `num_workers` processes (0 = this one)."""
+    """Yields load_clip for each sticker, in order, from `num_workers` processes; a file may cost one of them:
+    it alone is dropped (in_processes). With 0 this process decodes: then media.MAX_SECONDS, looked at between
+    frames, is the only limit of time, and a crash ends the run."""
     load = partial(load_clip, resolution=resolution)
-    if num_workers == 0:
-        yield from map(load, stickers)
-        return
-    with ProcessPoolExecutor(num_workers) as pool:
-        yield from pool.map(load, stickers, chunksize=4)
+    yield from in_processes(load, stickers, num_workers) if num_workers else map(load, stickers)

@@ -8,13 +8,15 @@ The one place where sticker files come in and go out.
 
 On its way in, the bytes of a file tell its format (the suffix is not believed), its header is held against
 the limits below before a pixel is decoded, and of every frame only the resized result is kept: memory is
-bounded by a few canvases, however long the animation. Pillow decodes GIF, WebP and still pictures; FFmpeg
-(through PyAV) decodes MP4, WebM and APNG, since Pillow 13 leaves residue of earlier frames in many APNGs.
+bounded by a few canvases, however long the animation; the clock is looked at between frames. Pillow decodes
+GIF, WebP and still pictures; FFmpeg (through PyAV) decodes MP4, WebM and APNG, since Pillow 13 leaves
+residue of earlier frames in many APNGs.
 """
 
 import io
 import os
 import textwrap
+import time
 import warnings
 from fractions import Fraction
 from itertools import chain, pairwise
@@ -31,11 +33,13 @@ OUTPUTS = (".gif", ".webp", ".mp4", ".png")  # what write_clip knows
 MAX_BYTES = 64 * 2**20  # of the file
 MAX_SIDE = 4096  # pixels, of the canvas
 MAX_FRAMES = 1000
-MAX_PIXELS = 400_000_000  # frames x canvas: some seconds of decoding
+MAX_PIXELS = 400_000_000  # frames x canvas: some ten seconds of decoding
+MAX_SECONDS = 30  # of processor time, for a file: a busy machine refuses nothing that an idle one takes
 DEFAULT_DELAY = 100.0  # milliseconds: what browsers make of a missing delay and of one of at most 10 ms
 WHITE = (255, 255, 255)
 TOO_LARGE = f"has a side that is not 1 to {MAX_SIDE} pixels long; resize it first"
 
+Image.MAX_IMAGE_PIXELS = MAX_SIDE**2 // 2  # Pillow raises beyond twice that, before it allocates
 av.logging.set_level(av.logging.PANIC)  # FFmpeg would write to stderr; what matters comes as an exception
 
 
@@ -51,6 +55,17 @@ def check_limits(width, height, count=1):
         raise MediaError(f"has more than {MAX_FRAMES} frames; shorten it first")
     if count * width * height > MAX_PIXELS:
         raise MediaError(f"has more than {MAX_PIXELS:,} pixels in all frames; shorten or resize it first")
+
+
+def printable(text, most=500):
+    """A name or message from a file (str or Path) as one line that any terminal shows as it is meant.
+
+    Control characters, line breaks, bytes that are no UTF-8 and marks that turn the writing direction come
+    out as escapes such as \\x1b; beyond `most` characters it is cut.
+    """
+    text = str(text)
+    shown = text if len(text) <= most else text[:most] + "..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -148,26 +163,36 @@ def on_white(picture):
 
 
 def decoded(path, resolution, stills=False):
-    """Yields (frame (resolution, resolution, 3) uint8, delay in milliseconds) and no error but MediaError."""
+    """Yields (frame (resolution, resolution, 3) uint8, delay in milliseconds) and no error but MediaError.
+
+    MAX_SECONDS is looked at between frames: only from outside of the process can a decoder be ended that is
+    lost within one (folder.load_clips does).
+    """
+    name, start = printable(path), time.thread_time()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata
             for picture, delay in pictures(Path(path), stills):
+                if time.thread_time() - start > MAX_SECONDS:
+                    raise MediaError(
+                        f"takes more than {MAX_SECONDS} seconds to decode; shorten or resize it first"
+                    )
                 square = on_white(picture)
                 if square.width != resolution:
                     square = square.resize((resolution,) * 2, Image.Resampling.BICUBIC, reducing_gap=2.0)
                 yield np.array(square), delay
     except MediaError as error:
-        raise MediaError(f"{path} {error}.") from None
+        raise MediaError(f"{name} {error}.") from None
     except Image.DecompressionBombError:  # Pillow's own limit: far beyond ours, but the first to be checked
-        raise MediaError(f"{path} {TOO_LARGE}.") from None
+        raise MediaError(f"{name} {TOO_LARGE}.") from None
     # Broad on purpose: damaged bytes make Pillow and PyAV raise OSError, SyntaxError, ValueError, EOFError,
     # IndexError, MemoryError, FFmpegError and more, none of it documented, and a folder of ten thousand files
     # must not stop at one. The error's own words stay in the sentence.
     except Exception as error:
         vague = isinstance(error, (EOFError, IndexError, UnidentifiedImageError))
         reason = "it is damaged or ends too early" if vague else getattr(error, "strerror", None) or error
-        raise MediaError(f"{path} cannot be decoded ({reason}); export or download it again.") from error
+        reason = printable(reason, 200)  # it may quote the file
+        raise MediaError(f"{name} cannot be decoded ({reason}); export or download it again.") from error
 
 
 def read_clip(path, resolution):
@@ -193,7 +218,9 @@ def read_image(path, resolution):
 def check_suffix(path):
     """Raises MediaError unless write_clip knows the suffix of path."""
     if Path(path).suffix.lower() not in OUTPUTS:
-        raise MediaError(f"{path} has no known suffix; let the output end in {', '.join(OUTPUTS)}.")
+        raise MediaError(
+            f"{printable(path)} has no known suffix; let the output end in {', '.join(OUTPUTS)}."
+        )
 
 
 def delays(count, fps, per_second, least):
@@ -277,7 +304,7 @@ def write_clip(path, frames, fps):
         os.replace(unfinished, path)
     except (OSError, av.error.FFmpegError) as error:
         reason = error.strerror or error
-        raise MediaError(f"{path} cannot be written ({reason}); choose another output.") from error
+        raise MediaError(f"{printable(path)} cannot be written ({reason}); choose another output.") from error
     finally:
         if unfinished.exists():
             unfinished.unlink()

@@ -221,7 +221,7 @@ def train(args):
     problems += dataset.dropped
     say(f"{folder}: {len(clips)} clips to train on, {len(held_out)} held out, {len(problems)} dropped")
     for name, reason in problems[:20]:
-        say(f"  dropped {name}: {reason}")
+        say(f"  dropped {media.printable(name)}: {reason}")
     if len(problems) > 20:
         say(f"  and {len(problems) - 20} more: `python data.py {folder}` lists them")
     if not any(clip.caption for clip in clips):
@@ -482,6 +482,7 @@ def train(args):
 
 
 def main():
+    sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack letters of a name
     try:
         train(parse_args())
     except (UsageError, SaveError, DataError, EncoderError, media.MediaError) as error:

@@ -417,9 +417,11 @@ def test_a_huge_canvas_is_refused_from_its_header(tmp_path, side):
         media.read_image(tmp_path / "a.jpg", 8)
 
 
-@pytest.mark.parametrize("side", [5000, 60000])
-def test_a_huge_patch_is_refused(tmp_path, side):
-    data = bytearray(gif(4, 4, [(0, 0, np.ones((4, 4), int), 0, 0, 5)] * 2))
+# 13000: once within Pillow's own limit. A patch to be cleared to the background (2) is one to be allocated.
+@pytest.mark.parametrize("disposal", [0, 2])
+@pytest.mark.parametrize("side", [5000, 13000, 60000])
+def test_a_huge_patch_is_refused(tmp_path, side, disposal):
+    data = bytearray(gif(4, 4, [(0, 0, np.ones((4, 4), int), 0, disposal, 5)] * 2))
     second = data.rindex(b",\0\0\0\0\4\0\4\0")
     data[second + 5 : second + 9] = struct.pack("<HH", side, side)
     (tmp_path / "patch.gif").write_bytes(data)

@@ -27,6 +27,7 @@ from transformers.utils.logging import disable_progress_bar
 
 disable_progress_bar()  # of transformers: frozen parts load in a second or two
 MAX_TOKENS = 77  # text sequence length, per encoder (Table 6)
+WORD = r"\w{1,64}|#"  # a token of the built-in encoders
 
 # ------------------------------------------------------------------------------------------------------------
 # The codec
@@ -146,7 +147,7 @@ class WordVectors:
 
         The first token is a start token, so that an empty caption still gives attention something to look at.
         The rest are the words and the "#" signs; what is beyond MAX_TOKENS is cut."""
-        tokens = [["<start>", *re.findall(r"\w+|#", caption.lower())][:MAX_TOKENS] for caption in captions]
+        tokens = [["<start>", *re.findall(WORD, caption.lower())][:MAX_TOKENS] for caption in captions]
         length = max(map(len, tokens))
         states = torch.zeros(len(tokens), length, self.width)
         mask = torch.zeros(len(tokens), length, dtype=torch.bool)
@@ -177,7 +178,7 @@ class EncoderError(ValueError):
     """A frozen part that cannot be loaded, in one sentence that names its flag and the way out."""
 
 
-MAX_SIZE, MAX_LAYERS = 2**20, 256  # of any number in a config.json; of those that count layers
+MAX_SIZE, MAX_LAYERS = 2**20, 256  # of any number in a config.json; of those that count layers, and of lists
 
 
 def check_size(folder, build):
@@ -185,6 +186,8 @@ def check_size(folder, build):
     config.json from elsewhere may say anything. build: function of the folder -> the module of its config.json."""
 
     def check(name, value):
+        if len(value) > MAX_LAYERS:
+            raise ValueError(f"its config.json lists {len(value)} {name}")
         for inner in value.items() if isinstance(value, dict) else [(name, x) for x in value]:
             if isinstance(inner[1], (dict, list)):
                 check(*inner)
@@ -362,6 +365,9 @@ class Encoders:
 
     def text(self, captions, device="cpu"):
         """captions: B strings -> (clip, clip_mask, t5, t5_mask) on `device`, as DFGN.forward takes them."""
+        captions = [
+            caption.encode(errors="replace").decode() for caption in captions
+        ]  # a command line is any bytes
         return tuple(x.to(device) for encoder in (self.clip, self.t5) for x in encoder(captions))
 
     def sources(self):

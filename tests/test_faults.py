@@ -15,6 +15,7 @@ import torch
 import checkpoint
 import masks
 import train
+from tests import matrix
 from tests.test_train import (  # noqa: F401 (fixtures)
     assert_same_weights,
     cache,
@@ -207,6 +208,37 @@ def test_a_full_disk_leaves_no_rank_waiting(folder, cache, tmp_path):  # noqa: F
     ).exists()
 
 
+# ------------------------------------------------------------------------------------------------ exact resume
+
+
+@pytest.fixture(scope="module")
+def matrix_parts(tmp_path_factory):
+    root = tmp_path_factory.mktemp("matrix")
+    return root, matrix.draw_folder(root), {}
+
+
+@pytest.mark.parametrize("case", matrix.pairwise_cases(), ids=lambda case: "-".join(map(str, case.values())))
+def test_a_resumed_run_is_the_unbroken_one(run, matrix_parts, monkeypatch, case):  # noqa: F811
+    """A selection in which every pair of values is met; the whole matrix is tests/matrix.py."""
+    monkeypatch.setattr(train, "validation_sheet", matrix.no_sheet)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    assert matrix.differences(case, *matrix_parts) == []
+
+
+def test_a_difference_would_be_seen(run, matrix_parts, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(train, "validation_sheet", matrix.no_sheet)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    real = train.load_checkpoint
+
+    def forgetful(resume, unet, average, optimizer):
+        loaded = real(resume, unet, average, optimizer)
+        optimizer.state.clear()  # AdamW starts afresh
+        return loaded
+
+    monkeypatch.setattr(train, "load_checkpoint", forgetful)
+    assert "optimizer" in matrix.differences(matrix.pairwise_cases()[0], *matrix_parts)
+
+
 # --------------------------------------------------------------------------------------------- killed anywhere
 
 
@@ -223,6 +255,25 @@ def test_killed_inside_a_save_it_ends_as_if_it_had_not_been(folder, cache, train
     assert process.wait(timeout=200) == 0, process.communicate()[1][-2000:]
     assert_same_weights(weights(trained), weights(out), rtol=0, atol=0)
     assert not list(out.glob("*.tmp")) and [e["loss"] for e in log(out)] == [e["loss"] for e in log(trained)]
+
+
+def test_torchrun_starts_again_after_one_rank_was_killed(folder, cache, tmp_path):  # noqa: F811
+    """All ranks go on from the newest checkpoint, with one curriculum, to the weights of a run without the kill."""
+    outs, records = {}, {}
+    for name, env in (("whole", {}), ("killed", dict(TOY_DIE="1:5"))):
+        outs[name], records[name] = tmp_path / name, tmp_path / f"{name}-curriculum"
+        records[name].mkdir()
+        process = start(outs[name], folder, cache, [*TORCHRUN, "--max-restarts", 1],
+                        env=dict(env, TOY_CURRICULUM=str(records[name])), max_train_steps=8, train_batch_size=2,
+                        checkpointing_steps=2, resume_from_checkpoint="latest")  # fmt: skip
+        said, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-2000:]
+    assert "resuming" in said and "at step 4" in said
+    assert_same_weights(weights(outs["whole"]), weights(outs["killed"]), rtol=0, atol=0)
+    assert [e["loss"] for e in log(outs["whole"])] == [e["loss"] for e in log(outs["killed"])]
+    states = [json.loads((records[name] / f"rank-{rank}.json").read_text())["state"]
+              for name in records for rank in (0, 1)]  # fmt: skip
+    assert all(state == states[0] for state in states)
 
 
 def test_one_rank_without_a_number_stops_no_other(folder, cache, tmp_path):  # noqa: F811

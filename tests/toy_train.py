@@ -79,6 +79,18 @@ def poison(rank, steps):
     train.masks.masked_loss = poisoned
 
 
+def die(rank, step):
+    """Kills one rank when it draws the batch of `step`, unless torchrun has already started it again."""
+    real = train.data.draw_batch
+
+    def draw_batch(dataset, clips, probabilities, seed, at, *args):
+        if at == step and os.environ["RANK"] == rank and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(dataset, clips, probabilities, seed, at, *args)
+
+    train.data.draw_batch = draw_batch
+
+
 def fill_disk(name):
     """Makes the disk full for weights whose path has `name` in it."""
     real = checkpoint.save_file
@@ -103,6 +115,9 @@ if __name__ == "__main__":
     if "TOY_NAN" in os.environ:  # rank:call,call
         rank, steps = os.environ["TOY_NAN"].split(":")
         poison(rank, {int(step) for step in steps.split(",")})
+    if "TOY_DIE" in os.environ:  # rank:step
+        rank, step = os.environ["TOY_DIE"].split(":")
+        die(rank, int(step))
     if "TOY_CURRICULUM" in os.environ:
         train.Curriculum = WatchedCurriculum
     torch.set_num_threads(1)

@@ -1,0 +1,158 @@
+"""Model folders and prompts from elsewhere: one sentence, no memory taken on their word, none of their code run."""
+
+import json
+import os
+import shutil
+import struct
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import save_file
+
+import sample
+from encoders import EncoderError, Encoders, PretrainedCLIP, PretrainedT5, PretrainedVAE
+from tests.test_sample import checkpoint, parts  # noqa: F401 (fixtures)
+from tests.tiny_parts import make_clip, make_t5, make_vae
+
+HUGE = 10**9
+
+
+def change(path, **entries):
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+def write(*pieces):
+    return lambda path: path.write_bytes(b"".join(pieces))
+
+
+def header(**tensors):
+    """The start of a safetensors file that says it holds these: name = (dtype, shape, offsets)"""
+    entries = {n: dict(dtype=d, shape=s, data_offsets=o) for n, (d, s, o) in tensors.items()}
+    text = json.dumps(entries).encode()
+    return struct.pack("<Q", len(text)) + text
+
+
+# what is done to the file of that name; what the sentence says
+BROKEN = {
+    "layers": ("unet/config.json", dict(layers_per_block=HUGE), "layers_per_block"),
+    "widths": ("unet/config.json", dict(block_out_channels=[HUGE, HUGE]), "block_out_channels"),
+    "not so absurd widths": ("unet/config.json", dict(block_out_channels=[4096, 8192]), "more weights than"),
+    "many levels": ("unet/config.json", dict(block_out_channels=[16] * 500, attention_levels=[True] * 500), "lists 500"),
+    "words for numbers": ("unet/config.json", dict(block_out_channels=["a", "b"]), "cannot be read"),
+    "no groups": ("unet/config.json", dict(norm_num_groups=0), "cannot be read"),
+    "negative": ("unet/config.json", dict(cross_attention_dim=-5), "cannot be read"),
+    "side": ("unet/config.json", dict(prior_side=2**16), "more weights than"),
+    "another class": ("unet/config.json", dict(_class_name="UNet2DConditionModel"), "not a DFGN"),
+    "no JSON": ("unet/config.json", write(b"{"), "cannot be read"),
+    "a list": ("unet/config.json", write(b"[1, 2]"), "cannot be read"),
+    "deep": ("unet/config.json", write(b"[" * 100_000), "cannot be read"),
+    "not a number": ("unet/config.json", write(b'{"_class_name": "DFGN", "head_width": NaN}'), "head_width"),
+    "patches": ("codec/config.json", dict(patch_size=2**20), "cannot be read"),
+    "patches and memory": ("codec/config.json", dict(patch_size=5000), "more weights than"),
+    "resolution": ("model_index.json", dict(resolution=HUGE), "resolution"),
+    "no resolution": ("model_index.json", dict(resolution=None), "resolution"),
+    "precision": ("model_index.json", dict(mixed_precision="os.system"), "mixed_precision"),
+    "scale": ("model_index.json", dict(guidance_scale=float("nan")), "guidance_scale"),
+    "scale in words": ("model_index.json", dict(image_guidance_scale="1"), "cannot be read"),
+    "index": ("model_index.json", write(b"[]"), "cannot be read"),
+    "not UTF-8": ("model_index.json", write(b"\xff\xfe\x00"), "cannot be read"),
+    "long header": ("unet/diffusion_pytorch_model.safetensors", write(struct.pack("<Q", 2**63), b"{}"), "cannot be"),
+    "header without end": ("unet/diffusion_pytorch_model.safetensors", write(struct.pack("<Q", 100), b"{"), "cannot be"),
+    "no header": ("unet/diffusion_pytorch_model.safetensors", write(b"\x80\x04cos\nsystem\n"), "more weights than"),
+    "offsets": ("unet/diffusion_pytorch_model.safetensors",
+                write(header(x=("F32", [2**40], [0, 2**42])), bytes(4_000_000)), "cannot be read"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_model_folder_from_elsewhere_gets_one_sentence(checkpoint, tmp_path, name):  # noqa: F811
+    file, what, words = BROKEN[name]
+    folder = shutil.copytree(checkpoint, tmp_path / "copy")
+    change(folder / file, **what) if isinstance(what, dict) else what(folder / file)
+    with pytest.raises(sample.CheckpointError, match=words) as error:
+        sample.load(folder)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+def test_a_pickle_in_the_place_of_weights_is_not_opened(checkpoint, tmp_path):  # noqa: F811
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "run by the pickle"),)
+
+    folder = shutil.copytree(checkpoint, tmp_path / "copy")
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save(Payload(), folder / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(sample.CheckpointError):
+        sample.load(folder)
+    assert not (tmp_path / "run by the pickle").exists()
+
+
+def test_a_spatial_unet_is_no_model(checkpoint, tmp_path):  # noqa: F811
+    folder = shutil.copytree(checkpoint, tmp_path / "copy")
+    shutil.rmtree(folder / "unet")
+    UNet2DConditionModel(block_out_channels=(8, 16), norm_num_groups=4, cross_attention_dim=8,
+                         down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+                         attention_head_dim=4).save_pretrained(folder / "unet")  # fmt: skip
+    with pytest.raises(sample.CheckpointError, match="UNet2DConditionModel"):
+        sample.load(folder)
+
+
+@pytest.mark.parametrize("entries, words", [
+    (dict(hidden_size=HUGE), "hidden_size"), (dict(num_hidden_layers=HUGE), "num_hidden_layers"),
+    (dict(hidden_size=65536, intermediate_size=65536), "more weights than"), (dict(vocab_size=-3), "cannot be"),
+    (dict(model_type="remote", auto_map=dict(AutoConfig="evil.Config", AutoModel="evil.Model")), "cannot be"),
+])  # fmt: skip
+def test_text_encoders_from_elsewhere(tmp_path, entries, words):
+    make_clip(tmp_path)
+    folder = tmp_path / "text_encoder"
+    (folder / "evil.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'run by the model')!r})\n")
+    change(folder / "config.json", **entries)
+    with pytest.raises(EncoderError, match=words) as error:
+        PretrainedCLIP(tmp_path)
+    assert "\n" not in str(error.value) and not (tmp_path / "run by the model").exists()
+
+
+def test_a_tokenizer_runs_no_code(tmp_path):
+    make_clip(tmp_path)
+    (tmp_path / "tokenizer" / "evil.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'run by it')!r})\n")
+    change(tmp_path / "tokenizer" / "tokenizer_config.json", auto_map=dict(AutoTokenizer=["evil.Tokenizer", None]),
+           tokenizer_class="Tokenizer")  # fmt: skip
+    try:
+        PretrainedCLIP(tmp_path)
+    except EncoderError as error:
+        assert "\n" not in str(error)
+    assert not (tmp_path / "run by it").exists()
+
+
+def test_other_parts_from_elsewhere(tmp_path):
+    make_t5(tmp_path / "t5")
+    change(tmp_path / "t5" / "config.json", num_layers=HUGE)
+    with pytest.raises(EncoderError, match="num_layers"):
+        PretrainedT5(tmp_path / "t5")
+    make_vae(tmp_path / "vae")
+    change(tmp_path / "vae" / "config.json", block_out_channels=[2**14] * 4)
+    with pytest.raises(EncoderError, match="more weights than"):
+        PretrainedVAE(tmp_path / "vae")
+    save_file(dict(x=torch.zeros(3)), tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
+    change(tmp_path / "vae" / "config.json", block_out_channels=[8, 16, 16, 16])
+    with pytest.raises(EncoderError):
+        PretrainedVAE(tmp_path / "vae")
+
+
+PROMPTS = ["\0", "\n" * 50, "\u202e\u0645\u0631\u062d\u0628\u0627", "a" * 100_000, "a " * 50_000, "\ud800 heart",
+           "\U0001f431" * 1000, "#" * 500, "<start>", "-1e999"]  # fmt: skip
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=range(len(PROMPTS)))
+def test_any_prompt_has_states(parts, prompt):  # noqa: F811
+    states, mask, *_ = parts[1].text([prompt, ""])
+    assert states.isfinite().all() and mask.any(dim=1).all() and states.shape[1] <= 77
+
+
+def test_any_prompt_reaches_real_tokenizers(tmp_path):
+    make_clip(tmp_path / "clip")
+    make_t5(tmp_path / "t5")
+    encoders = Encoders(codec=torch.nn.Identity(), clip=tmp_path / "clip", t5=tmp_path / "t5")
+    for states in encoders.text(PROMPTS):
+        assert states.isfinite().all() and states.shape[1] == 77

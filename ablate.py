@@ -146,7 +146,7 @@ METRICS = {
     "interpolation, dB": (("quality", "interpolation", "unknown", "model", "psnr", "mean"), 2, "higher"),
     "prediction, dB": (("quality", "prediction", "unknown", "model", "psnr", "mean"), 2, "higher"),
     "Frechet (ours)": (("frechet", "text", "model"), 2, "lower"),
-    "motion of text samples": (("motion", "text", "motion", "mean"), 2, "near the real one"),
+    "motion of samples": (("motion", "text", "without_grain", "mean"), 2, "near the real one"),
 }
 
 
@@ -248,7 +248,7 @@ def references(report):
         )
     if value(report, "motion"):
         lines.append(
-            f"Motion of real held-out clips: {report['motion']['real held-out clips']['motion']['mean']:.2f}."
+            f"Motion without grain of real held-out clips: {report['motion']['real held-out clips']['without_grain']['mean']:.2f}."
         )
     return lines
 

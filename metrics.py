@@ -86,9 +86,13 @@ BASELINES = {"nearest given frame": repeat_nearest, "cross-fade": cross_fade, "f
 SAME = 1.0  # of 255; frames that differ by less on average look the same (a blink of the built-in set is above it)
 
 
-def motion(clip):
-    """Mean absolute difference of consecutive frames, 0..255. Flicker counts as well. clip: (F, R, R, 3)."""
-    return float(np.abs(np.diff(clip.astype(np.float32), axis=0)).mean())
+def motion(clip, block=1):
+    """Mean absolute difference of consecutive frames, 0..255. Grain that flickers counts as well; in the means of `block`
+    x `block` pixels hardly. clip: (F, R, R, 3), R at least `block`."""
+    count, side = len(clip), clip.shape[1] // block
+    x = clip[:, : side * block, : side * block].astype(np.float32)
+    x = x.reshape(count, side, block, side, block, 3).mean(axis=(2, 4))
+    return float(np.abs(np.diff(x, axis=0)).mean())
 
 
 def distinct_frames(clip):

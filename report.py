@@ -226,12 +226,19 @@ def judge_section(report):
 
 def motion_section(report):
     rows = [
-        [who, number(e["motion"], 2), number(e["distinct_frames"], 2), number(e["still"])]
+        [
+            who,
+            number(e["motion"], 2),
+            number(e["without_grain"], 2),
+            number(e["distinct_frames"], 2),
+            number(e["still"]),
+        ]
         for who, e in report["motion"].items()
     ]
-    return ["<h2>Motion</h2>", table(["", "motion, of 255", "distinct frames of 8", "still clips"], rows), note(
-        "Motion: mean absolute difference of consecutive frames; flicker counts too. Distinct: differs by 1 of 255 or more "
-        "from all before. Still: motion below a tenth of the real mean. " + "; ".join(
+    return ["<h2>Motion</h2>", table(["", "motion, of 255", "without grain", "distinct frames of 8", "still clips"], rows), note(
+        "Motion: mean absolute difference of consecutive frames; grain that flickers counts too, and hardly in the means of 8 x 8 "
+        "pixels (without grain). Distinct: differs by 1 of 255 or more "
+        "from all before. Still: motion without grain below a tenth of the real mean. " + "; ".join(
             sampler_text(report["about"], task) for task in report["about"]["sampler"]) + ".")]  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """
-The paper's ablations: trains and measures the rows of Tables 3 and 4, the same seeds, steps and stickers for each.
+The paper's ablations: trains and measures the rows of Tables 3 and 4, equal seeds, steps and stickers.
 
-    python ablate.py --output_dir runs/ablation --seeds 0 1 2                  # tiny, on two cores: hours; resumable
-    python ablate.py --output_dir runs/ablation --seeds 0 1 2 --jobs 2         # two runs at a time
+    python ablate.py --output_dir runs/ablation --seeds 0 1 2              # tiny, on two cores: some hours
+    python ablate.py --output_dir runs/ablation --seeds 0 1 2 --jobs 2     # two runs at a time
     python ablate.py --output_dir runs/real --preset small --data stickers/ --max_train_steps 20000
 
           row      Table 3                        Table 4             train.py
@@ -12,12 +12,12 @@ The paper's ablations: trains and measures the rows of Tables 3 and 4, the same 
           linear                                  w/ linear           --curriculum linear
           dcl      DFGN w/ DDU & DCL              w/ DCL              --curriculum dcl
 
-Each (row, seed) is a folder ROW-SEED: train.py, then evaluate.py, called as programs. What is finished is skipped and what
-was interrupted goes on, so the same command may be given again over days, with more --seeds too. ablation.md,
-ablation.json and ablation.png are written anew after every run.
+Each (row, seed) is a folder ROW-SEED: train.py, then evaluate.py, called as programs. What is finished is
+skipped and what was interrupted goes on, so the same command may be given again over days, with more --seeds
+too. ablation.md, ablation.json and ablation.png are written anew after every run.
 
-Models without dual masks know no given frames and only 8 equally spaced ones. They are measured on text alone, on
-the same 8 key frames as the others: that change of frames is against them.
+Models without dual masks know no given frames and only 8 equally spaced ones. They are measured on text
+alone, on the same 8 key frames as the others: that change of frames is against them.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from curriculum import HORIZON, TASKS, target_difficulty
 from evaluate import UsageError, add_scale_flags, check_scale_flags
 from heldout import mean_se
 from model import SIZES
-from report import write_whole
+from report import sampler_text, write_whole
 
 matplotlib.use("Agg")  # no screen needed
 import matplotlib.pyplot as plt  # noqa: E402
@@ -80,7 +80,8 @@ class Stopped(Exception):
 
 
 def run(program, flags, log, quiet):
-    """Calls one of our programs. quiet: its output goes to the file `log`, else to the screen. RuntimeError if it fails."""
+    """Calls one of our programs. quiet: its output goes to the file `log`, else to the screen. RuntimeError
+    if it fails."""
     command = [sys.executable, str(HERE / program), *flags]
     with open(log, "a") as file:
         file.write(shlex.join(command) + "\n")
@@ -166,8 +167,8 @@ def cell(entry, digits):
 
 
 def unsteadiness(log):
-    """Standard deviation of the logarithm of the logged training loss around its own running mean over a tenth of the
-    run: Figure 7's "steadily" as a number. None for a short log."""
+    """Standard deviation of the logarithm of the logged training loss around its own running mean over a
+    tenth of the run: Figure 7's "steadily" as a number. None for a short log."""
     loss = np.log([max(entry["loss"], 1e-12) for entry in log])
     width = len(loss) // 10
     if width < 3:
@@ -209,8 +210,8 @@ def markdown(result, about, references):
     lines = [about, ""]
     for title, rows in TABLES.items():
         lines += [f"**{title}** (mean ± standard deviation over seeds)", ""]
-        lines += ["| row | seeds | " + " | ".join(f"{n} ({METRICS[n][2]})" for n in names) + " | unsteadiness |",
-                  "|---" * (len(names) + 3) + "|"]  # fmt: skip
+        columns = " | ".join(f"{n} ({METRICS[n][2]})" for n in names)
+        lines += [f"| row | seeds | {columns} | unsteadiness |", "|---" * (len(names) + 3) + "|"]
         for row in rows:
             if row in result["rows"]:
                 entry = result["rows"][row]
@@ -222,8 +223,10 @@ def markdown(result, about, references):
         lines += ["**Differences, seed by seed** (mean ± standard error)", ""]
         lines += ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
         for pair, entry in result["differences"].items():
-            cells = [f"{entry[n]['mean']:+.{METRICS[n][1]}f} ± {entry[n]['se']:.{METRICS[n][1]}f}" if n in entry else "-"
-                     for n in names]  # fmt: skip
+            cells = []
+            for name in names:
+                d, digits = entry.get(name), METRICS[name][1]
+                cells.append(f"{d['mean']:+.{digits}f} ± {d['se']:.{digits}f}" if d else "-")
             lines.append(f"| {pair} | " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join([*lines, *references]) + "\n"
@@ -232,24 +235,21 @@ def markdown(result, about, references):
 def references(report):
     """Lines on what the numbers are measured with and against, from one report of a run with dual masks."""
     about = report["about"]
-    lines = [f"Losses are balanced ones of {about['loss_draws']} held-out draws per (task, k). Samples: " + "; ".join(
-        f"{task}: {s['num_inference_steps']} steps, eta {s['eta']:g}, text guidance {s['guidance_scale']:g}, image guidance "
-        f"{s['image_guidance_scale']:g}" for task, s in about["sampler"].items()) + "."]  # fmt: skip
+    samplers = "; ".join(sampler_text(about, task) for task in about["sampler"])
+    lines = [f"Losses are balanced ones of {about['loss_draws']} held-out draws per (task, k). {samplers}."]
     for task in ("interpolation", "prediction"):
         rivals = value(report, "quality", task, "unknown") or {}
-        lines.append(f"Baselines, {task}, unknown frames: " + ", ".join(
-            f"{who} {entry['psnr']['mean']:.2f} dB" for who, entry in rivals.items() if who != "model") + ".")  # fmt: skip
+        rivals = [f"{who} {e['psnr']['mean']:.2f} dB" for who, e in rivals.items() if who != "model"]
+        lines.append(f"Baselines, {task}, unknown frames: {', '.join(rivals)}.")
     if value(report, "text"):
         chance = {name: entry["chance"] for name, entry in report["text"]["all"].items()}
         lines.append("Chance: " + ", ".join(f"{name} {p:.3f}" for name, p in chance.items()) + ".")
     if value(report, "frechet", "text"):
-        lines.append(
-            f"Frechet distance of as many real held-out clips: {report['frechet']['text']['real_held_out']:.2f}."
-        )
+        floor = report["frechet"]["text"]["real_held_out"]
+        lines.append(f"Frechet distance of as many real held-out clips: {floor:.2f}.")
     if value(report, "motion"):
-        lines.append(
-            f"Motion without grain of real held-out clips: {report['motion']['real held-out clips']['without_grain']['mean']:.2f}."
-        )
+        real = report["motion"]["real held-out clips"]["without_grain"]["mean"]
+        lines.append(f"Motion (without grain) of real held-out clips: {real:.2f}.")
     return lines
 
 
@@ -258,12 +258,13 @@ def references(report):
 
 
 def plot(logs, path):
-    """Training loss, task probabilities and, of dcl, the target difficulty, over steps; a column per curriculum."""
+    """Training loss, task probabilities and, of dcl, the target difficulty, over steps; a column per
+    curriculum."""
     shown = [row for row in ("none", "linear", "dcl") if any(r == row for r, _ in logs)]
     if not shown:
         return
-    figure, axes = plt.subplots(3, len(shown), figsize=(4.3 * len(shown), 8), dpi=100, sharex=True, sharey="row",
-                                squeeze=False, layout="constrained")  # fmt: skip
+    figure, axes = plt.subplots(3, len(shown), figsize=(4.3 * len(shown), 8), dpi=100, sharex=True,
+                                sharey="row", squeeze=False, layout="constrained")  # fmt: skip
     for column, row in zip(axes.T, shown):
         runs = {seed: log for (r, seed), log in sorted(logs.items()) if r == row and log}
         for seed, log in runs.items():
@@ -273,7 +274,7 @@ def plot(logs, path):
             smooth = np.convolve(loss, np.ones(width) / width, mode="valid")
             line = column[0].plot(steps[width - 1 :], smooth, linewidth=1, label=f"seed {seed}")[0]
             column[0].plot(steps, loss, linewidth=0.4, alpha=0.3, color=line.get_color())
-            # u of the feedback, from the logged terms; under none and linear it is what the feedback would have asked for
+            # u of the feedback, from the logged terms; under none and linear: what it would have asked for
             p_star = np.array([entry["p_term"] + entry["i_term"] + entry["d_term"] for entry in log])
             mean, means = 0.0, []
             for count, p in enumerate(p_star, start=1):
@@ -284,8 +285,9 @@ def plot(logs, path):
             )
         for i, task in enumerate(TASKS):
             for seed, log in runs.items():
-                column[1].plot([e["step"] for e in log], [e[f"p_{task}"] for e in log], color=f"C{i}", linewidth=0.8,
-                               label=task if seed == min(runs) else None)  # fmt: skip
+                label = task if seed == min(runs) else None
+                share = [entry[f"p_{task}"] for entry in log]
+                column[1].plot([e["step"] for e in log], share, color=f"C{i}", linewidth=0.8, label=label)
         column[0].set(title=f"{row}: training loss", yscale="log")
         column[1].set(title="P(task)", ylim=(0, 0.75))
         column[2].set(
@@ -316,8 +318,8 @@ def parse_args():
     add("--max_train_steps", type=int, help=f"of every run (default: {TINY_STEPS} for tiny, else by preset)")
     add("--data", metavar="DIR", help="folder of stickers (default: the built-in set)")
     add("--cache_dir", help="as of train.py")
-    add("--train_flags", default="", metavar="TEXT", help='further flags of train.py, such as "--mixed_precision bf16"')
-    add("--jobs", type=int, default=1, help="runs at a time; their output then goes to ROW-SEED.log (default 1)")
+    add("--train_flags", default="", metavar="TEXT", help="further flags of train.py, in one text")
+    add("--jobs", type=int, default=1, help="runs at a time; from 2 on their output goes to ROW-SEED.log")
     add("--num_workers", type=int, default=2, help="processes that decode and draw, per run (default 2)")
     add_scale_flags(add)
     # fmt: on
@@ -340,7 +342,8 @@ def parse_args():
 
 
 def check_settings(args):
-    """All rows of a table have the same budget: other settings in the same folder are refused. Seeds and rows may grow."""
+    """All rows of a table have the same budget: other settings in the same folder are refused. Seeds and rows
+    may grow."""
     names = ("preset", "max_train_steps", "data", "train_flags", *SCALE)
     now = {name: getattr(args, name) for name in names}
     path = args.output_dir / "settings.json"
@@ -403,8 +406,10 @@ def ablate(args):
         print("ablate.py: stopped; the same command goes on", file=sys.stderr)
         sys.exit(130)
     if problems:
-        raise UsageError(f"{len(problems)} of {len(jobs)} runs failed, the first: {problems[0]}. The same command tries "
-                         "again.")  # fmt: skip
+        raise UsageError(
+            f"{len(problems)} of {len(jobs)} runs failed, the first: {problems[0]}. The same command tries "
+            "again."
+        )
 
 
 def main():

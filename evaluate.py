@@ -1,21 +1,23 @@
 """
-Measures a trained checkpoint: samples a fixed test list with fixed seeds, and writes report.json and report.html.
+Measures a checkpoint: samples a fixed test list with fixed seeds, and writes report.json and report.html.
 
-    python evaluate.py --checkpoint runs/tiny                          # built-in stickers: minutes on two cores
-    python evaluate.py --checkpoint runs/mine --data stickers/         # a folder of yours
+    python evaluate.py --checkpoint runs/tiny                      # built-in stickers: minutes on two cores
+    python evaluate.py --checkpoint runs/mine --data stickers/     # a folder of yours
     python evaluate.py --checkpoint runs/mine --data stickers/ --i3d i3d_torchscript.pt --clip_score DIR \\
         --vqa_command "python vqa.py -v {video}"                       # and what needs weights you have
 
-What is sampled goes to OUTPUT_DIR/items/, a file per batch, whole or not at all: an interrupted call goes on where it
-stopped, and its report is the one of an unbroken call. The test list, all of held-out clips and of 8 frames:
+What is sampled goes to OUTPUT_DIR/items/, a file per batch, whole or not at all: an interrupted call goes on
+where it stopped, and its report is the one of an unbroken call. The test list, all of held-out clips and of 8
+frames:
 
-    text             48 prompts: half of them combinations of words that were trained on, half held out; of a folder
-                     of yours, held-out captions
+    text             48 prompts: half of them combinations of words that were trained on, half held out; of a
+                     folder of yours, held-out captions
     image            24 held-out clips, first frame and caption given (row G1; the paper's I&T->V)
-    interpolation    24 clips, rows I1, I2, I3 in turn              prediction    24 clips, rows P1, P2 in turn
+    interpolation    24 clips, rows I1, I2, I3 in turn
+    prediction       24 clips, rows P1, P2 in turn
 
-Ground truth is always the clip as the codec gives it back: what a perfect model would make. Nothing leaves the CPU
-or GPU it ran on, and nothing is downloaded.
+Ground truth is always the clip as the codec gives it back: what a perfect model would make. Nothing is
+downloaded.
 """
 
 import argparse
@@ -82,8 +84,8 @@ def word_table(folder):
 
 
 def make_test_list(dataset, words, num_prompts, num_clips, ddu):
-    """The Items, task by task. `words`: of word_table. Without dual masks (`ddu`) a model knows no given frames, and
-    only text is sampled."""
+    """The Items, task by task. `words`: of word_table. Without dual masks (`ddu`) a model knows no given
+    frames, and only text is sampled."""
     held_out = [clip for clip in dataset.split("validation") if clip.longest == NUM_FRAMES]
     items = []
     if words:
@@ -93,8 +95,11 @@ def make_test_list(dataset, words, num_prompts, num_clips, ddu):
             chosen = [c for c in combinations if stickers.is_held_out(*c) == kept][: num_prompts // 2]
             for subject, colour, motion in chosen:
                 a = "an" if colour[0] in "aeiou" else "a"
-                same = [c.name for c in dataset.clips
-                        if c.longest == NUM_FRAMES and words[c.name] == (colour, subject, motion)]  # fmt: skip
+                same = [
+                    clip.name
+                    for clip in dataset.clips
+                    if clip.longest == NUM_FRAMES and words[clip.name] == (colour, subject, motion)
+                ]
                 items.append(Item("text", "G0", f"{a} {colour} {subject} {motion}", (same or [""])[0],
                                   (colour, subject, motion), kept))  # fmt: skip
     else:
@@ -113,16 +118,19 @@ def make_test_list(dataset, words, num_prompts, num_clips, ddu):
 
 
 def open_items(output_dir, identity):
-    """The folder of kept results. What lies there must come from the same weights, data and settings: otherwise
-    UsageError names the first difference."""
+    """The folder of kept results. What lies there must come from the same weights, data and settings:
+    otherwise UsageError names the first difference."""
     folder, label = output_dir / "items", output_dir / "settings.json"
     if label.is_file():
         before = json.loads(label.read_text())
         now = json.loads(json.dumps(identity))
         for name in {**before, **now}:
             if before.get(name) != now.get(name):
-                raise UsageError(f"--output_dir {output_dir} holds an evaluation with another {name}: give another "
-                                 "--output_dir, or remove it.")  # fmt: skip
+                raise UsageError(
+                    f"--output_dir {output_dir} holds an evaluation with another {name}: give another one, "
+                    "or "
+                    "remove it."
+                )
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob("*.tmp"):
         leftover.unlink()
@@ -157,7 +165,8 @@ def given_frames(item):
 
 
 def sample_items(unet, encoders, dataset, items, args, recorded, folder):
-    """Samples every item, in fixed batches of one task. Returns a list of clips uint8 (8, R, R, 3) beside `items`."""
+    """Samples every item, in fixed batches of one task. Returns a list of clips uint8 (8, R, R, 3) beside
+    `items`."""
     by_name = {clip.name: clip for clip in dataset.clips}
     codec = encoders.codec
     side = recorded["resolution"] // codec.factor
@@ -242,20 +251,20 @@ def parse_args():
     add("--output_dir", help="where the report goes (default: CHECKPOINT/evaluation)")
     add("--cache_dir", help=f"where stickers, latents and the judge are kept (default: {default_cache()})")
     add_scale_flags(add)
-    add("--eta", type=float, help="of DDIM (default: 1 for text and image, 0 for interpolation and prediction)")
+    add("--eta", type=float, help="of DDIM (default: 1; 0 for interpolation and prediction)")
     add("--guidance_scale", type=float,
         help="text guidance (default: as recorded for text and image, 1 for interpolation and prediction)")
     add("--image_guidance_scale", type=float, help="guidance by given frames (default: the same)")
     add("--seed", type=int, default=0, help="another seed, other samples (default 0)")
     add("--ddu", choices=["on", "off"],
-        help="whether the model was trained with dual masks (default: as its last checkpoint records, else on)")
+        help="whether it was trained with dual masks (default: as its last checkpoint records, else on)")
     for name, what in (("vae", "AutoencoderKL"), ("clip", "CLIP text model"), ("t5", "T5 encoder")):
         add(f"--{name}", metavar="DIR_OR_ID", help=f"{what} (default: what the checkpoint records)")
     add("--i3d", metavar="FILE.pt", help="FVD with this I3D TorchScript, the usual one of 400 features")
     add("--clip_score", metavar="DIR", help="CLIP similarity with this CLIPModel; not the model's own CLIP")
     add("--vqa_command", metavar="COMMAND",
-        help="an external program, such as FAST-VQA or DOVER: {video} in it becomes an MP4, the last number it "
-        "prints is the score")
+        help="an external program, such as FAST-VQA or DOVER: {video} in it becomes an MP4, the last number "
+        "that it prints is the score")
     add("--num_workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that decode and draw")
     # fmt: on
     args = parser.parse_args()
@@ -303,12 +312,15 @@ def evaluate(args):
     ddu, words = has_dual_masks(args), word_table(folder)
     items = make_test_list(dataset, words, args.num_prompts, args.num_clips, ddu)
     if not items:
-        raise UsageError(f"--data {folder} holds no caption and no held-out clip of {NUM_FRAMES} distinct frames: "
-                         "there is nothing to measure with.")  # fmt: skip
+        raise UsageError(
+            f"--data {folder} holds no held-out clip of {NUM_FRAMES} distinct frames: there is nothing to "
+            "measure with."
+        )
     settings = {task: sampler_settings(task, args, recorded) for task in ("text", *CONDITIONED)
                 if any(item.task == task for item in items)}  # fmt: skip
-    identity = dict(weights=weights_identity(args.checkpoint), stickers=dataset.identity, seed=args.seed, ddu=ddu,
-                    sampler=settings, batch_size=args.batch_size, loss_draws=args.loss_draws, items=items)  # fmt: skip
+    identity = dict(weights=weights_identity(args.checkpoint), stickers=dataset.identity, seed=args.seed,
+                    ddu=ddu, sampler=settings, batch_size=args.batch_size, loss_draws=args.loss_draws,
+                    items=items)  # fmt: skip
     kept_folder = open_items(args.output_dir, identity)
 
     held_out = [clip for clip in dataset.split("validation") if clip.longest == NUM_FRAMES]
@@ -325,8 +337,8 @@ def evaluate(args):
         known = np.stack(raw) if raw else np.zeros(0), [words[clip.name] for clip in held_out]
         exam = examine(judge, encoders.codec, recorded["resolution"], known, args.num_workers)
         for name in ("raw", "round trip"):
-            print(f"the judge on {exam['clips']} real held-out clips, {name}: "
-                  + ", ".join(f"{attribute} {share:.1%}" for attribute, share in exam[name].items()))  # fmt: skip
+            shares = ", ".join(f"{attribute} {share:.1%}" for attribute, share in exam[name].items())
+            print(f"the judge on {exam['clips']} real held-out clips, {name}: {shares}")
 
     loss = measure_loss(unet, encoders, dataset, args, recorded, kept_folder, ddu)
     made = sample_items(unet, encoders, dataset, items, args, recorded, kept_folder)

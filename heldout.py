@@ -2,10 +2,10 @@
 The held-out loss of every (task, k): is the paper's order of difficulty true for a trained network?
 
     cells = measure_loss(...)               # {(task, k): losses of single draws}, equal draws for every cell
-    summarize_loss(cells, latent_std)       # means, standard errors, and which of the paper's inequalities hold
+    summarize_loss(cells, latent_std)       # means, standard errors, which of the paper's inequalities hold
 
-The paper takes H(interpolation, N) <= H(prediction, N) <= H(generation, N) and growth with N for plausible (section 5);
-its curriculum rests on it. N is k, the number of valid frames.
+The paper takes H(interpolation, N) <= H(prediction, N) <= H(generation, N) and growth with N for plausible
+(section 5); its curriculum rests on it. N is k, the number of valid frames.
 """
 
 import os
@@ -28,7 +28,8 @@ MAX_WEIGHT = 5.0  # of the balanced loss
 
 
 def kept(path, compute):
-    """The dict of arrays of an .npz file; where there is none, compute() is called and written, whole or not at all."""
+    """The dict of arrays of an .npz file; where there is none, compute() is called and written, whole or not
+    at all."""
     if not path.is_file():
         arrays = compute()
         writing = path.with_suffix(f".{os.getpid()}.tmp")
@@ -43,8 +44,8 @@ def kept(path, compute):
 def cell_loss(unet, encoders, dataset, clips, task, k, args, mixed_precision):
     """Eq. 1 on fixed draws of one (task, k); "text" is the text-only row that every model knows.
 
-    Draw i has the same clip, timestep and noise in every cell, so that cells can be compared draw by draw. Timesteps
-    are spread evenly over 0..999.
+    Draw i has the same clip, timestep and noise in every cell, so that cells can be compared draw by draw.
+    Timesteps are spread evenly over 0..999.
     Returns loss, unknown (the same over frames that are not given), timestep: each (draws,).
     """
     schedule, count, results = make_scheduler(), args.loss_draws, []
@@ -79,7 +80,8 @@ def cell_loss(unet, encoders, dataset, clips, task, k, args, mixed_precision):
 
 
 def measure_loss(unet, encoders, dataset, args, recorded, folder, ddu):
-    """{(task, k): what cell_loss returns}, and ("text", 8). Every clip has 8 key frames, so all cells see the same."""
+    """{(task, k): what cell_loss returns}, and ("text", 8). Every clip has 8 key frames, so all cells see the
+    same."""
     clips = [clip for clip in dataset.split("validation") if clip.longest == NUM_FRAMES]
     cells = [("text", NUM_FRAMES), *((task, k) for task in TASKS for k in LENGTHS if ddu)]
     compute = lambda task, k: cell_loss(
@@ -96,9 +98,9 @@ def measure_loss(unet, encoders, dataset, args, recorded, folder, ddu):
 
 
 def balanced_weights(latent_std):
-    """What turns the squared error of the noise into min(snr + 1, 5) times that of the clean latents in units of
-    their variance: numpy (1000,). Eq. 1 weighs small timesteps most, at which there is next to nothing to decide; this
-    one weighs those at which subject, colour and place are."""
+    """What turns the squared error of the noise into min(snr + 1, 5) times that of the clean latents in units
+    of their variance: numpy (1000,). Eq. 1 weighs small timesteps most, at which there is next to nothing to
+    decide; this one weighs those at which subject, colour and place are."""
     alpha = make_scheduler().alphas_cumprod.double().numpy()
     snr = alpha * latent_std**2 / (1 - alpha)
     return np.minimum(snr + 1, MAX_WEIGHT) / snr
@@ -107,12 +109,13 @@ def balanced_weights(latent_std):
 def compare(loss, harder, easier):
     """The mean of loss[harder] - loss[easier], draw by draw, and whether it is positive."""
     d = mean_se(loss[harder] - loss[easier])
-    return dict(harder=list(harder), easier=list(easier), difference=d["mean"], se=d["se"], holds=d["mean"] >= 0,
-                refuted=d["mean"] < -2 * d["se"])  # fmt: skip
+    return dict(harder=list(harder), easier=list(easier), difference=d["mean"], se=d["se"],
+                holds=d["mean"] >= 0, refuted=d["mean"] < -2 * d["se"])  # fmt: skip
 
 
 def summarize_loss(cells, latent_std):
-    """cells: {(task, k): dict(loss, unknown, timestep)} of evaluate.cell_loss -> the section "loss" of the report."""
+    """cells: {(task, k): dict(loss, unknown, timestep)} of evaluate.cell_loss -> the section "loss" of the
+    report."""
     weights, views = balanced_weights(latent_std), {}
     for view, (name, weighted) in {
         "Eq. 1": ("loss", False),

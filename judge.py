@@ -2,16 +2,17 @@
 A judge that reads colour, subject and motion off a clip of the built-in stickers: does a sample show what its
 prompt asks for?
 
-    judge = get_judge(encoders.codec, resolution=64, cache_dir="~/.cache/rdtf")    # trains in a minute or two, once
-    judge.read(clips)                      # uint8 (B, 8, R, R, 3) -> [("red", "heart", "bouncing"), ...]
+    judge = get_judge(codec, resolution, cache_dir)    # trains in a minute or two, once
+    judge.read(clips)          # uint8 (B, 8, R, R, 3) -> [("red", "heart", "bouncing"), ...]
 
-It is trained on freshly drawn stickers (`stickers.py`, seeds of its own) of the training combinations only: the
-key frames that a model is trained to generate, half of them after the codec's round trip. So the held-out
+It is trained on freshly drawn stickers (`stickers.py`, seeds of its own) of the training combinations only:
+the key frames that a model is trained to generate, half of them after the codec's round trip. So the held-out
 combinations, and every file of the default set, are new to it. Colour is plain hue statistics. Subject and
-motion come from a small network that sees no hue. What moves like none of the eight motions, a frozen clip for
-instance, is read as "none".
+motion come from a small network that sees no hue. What moves like none of the eight motions, a frozen clip
+for instance, is read as "none".
 """
 
+import fcntl
 import hashlib
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -47,8 +48,8 @@ SPOILED = 0.2  # share of a training batch that is frozen or shuffled, and has t
 
 
 def draw_key_frames(job, resolution):
-    """job: (subject, colour, motion, seed, index) -> the 8 key frames of a new sticker, uint8 (8, R, R, 3), in the
-    way of data.py but without the GIF's palette."""
+    """job: (subject, colour, motion, seed, index) -> the 8 key frames of a new sticker, uint8 (8, R, R, 3),
+    in the way of data.py but without the GIF's palette."""
     *words, seed, index = job
     rng = np.random.default_rng((seed, index))
     while True:  # until the clip has 8 distinct frames; lengths as in the default set, from 8 on
@@ -68,11 +69,15 @@ def draw_key_frames(job, resolution):
     return frames[np.sort(nearest)]
 
 
-def draw_clips(held_out, laps, seed, resolution, num_workers=0):
-    """`laps` new clips of every training combination, or of every held-out one.
+def combinations(held_out):
+    """The combinations of words that are trained on, or those that never are: [(subject, colour, motion)]."""
+    return [words for words in stickers.COMBINATIONS if stickers.is_held_out(*words) == held_out]
+
+
+def draw_clips(wanted, seed, resolution, num_workers=0):
+    """A new clip for each of `wanted`, a list of (subject, colour, motion).
     Returns (clips uint8 (N, 8, R, R, 3), [(colour, subject, motion)])."""
-    combinations = [words for words in stickers.COMBINATIONS if stickers.is_held_out(*words) == held_out]
-    jobs = [(*words, seed, i) for i, words in enumerate(combinations * laps)]
+    jobs = [(*words, seed, i) for i, words in enumerate(wanted)]
     draw = partial(draw_key_frames, resolution=resolution)
     progress = partial(tqdm, desc="drawing stickers for the judge", total=len(jobs), unit="clip")
     if num_workers > 1:
@@ -84,7 +89,8 @@ def draw_clips(held_out, laps, seed, resolution, num_workers=0):
 
 
 def round_trip(codec, clips, batch=32):
-    """Clips as the codec gives them back: what a perfect model would generate. uint8 (N, 8, R, R, 3) -> the same."""
+    """Clips as the codec gives them back: what a perfect model would generate. uint8 (N, 8, R, R, 3) -> the
+    same."""
     parts = []
     for i in range(0, len(clips), batch):
         frames = torch.from_numpy(clips[i : i + batch])
@@ -109,8 +115,9 @@ def read_colour(clip):
 
 
 def without_hue(clips):
-    """uint8 (B, F, R, R, 3) -> float (B, F, 2, SIDE, SIDE): the strongest and the weakest of the three inks, from 0
-    on white to 1. Light and saturation are kept, hue is lost: a subject looks the same in every colour."""
+    """uint8 (B, F, R, R, 3) -> float (B, F, 2, SIDE, SIDE): the strongest and the weakest of the three inks,
+    from 0 on white to 1. Light and saturation are kept, hue is lost: a subject looks the same in every
+    colour."""
     x = torch.as_tensor(clips)
     x = 1 - torch.stack([x.amax(dim=-1), x.amin(dim=-1)], dim=2).float() / 255
     if x.shape[-1] != SIDE:
@@ -119,8 +126,8 @@ def without_hue(clips):
 
 
 class Judge(nn.Module):
-    """Every frame through a small convolutional network; the mean over frames tells the subject, their sequence the
-    motion."""
+    """Every frame through a small convolutional network; the mean over frames tells the subject, their
+    sequence the motion."""
 
     def __init__(self, width=64):
         super().__init__()
@@ -167,8 +174,9 @@ def accuracy(readings, words):
 
 
 def augment(x, motion, shaking, rng):
-    """A batch (B, F, 2, SIDE, SIDE) shifted, blurred and made noisy, as samples of a model may be; a fifth of it
-    frozen or shuffled, which are no motion. Shaking stays unshuffled: it changes sides at every frame anyway."""
+    """A batch (B, F, 2, SIDE, SIDE) shifted, blurred and made noisy, as samples of a model may be; a fifth of
+    it frozen or shuffled, which are no motion. Shaking stays unshuffled: it changes sides at every frame
+    anyway."""
     frames = x.shape[1]
     for b in range(len(x)):
         spoil = rng.random() / SPOILED
@@ -217,27 +225,34 @@ def train_judge(clips, words, epochs=EPOCHS, width=64, seed=0):
 
 
 def get_judge(codec, resolution, cache_dir, num_workers=0):
-    """The judge for clips of this codec and resolution: from the cache, else drawn for, trained and put there."""
-    key = hashlib.sha256(f"{VERSION} {stickers.VERSION} {codec.identity} {resolution}".encode())
-    path = Path(cache_dir) / f"judge-{key.hexdigest()[:20]}.pt"
-    if path.is_file():
-        judge = Judge()
-        judge.load_state_dict(torch.load(path, weights_only=True))
-        return judge.eval()
-    clips, words = draw_clips(False, LAPS, TRAINING_SEED, resolution, num_workers)
-    clips[::2] = round_trip(codec, clips[::2])
-    judge = train_judge(clips, words)
+    """The judge for clips of this resolution and kind of codec: from the cache, else drawn for, trained and
+    put there, by one process while others wait. The weights of the codec do not matter: `examine` is held
+    with the codec at hand.
+    """
+    kind = f"{type(codec).__name__} {codec.latent_channels} {codec.factor}"
+    key = hashlib.sha256(f"{VERSION} {stickers.VERSION} {kind} {resolution}".encode()).hexdigest()[:20]
+    path = Path(cache_dir) / f"judge-{key}.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
-    writing = path.with_suffix(f".{os.getpid()}.tmp")
-    torch.save(judge.state_dict(), writing)
-    os.replace(writing, path)
+    with open(path.with_suffix(".lock"), "w") as door:
+        fcntl.flock(door, fcntl.LOCK_EX)
+        if path.is_file():
+            judge = Judge()
+            judge.load_state_dict(torch.load(path, weights_only=True))
+            return judge.eval()
+        clips, words = draw_clips(combinations(False) * LAPS, TRAINING_SEED, resolution, num_workers)
+        clips[::2] = round_trip(codec, clips[::2])
+        judge = train_judge(clips, words)
+        writing = path.with_suffix(".tmp")
+        torch.save(judge.state_dict(), writing)
+        os.replace(writing, path)
     return judge
 
 
 def examine(judge, codec, resolution, more=None, num_workers=0):
-    """The judge's own accuracy on real clips of held-out combinations: new ones, and `more`, a pair (clips, words)
-    of held-out clips of the data set. Returns {"clips": N, "raw": {attribute: share}, "round trip": {...}}."""
-    clips, words = draw_clips(True, EXAM_LAPS, EXAM_SEED, resolution, num_workers)
+    """The judge's own accuracy on real clips of held-out combinations: new ones, and `more`, a pair (clips,
+    words) of held-out clips of the data set. Returns {"clips": N, "raw": {attribute: share}, "round trip":
+    {...}}."""
+    clips, words = draw_clips(combinations(True) * EXAM_LAPS, EXAM_SEED, resolution, num_workers)
     if more is not None and len(more[0]):
         clips, words = np.concatenate([clips, more[0]]), words + list(more[1])
     seen = {"raw": clips, "round trip": round_trip(codec, clips)}

@@ -7,8 +7,9 @@ The metrics that need no download: numbers from frames, uint8 (..., R, R, 3) of 
     motion, distinct_frames         how much happens in a clip
     features, frechet_distance      how far one set of clips is from another, in features of a fixed network
 
-The Frechet distance is over OUR OWN features, of a network with fixed random weights: it tells a better run from a
-worse one under equal settings. It is not FVD and not FID, and compares with no number outside of this project.
+The Frechet distance is over OUR OWN features, of a network with fixed random weights: it tells a better run
+from a worse one under equal settings. It is not FVD and not FID, and compares with no number outside of this
+project.
 """
 
 from functools import lru_cache
@@ -30,14 +31,16 @@ def mean_se(values):
 
 
 def psnr(made, real):
-    """Decibels, 10 log10(255^2 / mean squared error). made, real: (..., R, R, 3) -> (...). Equal frames: 100."""
+    """Decibels, 10 log10(255^2 / mean squared error). made, real: (..., R, R, 3) -> (...). Equal frames:
+    100."""
     error = np.square(made.astype(np.float64) - real).mean(axis=(-3, -2, -1))
     return 10 * np.log10(255**2 / np.maximum(error, 255**2 * 1e-10))
 
 
 def ssim(made, real):
-    """Structural similarity (Wang et al. 2004), -1..1: Gaussian window of 11 x 11 pixels, sigma 1.5, only where it
-    lies within the frame; the mean over places and colour channels. made, real: (..., R, R, 3), R >= 11 -> (...)."""
+    """Structural similarity (Wang et al. 2004), -1..1: Gaussian window of 11 x 11 pixels, sigma 1.5, only
+    where it lies within the frame; the mean over places and colour channels. made, real: (..., R, R, 3), R >=
+    11 -> (...)."""
     window = torch.exp(-torch.arange(-5.0, 6, dtype=torch.float64).square() / (2 * 1.5**2))
     window = (window / window.sum()).outer(window / window.sum())[None, None]
     planes = lambda a: (
@@ -83,12 +86,12 @@ BASELINES = {"nearest given frame": repeat_nearest, "cross-fade": cross_fade, "f
 # ------------------------------------------------------------------------------------------------------------
 # Movement
 
-SAME = 1.0  # of 255; frames that differ by less on average look the same (a blink of the built-in set is above it)
+SAME = 1.0  # of 255; frames that differ by less on average look the same
 
 
 def motion(clip, block=1):
-    """Mean absolute difference of consecutive frames, 0..255. Grain that flickers counts as well; in the means of `block`
-    x `block` pixels hardly. clip: (F, R, R, 3), R at least `block`."""
+    """Mean absolute difference of consecutive frames, 0..255. Grain that flickers counts as well; in the
+    means of `block` x `block` pixels hardly. clip: (F, R, R, 3), R at least `block`."""
     count, side = len(clip), clip.shape[1] // block
     x = clip[:, : side * block, : side * block].astype(np.float32)
     x = x.reshape(count, side, block, side, block, 3).mean(axis=(2, 4))
@@ -155,8 +158,8 @@ def frechet_distance(a, b):
 
 
 def standardized_frechet(made, real):
-    """Frechet distance of two lists of feature arrays, each feature in units of its standard deviation over `real`:
-    0 = equal, 32 = as far off as a constant vector at the mean of `real`."""
+    """Frechet distance of two lists of feature arrays, each feature in units of its standard deviation over
+    `real`: 0 = equal, 32 = as far off as a constant vector at the mean of `real`."""
     made, real = np.concatenate(made), np.concatenate(real)
     scale = real.std(axis=0) + 1e-6
     return frechet_distance(made / scale, real / scale)

@@ -2,14 +2,17 @@
 Metrics that need weights you have: nothing is downloaded, each is left out without its flag.
 
     --i3d FILE.pt          FVD. The usual I3D TorchScript (Kinetics-400, called with rescale, resize and
-                           return_features): float (B, 3, T, H, W) of 0..255 -> (B, 400). Its T must be above 8, so
-                           every frame is shown twice: never compare with the paper's number, nor with anybody's.
-    --clip_score DIR       CLIP similarity: cosine of caption and frame, the mean over frames. Another CLIP than the one
-                           that the model was conditioned with, which would be asked about itself.
-    --vqa_command COMMAND  video quality by an external program (FAST-VQA, DOVER), called once for every clip, an MP4 in
-                           the place of {video}; the last number that it prints is the score.
+                           return_features): float (B, 3, T, H, W) of 0..255 -> (B, 400). Its T must be above
+                           8, so every frame is shown twice: never compare with the paper's number, nor with
+                           anybody's.
+    --clip_score DIR       CLIP similarity: cosine of caption and frame, the mean over frames. Another CLIP
+                           than the one that the model was conditioned with, which would be asked about
+                           itself.
+    --vqa_command COMMAND  video quality by an external program (FAST-VQA, DOVER), called once for every clip,
+                           an MP4 in the place of {video}; the last number that it prints is the score.
 
-A package would do for the first (`cd-fvd` brings its own networks and downloads them); these are a few lines instead.
+A package would do for the first (`cd-fvd` brings its own networks and downloads them); these are a few lines
+instead.
 """
 
 import re
@@ -41,18 +44,24 @@ def check_files(args):
             f"--i3d {args.i3d} is not a file: give the I3D TorchScript, often called i3d_torchscript.pt."
         )
     if args.clip_score and not (Path(args.clip_score) / "config.json").is_file():
-        raise MetricError(f"--clip_score {args.clip_score} is no folder of a CLIPModel with its tokenizer, as "
-                          "save_pretrained writes it.")  # fmt: skip
+        raise MetricError(
+            f"--clip_score {args.clip_score} is no folder of a CLIPModel with its tokenizer, as "
+            "save_pretrained "
+            "writes it."
+        )
     if args.vqa_command and "{video}" not in args.vqa_command:
         raise MetricError("--vqa_command has no {video} in it: that is where the path of the MP4 goes.")
 
 
 def check_clip(args, recorded):
-    """Raises MetricError if the CLIP to measure with is the one of the model (`recorded`: its model_index.json)."""
+    """Raises MetricError if the CLIP to measure with is the one of the model (`recorded`: its
+    model_index.json)."""
     own = recorded.get("clip")
     if args.clip_score and own and Path(args.clip_score).resolve() == Path(own).resolve():
-        raise MetricError(f"--clip_score {args.clip_score} is the CLIP that the model was conditioned with: give "
-                          "another one.")  # fmt: skip
+        raise MetricError(
+            f"--clip_score {args.clip_score} is the CLIP that the model was conditioned with: give another "
+            "one."
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -60,7 +69,8 @@ def check_clip(args, recorded):
 
 
 def i3d_features(i3d, clips, device="cpu", batch=8):
-    """clips: list of uint8 (F, R, R, 3), F <= 16 -> float64 (N, 400), every frame repeated until there are 16."""
+    """clips: list of uint8 (F, R, R, 3), F <= 16 -> float64 (N, 400), every frame repeated until there are
+    16."""
     vectors = []
     for i in tqdm(range(0, len(clips), batch), "I3D", unit="batch"):
         x = torch.from_numpy(np.stack(clips[i : i + batch])).to(device)  # (B, F, R, R, 3)
@@ -80,7 +90,8 @@ def fvd(path, made, real, device="cpu"):
         i3d = torch.jit.load(path, map_location=device).eval()
         return frechet_distance(i3d_features(i3d, made, device), i3d_features(i3d, real, device))
     except RuntimeError as error:
-        raise MetricError(f"--i3d {path} cannot be used as the I3D TorchScript ({str(error).split(chr(10))[0]}).") from error  # fmt: skip
+        reason = " ".join(str(error).split())[:200]
+        raise MetricError(f"--i3d {path} cannot be used as the I3D TorchScript ({reason}).") from error
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -96,7 +107,7 @@ def clip_similarity(folder, captions, clips, device="cpu"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise MetricError(f"--clip_score {folder} cannot be loaded as a CLIPModel with its tokenizer ({reason}).") from error  # fmt: skip
+        raise MetricError(f"--clip_score {folder} cannot be loaded as a CLIPModel ({reason}).") from error
     side = clip.config.vision_config.image_size
     mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
     scores = []
@@ -149,8 +160,9 @@ def video_quality(command, clips, fps=8):
 
 
 def measure(args, items, made, real, held_out):
-    """What the flags ask for, of text and image samples: sections of the report. Frames that were given count here, as
-    in the paper's I&T->V. `real`: {name: clip}; `held_out`: names of the real clips to compare with."""
+    """What the flags ask for, of text and image samples: sections of the report. Frames that were given count
+    here, as in the paper's I&T->V. `real`: {name: clip}; `held_out`: names of the real clips to compare
+    with."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     report, truth = {}, [real[name] for name in held_out]
     for task in ("text", "image"):

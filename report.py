@@ -1,6 +1,6 @@
 """
-report.json and report.html: tables, plots and sample sheets of what summary.py counted. The page is one file: pictures
-are data URIs, there is no script and nothing is loaded from elsewhere.
+report.json and report.html: tables, plots and sample sheets of what summary.py counted. The page is one file:
+pictures are data URIs, there is no script and nothing is loaded from elsewhere.
 """
 
 import base64
@@ -22,7 +22,8 @@ matplotlib.use("Agg")  # no screen needed
 import matplotlib.pyplot as plt  # noqa: E402
 
 ROWS = {row.name: row for row in masks.TABLE7}
-STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto;
+padding: 0 1rem; color: #222 }
 table { border-collapse: collapse; margin: .6rem 0 } td, th { padding: .2rem .7rem; text-align: right;
 border-bottom: 1px solid #ddd } td:first-child, th:first-child { text-align: left } th { font-weight: 600 }
 img { max-width: 100%; height: auto; margin: .4rem 0 } p.note { color: #555; max-width: 52rem }
@@ -39,8 +40,9 @@ def heat_map(entry, title, axis):
     middle = (mean.min() + mean.max()) / 2
     for row, task in enumerate(TASKS):
         for column, k in enumerate(LENGTHS):
-            axis.text(column, row, f"{mean[row, column]:.3f}\n± {entry['cells'][task][str(k)]['se']:.3f}", ha="center",
-                      va="center", fontsize=8, color="white" if mean[row, column] < middle else "black")  # fmt: skip
+            text = f"{mean[row, column]:.3f}\n± {entry['cells'][task][str(k)]['se']:.3f}"
+            color = "white" if mean[row, column] < middle else "black"
+            axis.text(column, row, text, ha="center", va="center", fontsize=8, color=color)
     axis.set_xticks(range(len(LENGTHS)), [f"k = {k}" for k in LENGTHS], fontsize=9)
     axis.set_yticks(range(len(TASKS)), TASKS, fontsize=9)
     axis.set_title(title, fontsize=10)
@@ -48,7 +50,8 @@ def heat_map(entry, title, axis):
 
 
 def plot_heat_maps(loss):
-    """Four heat maps (matplotlib figure): both weightings, over all valid frames and over the unknown ones."""
+    """Four heat maps (matplotlib figure): both weightings, over all valid frames and over the unknown
+    ones."""
     figure, axes = plt.subplots(2, 2, figsize=(13, 5.4), dpi=100, layout="constrained")
     for axis, view in zip(
         axes.T.flat, ("Eq. 1", "balanced", "Eq. 1, unknown frames", "balanced, unknown frames")
@@ -62,8 +65,8 @@ def plot_timesteps(loss):
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.2), dpi=100, layout="constrained")
     for axis, view in zip(axes, ("Eq. 1", "balanced")):
         for task, ranges in loss[view]["by timestep"].items():
-            axis.errorbar(list(ranges), [r["mean"] for r in ranges.values()], [r["se"] for r in ranges.values()],
-                          marker="o", capsize=3, linewidth=1, label=task)  # fmt: skip
+            mean, se = ([r[name] for r in ranges.values()] for name in ("mean", "se"))
+            axis.errorbar(list(ranges), mean, se, marker="o", capsize=3, linewidth=1, label=task)
         axis.set(title=f"held-out loss over the diffusion step: {view}", yscale="log")
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
@@ -72,7 +75,8 @@ def plot_timesteps(loss):
 
 
 def sheets(items, made, real, readings, most=8):
-    """{task: PIL.Image}: the ground truth, where there is one, above the sample, and below it the cross-fade."""
+    """{task: PIL.Image}: the ground truth, where there is one, above the sample, and below it the
+    cross-fade."""
     pictures = {}
     for task in dict.fromkeys(item.task for item in items):
         mine = [i for i, item in enumerate(items) if item.task == task]
@@ -86,7 +90,7 @@ def sheets(items, made, real, readings, most=8):
                 labels.append(f"real: {item.prompt or item.clip}")
                 marks.append([False] * NUM_FRAMES)
             rows.append(made[i])
-            read = "; read as " + " ".join(readings[i]) if readings else ""
+            read = "; read as " + ", ".join(readings[i]) if readings else ""
             labels.append(f"{task} ({item.row}): {item.prompt}{new}{read}")
             marks.append(given.tolist())
             if task in ("interpolation", "prediction"):
@@ -145,22 +149,27 @@ def order_table(entry, name):
     cell = lambda c: f"H({c[0]}, {c[1]})"
     rows = [
         [f"{cell(c['easier'])} <= {cell(c['harder'])}", f"{c['difference']:+.4f} ± {c['se']:.4f}",
-         "holds" if c["holds"] else "refuted" if c["refuted"] else "does not hold, within two standard errors"]
+         "holds" if c["holds"] else "refuted" if c["refuted"] else "no, within two standard errors"]
         for c in entry[name]
     ]  # fmt: skip
     held = sum(c["holds"] for c in entry[name])
     refuted = sum(c["refuted"] for c in entry[name])
     summary = f"{name}: {held} of {len(rows)} hold, {refuted} are refuted by more than two standard errors"
-    return f"<details><summary>{escape(summary)}</summary>{table(['inequality', 'difference', ''], rows)}</details>"
+    inside = table(["inequality", "difference", ""], rows)
+    return f"<details><summary>{escape(summary)}</summary>{inside}</details>"
 
 
 def loss_section(report):
     loss = report["loss"]
     parts = ["<h2>Held-out loss</h2>", note(
-        f"{report['about']['loss_draws']} draws of held-out clips of 8 key frames; draw i has the same clip, timestep and "
-        "noise for every task and every k. \"Eq. 1\" is the squared error of the noise; \"balanced\" weighs it with "
-        "min(SNR + 1, 5) / SNR, as the error of the clean latents, since Eq. 1 itself tells mostly of small timesteps. "
-        "± is one standard error; the inequalities are tested draw by draw.")]  # fmt: skip
+        f"{report['about']['loss_draws']} draws of held-out clips of 8 key frames; draw i has the same clip, "
+        "timestep and noise for every task and every k. \"Eq. 1\" is the squared error of the noise; "
+        "\"balanced\" "
+        "weighs it with min(SNR + 1, 5) / SNR, as the error of the clean latents, since Eq. 1 itself tells "
+        "mostly "
+        "of small timesteps. ± is one standard error; the inequalities are tested draw by draw. Given frames "
+        "count in the loss, as in training, and are easy: the views of unknown frames leave them out.")]  # "
+        "fmt: skip
     rows = [
         [view, number(entry["text only, k = 8"], 4), number(entry["mean"], 4) if "mean" in entry else "-"]
         for view, entry in loss.items()
@@ -179,9 +188,11 @@ def loss_section(report):
 
 def quality_section(report):
     parts = ["<h2>Frames against the ground truth</h2>", note(
-        "The truth is the clip as the codec gives it back, so the codec's own loss does not count. Baselines see the given "
-        "frames of that same clip. Unknown frames leave out those that were given. The given ones are the network's own, "
-        "redrawn.")]  # fmt: skip
+        "The truth is the clip as the codec gives it back, so the codec's own loss does not count. Baselines "
+        "see "
+        "the given frames of that same clip. Unknown frames leave out those that were given. The given ones "
+        "are "
+        "the network's own, redrawn.")]  # fmt: skip
     for task, which in report["quality"].items():
         rows = [
             [f"{frames} frames: {who}", number(entry["psnr"], 2), number(entry["ssim"])]
@@ -209,13 +220,15 @@ def text_table(section, title):
 def judge_section(report):
     exam, about = report["judge"], report["about"]
     parts = ["<h2>Text adherence</h2>", note(
-        f"A judge, trained on drawn stickers of the training combinations, reads colour, subject and motion. First its own "
-        f"accuracy, on {exam['clips']} real clips of held-out combinations.")]  # fmt: skip
+        f"A judge, trained on drawn stickers of the training combinations, reads colour, subject and motion. "
+        f"First its own accuracy, on {exam['clips']} real clips of held-out combinations.")]  # fmt: skip
     rows = [[name, *(f"{share:.1%}" for share in exam[name].values())] for name in ("raw", "round trip")]
     parts.append(table(["the judge on real clips", *exam["raw"]], rows))
     if "text" in report:
         parts += [text_table(report["text"], "samples from text"), note(
-            "The share of samples on which the judge reads what the prompt says ± a binomial standard error. Held out: this "
+            "The share of samples on which the judge reads what the prompt says ± a binomial standard error "
+            "(with "
+            "two more of each kind counted). Held out: this "
             f"combination of words was never trained on. {sampler_text(about, 'text')}.")]  # fmt: skip
     if "image" in report:
         parts += [text_table(report["image"], "samples from text and first frame"), note(
@@ -235,11 +248,13 @@ def motion_section(report):
         ]
         for who, e in report["motion"].items()
     ]
-    return ["<h2>Motion</h2>", table(["", "motion, of 255", "without grain", "distinct frames of 8", "still clips"], rows), note(
-        "Motion: mean absolute difference of consecutive frames; grain that flickers counts too, and hardly in the means of 8 x 8 "
-        "pixels (without grain). Distinct: differs by 1 of 255 or more "
-        "from all before. Still: motion without grain below a tenth of the real mean. " + "; ".join(
-            sampler_text(report["about"], task) for task in report["about"]["sampler"]) + ".")]  # fmt: skip
+    header = ["", "motion, of 255", "without grain", "distinct frames of 8", "still clips"]
+    samplers = "; ".join(sampler_text(report["about"], task) for task in report["about"]["sampler"])
+    return ["<h2>Motion</h2>", table(header, rows), note(
+        "Motion: mean absolute difference of consecutive frames; grain that flickers counts too, and hardly "
+        "in "
+        "the means of 8 x 8 pixels (without grain). Distinct: differs by 1 of 255 or more from all before. "
+        f"Still: motion without grain below a tenth of the real mean. {samplers}.")]  # fmt: skip
 
 
 def frechet_section(report):
@@ -247,11 +262,14 @@ def frechet_section(report):
         [task, f"{e['model']:.2f}", f"{e['real_held_out']:.2f}", e["clips"], e["reference_clips"]]
         for task, e in report["frechet"].items()
     ]
+    samplers = "; ".join(sampler_text(report["about"], task) for task in report["frechet"])
     header = ["samples", "model", "as many real held-out clips", "clips", "training clips compared with"]
     return ["<h2>Frechet distance over our own features</h2>", table(header, rows), note(
-        "Features of a small network of fixed random weights, of pairs of consecutive frames; pairs with a given frame are "
-        "left out. Comparable only between runs of this script with the same stickers, resolution and number of clips; not "
-        "FVD, not FID. " + "; ".join(sampler_text(report["about"], task) for task in report["frechet"]) + ".")]  # fmt: skip
+        "Features of a small network of fixed random weights, of pairs of consecutive frames; pairs with a "
+        "given "
+        "frame are left out. Comparable only between runs of this script with the same stickers, resolution "
+        "and "
+        f"number of clips; not FVD, not FID. {samplers}.")]  # fmt: skip
 
 
 def pretrained_sections(report):
@@ -259,8 +277,9 @@ def pretrained_sections(report):
     if "fvd" in report:
         rows = [[task, f"{e['fvd']:.1f}", e["clips"], e["real_clips"]] for task, e in report["fvd"].items()]
         parts += ["<h2>FVD</h2>", table(["samples", "FVD", "clips", "real clips"], rows), note(
-            "I3D wants more than 8 frames: every frame was shown twice. With so few clips and repeated frames this must "
-            "not be compared with the paper's number or any other.")]  # fmt: skip
+            "I3D wants more than 8 frames: every frame was shown twice. With so few clips and repeated "
+            "frames "
+            "this must not be compared with the paper's number or any other.")]  # fmt: skip
     for key, title in (("clip_similarity", "CLIP similarity"), ("vqa", "Video quality (external program)")):
         if key in report:
             rows = [[task, number(e["model"], 4), number(e["real"], 4) if e["real"] else "-"]
@@ -285,7 +304,8 @@ def write_whole(path, text):
 
 
 def write_report(output_dir, report, items, made, real):
-    """Writes report.json, report.html, and the heat map as heat_map.png. items, made, real: as summary.summarize."""
+    """Writes report.json, report.html, and the heat map as heat_map.png. items, made, real: as
+    summary.summarize."""
     about = report["about"]
     rows = [[name.replace("_", " "), value if not isinstance(value, float) else f"{value:.4f}"]
             for name, value in about.items() if name != "sampler"]  # fmt: skip

@@ -1,7 +1,7 @@
 """
 From samples, real clips and losses to the numbers of report.json. Nothing is sampled and nothing drawn here.
 
-Standard errors ("se") are of the mean over clips, over draws, or, of a share, binomial.
+Standard errors ("se") are of the mean over clips or draws, and binomial where the number is a share.
 """
 
 import numpy as np
@@ -18,9 +18,11 @@ ROWS = {row.name: row for row in masks.TABLE7}
 
 
 def share(right, chance=None):
-    """{"share", "se", "count"} of a list of bools, and the chance level."""
-    p, n = float(np.mean(right)), len(right)
-    entry = dict(share=p, se=(p * (1 - p) / n) ** 0.5, count=n)
+    """{"share", "se", "count"} of a list of bools, and the chance level. The standard error is that of two
+    more of each kind (Agresti and Coull): 0 of 48 is no certainty."""
+    n = len(right)
+    p = (np.sum(right) + 2) / (n + 4)
+    entry = dict(share=float(np.mean(right)), se=float((p * (1 - p) / (n + 4)) ** 0.5), count=n)
     return entry if chance is None else dict(entry, chance=chance)
 
 
@@ -49,8 +51,8 @@ def summarize_quality(pairs):
 
 
 def summarize_motion(clips, real_motion):
-    """Motion, also without grain, distinct frames, and the share of clips that hardly move: those whose motion without
-    grain is below a tenth of `real_motion`."""
+    """Motion, also without grain, distinct frames, and the share of clips that hardly move: those whose
+    motion without grain is below a tenth of `real_motion`."""
     coarse = [metrics.motion(clip, BLOCK) for clip in clips]
     return dict(motion=mean_se([metrics.motion(clip) for clip in clips]), without_grain=mean_se(coarse),
                 distinct_frames=mean_se([metrics.distinct_frames(clip) for clip in clips]),
@@ -58,7 +60,8 @@ def summarize_motion(clips, real_motion):
 
 
 def summarize_text(items, readings):
-    """The share of samples on which the judge reads the prompt's words, on trained and on held-out combinations."""
+    """The share of samples on which the judge reads the prompt's words, on trained and on held-out
+    combinations."""
     sections = {"all": items, "trained": [i for i in items if not i.held_out],
                 "held out": [i for i in items if i.held_out]}  # fmt: skip
     read, table = dict(zip(items, readings)), {}
@@ -75,8 +78,9 @@ def summarize_text(items, readings):
 def summarize(about, items, made, real, held_out, train, loss, judge, exam):
     """The whole report but for the metrics of pretrained_metrics.py.
 
-    items, made: the test list and its clips uint8 (8, R, R, 3); real: {name: clip}, ground truth; held_out, train:
-    names of real clips; loss: of evaluate.measure_loss; judge, exam: None for stickers that are not the built-in ones
+    items, made: the test list and its clips uint8 (8, R, R, 3); real: {name: clip}, ground truth; held_out,
+    train: names of real clips; loss: of evaluate.measure_loss; judge, exam: None for stickers that are not
+    the built-in ones
     """
     report = dict(about=about)
     if loss:
@@ -100,7 +104,7 @@ def summarize(about, items, made, real, held_out, train, loss, judge, exam):
             task: summarize_motion([made[i] for i in mine], level) for task, mine in tasks.items()
         }
 
-    # The distance of as many real held-out clips is what no model can be asked to undercut; fewer clips, more bias.
+    # What no model can be asked to undercut: the distance of as many real held-out clips.
     report["frechet"] = {}
     for task in ("text", "image") if train else ():
         mine = tasks.get(task, [])[: len(held_out)]

@@ -167,9 +167,9 @@ def loss_section(report):
         "\"balanced\" "
         "weighs it with min(SNR + 1, 5) / SNR, as the error of the clean latents, since Eq. 1 itself tells "
         "mostly "
-        "of small timesteps. ± is one standard error; the inequalities are tested draw by draw. Given frames "
-        "count in the loss, as in training, and are easy: the views of unknown frames leave them out.")]  # "
-        "fmt: skip
+        "of small timesteps. ± is one standard error; the inequalities are tested draw by draw. Given "
+        "frames count in the loss, as in training, and are easy: the views of unknown frames leave them "
+        "out.")]  # fmt: skip
     rows = [
         [view, number(entry["text only, k = 8"], 4), number(entry["mean"], 4) if "mean" in entry else "-"]
         for view, entry in loss.items()

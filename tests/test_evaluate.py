@@ -1,4 +1,4 @@
-"""Metrics against known values, the judge on wrong stickers, resuming, stand-ins for I3D and CLIP, refusals."""
+"""Metrics against known values, the judge on wrong stickers, resuming, stand-ins for I3D and CLIP."""
 
 import json
 import subprocess

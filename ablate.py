@@ -260,7 +260,9 @@ def references(report):
 def plot(logs, path):
     """Training loss, task probabilities and, of dcl, the target difficulty, over steps; a column per
     curriculum."""
-    shown = [row for row in ("none", "linear", "dcl") if any(r == row for r, _ in logs)]
+    shown = [
+        row for row in ("none", "linear", "dcl") if any(r == row and log for (r, _), log in logs.items())
+    ]
     if not shown:
         return
     figure, axes = plt.subplots(3, len(shown), figsize=(4.3 * len(shown), 8), dpi=100, sharex=True,

@@ -339,6 +339,8 @@ def evaluate(args):
         for name in ("raw", "round trip"):
             shares = ", ".join(f"{attribute} {share:.1%}" for attribute, share in exam[name].items())
             print(f"the judge on {exam['clips']} real held-out clips, {name}: {shares}")
+        if min(exam["round trip"].values()) < 0.95:
+            print("warning: the judge is right on less than 95 % of real clips: its readings mean little")
 
     loss = measure_loss(unet, encoders, dataset, args, recorded, kept_folder, ddu)
     made = sample_items(unet, encoders, dataset, items, args, recorded, kept_folder)

@@ -209,6 +209,8 @@ def markdown(result, about, references):
              if any(row["metrics"][name] for row in result["rows"].values())]  # fmt: skip
     lines = [about, ""]
     for title, rows in TABLES.items():
+        if not set(rows) & set(result["rows"]):
+            continue
         lines += [f"**{title}** (mean ± standard deviation over seeds)", ""]
         columns = " | ".join(f"{n} ({METRICS[n][2]})" for n in names)
         lines += [f"| row | seeds | {columns} | unsteadiness |", "|---" * (len(names) + 3) + "|"]
@@ -229,7 +231,7 @@ def markdown(result, about, references):
                 cells.append(f"{d['mean']:+.{digits}f} ± {d['se']:.{digits}f}" if d else "-")
             lines.append(f"| {pair} | " + " | ".join(cells) + " |")
         lines.append("")
-    return "\n".join([*lines, *references]) + "\n"
+    return "\n".join([*lines, *(f"- {line}" for line in references)]) + "\n"
 
 
 def references(report):
@@ -240,7 +242,8 @@ def references(report):
     for task in ("interpolation", "prediction"):
         rivals = value(report, "quality", task, "unknown") or {}
         rivals = [f"{who} {e['psnr']['mean']:.2f} dB" for who, e in rivals.items() if who != "model"]
-        lines.append(f"Baselines, {task}, unknown frames: {', '.join(rivals)}.")
+        if rivals:
+            lines.append(f"Baselines, {task}, unknown frames: {', '.join(rivals)}.")
     if value(report, "text"):
         chance = {name: entry["chance"] for name, entry in report["text"]["all"].items()}
         lines.append("Chance: " + ", ".join(f"{name} {p:.3f}" for name, p in chance.items()) + ".")
@@ -249,7 +252,7 @@ def references(report):
         lines.append(f"Frechet distance of as many real held-out clips: {floor:.2f}.")
     if value(report, "motion"):
         real = report["motion"]["real held-out clips"]["without_grain"]["mean"]
-        lines.append(f"Motion (without grain) of real held-out clips: {real:.2f}.")
+        lines.append(f"Motion is that without grain; real held-out clips have {real:.2f}.")
     return lines
 
 

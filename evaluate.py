@@ -248,7 +248,7 @@ def parse_args():
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="DIR", help="a finished run, or a checkpoint-N folder in it")
     add("--data", metavar="DIR", help="the folder of stickers it was trained on (default: the built-in set)")
-    add("--output_dir", help="where the report goes (default: CHECKPOINT/evaluation)")
+    add("--output_dir", help="where the report goes (default: RUN/evaluation, or beside a checkpoint-N folder)")
     add("--cache_dir", help=f"where stickers, latents and the judge are kept (default: {default_cache()})")
     add_scale_flags(add)
     add("--eta", type=float, help="of DDIM (default: 1; 0 for interpolation and prediction)")
@@ -272,7 +272,9 @@ def parse_args():
     if args.seed < 0 or (args.eta or 0) < 0 or args.num_workers < 0:
         raise UsageError("--seed, --eta and --num_workers must not be negative.")
     args.checkpoint = Path(args.checkpoint)
-    args.output_dir = Path(args.output_dir or args.checkpoint / "evaluation")
+    inside = (args.checkpoint / "state.json").is_file()  # a checkpoint-N folder, which stays as it was saved
+    beside = args.checkpoint.parent / f"evaluation-of-{args.checkpoint.name}"
+    args.output_dir = Path(args.output_dir or (beside if inside else args.checkpoint / "evaluation"))
     args.cache_dir = Path(args.cache_dir or default_cache())
     return args
 

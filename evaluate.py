@@ -248,7 +248,7 @@ def parse_args():
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="DIR", help="a finished run, or a checkpoint-N folder in it")
     add("--data", metavar="DIR", help="the folder of stickers it was trained on (default: the built-in set)")
-    add("--output_dir", help="where the report goes (default: RUN/evaluation, or beside a checkpoint-N folder)")
+    add("--output_dir", help="where the report goes (default: RUN/evaluation, beside a checkpoint-N)")
     add("--cache_dir", help=f"where stickers, latents and the judge are kept (default: {default_cache()})")
     add_scale_flags(add)
     add("--eta", type=float, help="of DDIM (default: 1; 0 for interpolation and prediction)")

@@ -129,8 +129,8 @@ def test_frechet_distance_of_covariances_that_do_not_commute():
 
 
 def test_our_features_tell_frozen_and_blurred_clips_from_real_ones():
-    words = judge.combinations(False)
-    clips, _ = judge.draw_clips([words[i] for i in np.random.default_rng(0).permutation(512)[:60]], 5, 32)
+    words = judge.combinations(False)[::5][:60]  # of many subjects and motions
+    clips, _ = judge.draw_clips([words[i] for i in np.random.default_rng(0).permutation(60)], 5, 32)
     features = lambda x: [metrics.features(clip) for clip in x]
     real, rest = features(clips[:30]), clips[30:]
     same = metrics.standardized_frechet(features(rest), real)

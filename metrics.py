@@ -1,0 +1,165 @@
+"""
+The metrics that need no download: numbers from frames, uint8 (..., R, R, 3) of 0..255. No model, no files.
+
+    psnr, ssim                      of one frame against its ground truth
+    repeat_nearest, cross_fade,
+    copy_first                      what unknown frames would be without a model: the baselines
+    motion, distinct_frames         how much happens in a clip
+    features, frechet_distance      how far one set of clips is from another, in features of a fixed network
+
+The Frechet distance is over OUR OWN features, of a network with fixed random weights: it tells a better run
+from a worse one under equal settings. It is not FVD and not FID, and compares with no number outside of this
+project.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+
+def mean_se(values):
+    """{"mean", "se"} of some numbers."""
+    values = np.asarray(values, np.float64)
+    se = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return dict(mean=float(values.mean()), se=float(se))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Frames against their ground truth
+
+
+def psnr(made, real):
+    """Decibels, 10 log10(255^2 / mean squared error). made, real: (..., R, R, 3) -> (...). Equal frames:
+    100."""
+    error = np.square(made.astype(np.float64) - real).mean(axis=(-3, -2, -1))
+    return 10 * np.log10(255**2 / np.maximum(error, 255**2 * 1e-10))
+
+
+def ssim(made, real):
+    """Structural similarity (Wang et al. 2004), -1..1: Gaussian window of 11 x 11 pixels, sigma 1.5, only
+    where it lies within the frame; the mean over places and colour channels. made, real: (..., R, R, 3), R >=
+    11 -> (...)."""
+    window = torch.exp(-torch.arange(-5.0, 6, dtype=torch.float64).square() / (2 * 1.5**2))
+    window = (window / window.sum()).outer(window / window.sum())[None, None]
+    planes = lambda a: (
+        torch.as_tensor(a.reshape(-1, *a.shape[-3:])).permute(0, 3, 1, 2).flatten(0, 1)[:, None]
+    )
+    mean = lambda x: F.conv2d(x, window)
+    x, y = planes(made).double(), planes(real).double()
+    mx, my = mean(x), mean(y)
+    vx, vy, cov = mean(x * x) - mx**2, mean(y * y) - my**2, mean(x * y) - mx * my
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    similarity = (2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))
+    return similarity.mean(dim=(1, 2, 3)).unflatten(0, (-1, 3)).mean(dim=1).numpy().reshape(made.shape[:-3])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Baselines. frames: uint8 (F, R, R, 3), of which those of `given`, bool (F,), at least one, are known
+
+
+def repeat_nearest(frames, given):
+    """Every frame is the nearest given one, of two equally near the earlier."""
+    places = np.flatnonzero(given)
+    return frames[[places[np.abs(places - i).argmin()] for i in range(len(frames))]]
+
+
+def cross_fade(frames, given):
+    """Between two given frames the pixels change linearly; beyond the ends the last given frame stays."""
+    places = np.flatnonzero(given)
+    after = np.searchsorted(places, np.arange(len(frames))).clip(max=len(places) - 1)
+    before = np.where(places[after] > np.arange(len(frames)), after - 1, after).clip(min=0)
+    left, right = places[before], places[after]
+    weight = (np.arange(len(frames)) - left) / np.maximum(right - left, 1)
+    weight = weight.clip(0, 1)[:, None, None, None]
+    return ((1 - weight) * frames[left] + weight * frames[right]).round().astype(np.uint8)
+
+
+def copy_first(frames, given):
+    """Every frame is the first given one."""
+    return frames[np.full(len(frames), np.flatnonzero(given)[0])]
+
+
+BASELINES = {"nearest given frame": repeat_nearest, "cross-fade": cross_fade, "first given frame": copy_first}
+
+# ------------------------------------------------------------------------------------------------------------
+# Movement
+
+SAME = 1.0  # of 255; frames that differ by less on average look the same
+
+
+def motion(clip, block=1):
+    """Mean absolute difference of consecutive frames, 0..255. Grain that flickers counts as well; in the
+    means of `block` x `block` pixels hardly. clip: (F, R, R, 3), R at least `block`."""
+    count, side = len(clip), clip.shape[1] // block
+    x = clip[:, : side * block, : side * block].astype(np.float32)
+    x = x.reshape(count, side, block, side, block, 3).mean(axis=(2, 4))
+    return float(np.abs(np.diff(x, axis=0)).mean())
+
+
+def distinct_frames(clip):
+    """How many frames differ from all distinct frames before them by SAME or more on average: 1..F."""
+    kept = []
+    for frame in clip.astype(np.float32):
+        if all(np.abs(frame - other).mean() >= SAME for other in kept):
+            kept.append(frame)
+    return len(kept)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A Frechet distance of our own
+
+SIDE, DIMENSIONS = 64, 32  # pixels that the network sees; features, few enough for some dozens of clips
+
+
+@lru_cache(maxsize=1)
+def fixed_network():
+    """Weights of three convolutions and a projection, drawn from a fixed seed: the same on every machine."""
+    rng = np.random.default_rng(20250321)
+    draw = lambda *shape: torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
+    layers = [
+        draw(c_out, c_in, 3, 3) * (2 / (9 * c_in)) ** 0.5 for c_in, c_out in ((6, 32), (32, 64), (64, 64))
+    ]
+    projection = torch.linalg.qr(draw(64 * 4 * 2, DIMENSIONS))[0]
+    return layers, projection
+
+
+@torch.no_grad()
+def features(clip, keep=None):
+    """One vector for each two consecutive frames of a clip: of the first frame and its change to the second.
+
+    clip: uint8 (F, R, R, 3); keep: bool (F,), pairs with a frame that is not kept are left out.
+    Returns float32 (pairs, DIMENSIONS).
+    """
+    layers, projection = fixed_network()
+    x = torch.as_tensor(np.ascontiguousarray(clip)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    if x.shape[-1] != SIDE:
+        x = F.interpolate(x, (SIDE, SIDE), mode="area" if x.shape[-1] > SIDE else "bilinear")
+    x = torch.cat([x[:-1], x[1:] - x[:-1]], dim=1)  # (F - 1, 6, SIDE, SIDE)
+    if keep is not None:
+        x = x[torch.as_tensor(np.asarray(keep[:-1]) & np.asarray(keep[1:]))]
+    for weight in layers:
+        x = F.relu(F.conv2d(x, weight, stride=2, padding=1))
+    mean, largest = F.adaptive_avg_pool2d(x, 2).flatten(1), F.adaptive_max_pool2d(x, 2).flatten(1)
+    return (torch.cat([mean, 0.3 * largest], dim=1) @ projection).numpy()
+
+
+def frechet_distance(a, b):
+    """Between the Gaussians of two sets of vectors (N, D) and (M, D), N, M >= 2:
+    |mean a - mean b|^2 + trace(A + B - 2 (A B)^(1/2)) with the covariances A and B."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    A, B = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (a, b))
+    values, vectors = np.linalg.eigh(A)
+    root = vectors * np.sqrt(values.clip(min=0)) @ vectors.T
+    # A B has the eigenvalues of root B root, which is symmetric: no complex square root is needed
+    mixed = np.sqrt(np.linalg.eigvalsh(root @ B @ root).clip(min=0)).sum()
+    return float(np.square(a.mean(axis=0) - b.mean(axis=0)).sum() + np.trace(A) + np.trace(B) - 2 * mixed)
+
+
+def standardized_frechet(made, real):
+    """Frechet distance of two lists of feature arrays, each feature in units of its standard deviation over
+    `real`: 0 = equal, 32 = as far off as a constant vector at the mean of `real`."""
+    made, real = np.concatenate(made), np.concatenate(real)
+    scale = real.std(axis=0) + 1e-6
+    return frechet_distance(made / scale, real / scale)

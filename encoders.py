@@ -54,7 +54,7 @@ class PatchPCA(ModelMixin, ConfigMixin):
     STD = 0.2
 
     @register_to_config
-    def __init__(self, patch_size=4, latent_channels=16):
+    def __init__(self, patch_size=8, latent_channels=32):
         super().__init__()
         pixels = 3 * patch_size**2
         self.register_buffer("encoder_weight", torch.zeros(latent_channels, pixels, 1, 1))

@@ -40,7 +40,7 @@ import stickers
 from cache import default_cache, open_dataset
 from checkpoint import list_checkpoints
 from encoders import EncoderError
-from folder import DataError, load_clip, read_metadata, scan_folder
+from folder import DataError, load_clip, metadata_rows, scan_folder
 from heldout import kept, measure_loss
 from judge import examine, get_judge
 from masks import NUM_FRAMES
@@ -79,8 +79,8 @@ def word_table(folder):
     """{file name: (colour, subject, motion)} of a folder that stickers.py drew, {} for another."""
     if not (Path(folder) / "stickers.json").is_file():
         return {}
-    entries = read_metadata(Path(folder))[0]
-    return {name: tuple(entry[a] for a in ("colour", "subject", "motion")) for name, entry in entries.items()}
+    entries = [entry for _, entry in metadata_rows(Path(folder))]
+    return {e["file_name"]: tuple(e[a] for a in ("colour", "subject", "motion")) for e in entries}
 
 
 def make_test_list(dataset, words, num_prompts, num_clips, ddu):

@@ -16,12 +16,12 @@ from model import SIZES
 
 # What each preset trains with unless a flag says otherwise, and the guidance scales that sample.py then uses
 # for the finished model. `full` is Table 6.
-COLUMNS = ("resolution", "max_train_steps", "train_batch_size", "learning_rate", "lr_scheduler",
+COLUMNS = ("resolution", "codec", "max_train_steps", "train_batch_size", "learning_rate", "lr_scheduler",
            "lr_warmup_steps", "guidance_scale", "image_guidance_scale")  # fmt: skip
-ROWS = {
-    "tiny":  (48,   1200,  8, 1.0e-3, "cosine",                 50, 3.0, 1.5),
-    "small": (128, 50000, 16, 2.0e-4, "cosine",                500, 5.0, 2.0),
-    "full":  (256, 50000,  1, 1.0e-5, "constant_with_warmup", 1000, 7.5, 7.5),
+ROWS = {  # codec: pixels per latent and channels of the built-in one
+    "tiny":  (48,  (4, 16),  1200,  8, 1.0e-3, "cosine",                 50, 3.0, 1.5),
+    "small": (128, (8, 32), 50000, 16, 2.0e-4, "cosine",                500, 5.0, 2.0),
+    "full":  (256, (8, 32), 50000,  1, 1.0e-5, "constant_with_warmup", 1000, 7.5, 7.5),
 }  # fmt: skip
 PRESETS = {name: dict(zip(COLUMNS, row)) for name, row in ROWS.items()}
 

@@ -201,7 +201,7 @@ def train(args):
         codec_folder, recorded = resume, json.loads((resume / "model_index.json").read_text())
         sources = {name: sources.get(name) or value for name, value in recorded.items()}
     elif main_process and not args.vae:
-        codec = PatchPCA()
+        codec = PatchPCA(*args.codec)
         check_resolution(args, codec)
         data.fit_codec(codec, found, args.resolution, args.num_workers)
         codec.save_pretrained(codec_folder / "codec")

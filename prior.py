@@ -117,7 +117,7 @@ class GaussianPrior(nn.Module):
         if valid is None:
             valid = torch.ones_like(is_given)
         words = self.features(text)
-        has_text = (words.norm(dim=1) > 1e-3 * self.no_text.norm()).long()  # (B,)
+        has_text = (words.norm(dim=1) > 0.05 * self.no_text.norm()).long()  # (B,)
         shift = (words @ self.shift * has_text[:, None])[:, None]  # (B, 1, M)
 
         noise = ((1 - alpha) / alpha)[:, None, None]  # variance of the noise in x_t / sqrt(alpha)

@@ -294,11 +294,15 @@ class PretrainedVAE:
 class PretrainedText:
     """A frozen text encoder with its tokenizer (transformers). Its subclasses are the paper's two."""
 
+    def _config(self, source, subfolder):
+        config = AutoConfig.from_pretrained(source, subfolder=subfolder, trust_remote_code=False)
+        if config.model_type not in self.MODEL_TYPES:
+            raise ValueError(f"it is a {config.model_type} model")
+        return config
+
     def __init__(self, source, device="cpu", dtype=torch.float32):
         def load(source, subfolder):
-            config = AutoConfig.from_pretrained(source, subfolder=subfolder, trust_remote_code=False)
-            if config.model_type not in self.MODEL_TYPES:
-                raise ValueError(f"it is a {config.model_type} model")
+            self._config(source, subfolder)
             model, report = self.MODEL.from_pretrained(
                 source, subfolder=subfolder, dtype=dtype, use_safetensors=True, output_loading_info=True
             )
@@ -307,7 +311,7 @@ class PretrainedText:
             return model, subfolder
 
         def build(folder):
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            config = self._config(folder, "")
             return self.MODEL(getattr(config, "text_config", config))
 
         model, subfolder = load_pretrained(self.FLAG, source, self.SUBFOLDERS, load, build)

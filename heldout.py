@@ -18,10 +18,9 @@ import masks
 from curriculum import LENGTHS, TASKS
 from masks import NUM_FRAMES
 from metrics import mean_se
-from model import make_scheduler, precision
+from model import loss_weights, make_scheduler, precision
 
 RANGES = ((0, 200), (200, 400), (400, 600), (600, 800), (800, 1000))  # of timesteps
-MAX_WEIGHT = 5.0  # of the balanced loss
 
 # ------------------------------------------------------------------------------------------------------------
 # Measuring
@@ -97,15 +96,6 @@ def measure_loss(unet, encoders, dataset, args, recorded, folder, ddu):
 # Means, and the paper's inequalities
 
 
-def balanced_weights(latent_std):
-    """What turns the squared error of the noise into min(snr + 1, 5) times that of the clean latents in units
-    of their variance: numpy (1000,). Eq. 1 weighs small timesteps most, at which there is next to nothing to
-    decide; this one weighs those at which subject, colour and place are."""
-    alpha = make_scheduler().alphas_cumprod.double().numpy()
-    snr = alpha * latent_std**2 / (1 - alpha)
-    return np.minimum(snr + 1, MAX_WEIGHT) / snr
-
-
 def compare(loss, harder, easier):
     """The mean of loss[harder] - loss[easier], draw by draw, and whether it is positive."""
     d = mean_se(loss[harder] - loss[easier])
@@ -116,7 +106,9 @@ def compare(loss, harder, easier):
 def summarize_loss(cells, latent_std):
     """cells: {(task, k): dict(loss, unknown, timestep)} of evaluate.cell_loss -> the section "loss" of the
     report."""
-    weights, views = balanced_weights(latent_std), {}
+    # "balanced": as tiny and small are trained. Eq. 1 alone weighs small timesteps most, at which there is next to
+    # nothing to decide.
+    weights, views = loss_weights(latent_std).double().numpy(), {}
     for view, (name, weighted) in {
         "Eq. 1": ("loss", False),
         "balanced": ("loss", True),

@@ -189,10 +189,8 @@ def loss_section(report):
 def quality_section(report):
     parts = ["<h2>Frames against the ground truth</h2>", note(
         "The truth is the clip as the codec gives it back, so the codec's own loss does not count. Baselines "
-        "see "
-        "the given frames of that same clip. Unknown frames leave out those that were given. The given ones "
-        "are "
-        "the network's own, redrawn.")]  # fmt: skip
+        "see the given frames of that same clip. Unknown frames leave out those that were given; given "
+        "frames are compared as the model returns them.")]  # fmt: skip
     for task, which in report["quality"].items():
         rows = [
             [f"{frames} frames: {who}", number(entry["psnr"], 2), number(entry["ssim"])]

@@ -13,6 +13,7 @@ Shapes: B clips, F frame slots per clip, N valid frames in the batch, C latent c
 layer, H x W the height and width of a layer, L text tokens.
 """
 
+import os
 from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
@@ -29,6 +30,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from prior import GaussianPrior
+
+# oneDNN, which computes on the CPU, keeps one kernel per operation and shape. The number of frames in a batch differs
+# from step to step: of the 1024 kernels that it keeps by default most are gone before they are asked for again.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
 
 # ------------------------------------------------------------------------------------------------------------
 # Diffusion
@@ -185,7 +190,7 @@ class STI(nn.Module):
         s, e = self.semantic(h, frames), self.detail(h, frames)
         w = self.fusion(torch.cat([s, e], dim=1).permute(0, 2, 3, 1)).softmax(dim=-1)  # (N, H, W, 2)
         w_1 = w[..., 0].unsqueeze(1)  # (N, 1, H, W); w_2 = 1 - w_1
-        return h + self.alpha * torch.lerp(e, s, w_1)  # w_1 s + w_2 e
+        return h + self.alpha.to(h.dtype) * torch.lerp(e, s, w_1)  # w_1 s + w_2 e
 
 
 class Conv3D(nn.Module):
@@ -202,7 +207,7 @@ class Conv3D(nn.Module):
         x = h
         for conv in self.convs:
             x = conv(x, frames)
-        return h + self.alpha * x
+        return h + self.alpha.to(h.dtype) * x
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -395,7 +400,7 @@ class DFGN(ModelMixin, ConfigMixin):
             h = resnet(h, emb)
             if attention is not None:
                 h = attention(h, text, encoder_attention_mask=text_mask, return_dict=False)[0]
-                h = temporal(h, frames)
+                h = temporal(h.contiguous(memory_format=torch.channels_last), frames)
             return h
 
         def layer(h, block, i):

@@ -82,8 +82,8 @@ def parse_args():
     add("--checkpoints_total_limit", type=int, default=2, help="keep the last so many, 0 = all (default 2)")
     add("--resume_from_checkpoint", metavar="latest|PATH",
         help="continue a run; latest without a checkpoint starts fresh")
-    add("--validation_steps", type=int, default=1000,
-        help="sample sheet and held-out loss every so many steps, 0 = at the end only (default 1000)")
+    add("--validation_steps", type=int, default=2000,
+        help="sample sheet and held-out loss every so many steps, and at the end; 0 = at the end only (default 2000)")
     add("--validation_prompts", nargs="+", metavar="TEXT",
         help="prompts on the sheet (default: fixed ones for the built-in stickers, else held-out captions)")
     add("--report_to", choices=["none", "tensorboard", "wandb"], default="none", help="log there too")

@@ -200,7 +200,7 @@ def test_gradient_checkpointing_changes_no_gradient(temporal, mixed_precision):
 
 
 def test_save_and_load(tmp_path):
-    unet = random_dfgn(temporal="conv3d")
+    unet = random_dfgn(temporal="conv3d").eval()  # as from_pretrained leaves it
     unet.save_pretrained(tmp_path)
     again = DFGN.from_pretrained(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
@@ -213,3 +213,20 @@ def test_save_and_load(tmp_path):
 def test_unknown_temporal_layer():
     with pytest.raises(ValueError, match="'sti' or 'conv3d'"):
         DFGN(**{**TINY, "temporal": "lstm"})
+
+
+@pytest.mark.parametrize("temporal", ["sti", "conv3d"])
+def test_layers_keep_precision_and_layout(temporal):
+    """Under autocast a frame stays bf16 and channels_last through temporal layers: fp32, or another layout, would
+    spread from there through the rest of the network, at twice the memory traffic."""
+    unet = random_dfgn(temporal=temporal).to(memory_format=torch.channels_last)
+    seen = []
+    for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
+        for layer in block.temporal:
+            layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.autocast("cpu", torch.bfloat16):
+        unet(*random_inputs(slots=3))
+    assert seen
+    for h in seen:
+        assert h.dtype == torch.bfloat16
+        assert h.is_contiguous(memory_format=torch.channels_last)

@@ -1,40 +1,66 @@
 """
 Speed and memory, each figure with its baseline in the same run.
 
-    python bench.py memory     peak of one training step of `full`, a row per set of flags (needs a GPU)
-    python bench.py cache      latents read back from the cache, clips per second
+    python bench.py --quick          all that two CPU cores can measure in ten minutes
+    python bench.py unet             one pass of `full` beside diffusers' video U-Nets (the paper's Table 8)
+    python bench.py train            one training step; a ladder with one trick per row
+    python bench.py sample           one sticker: 25 steps with text and image guidance
+    python bench.py data             files to key frames, beside Pillow alone and scikit-learn; start of train.py
+    python bench.py scaling          step time over frames, resolution and batch; two processes against one
+    python bench.py cache            latents read back from the cache
+    python bench.py memory           peak of one training step of `full`, a row per set of flags (needs a GPU)
 
-Every time is the median of REPEATS runs after a warm-up, with the fastest and the slowest.
+What is compared takes turns, round after round, after a round that is not counted: a machine that other programs
+slow down slows them all. Times are medians over the rounds, with the fastest and the slowest; ratios are medians
+of the ratio within a round.
 """
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest.mock import patch
 
+import diffusers
 import numpy as np
 import torch
+from diffusers import AutoencoderKL, I2VGenXLUNet, UNet3DConditionModel, UNetMotionModel
+from diffusers.training_utils import EMAModel
+from PIL import Image, ImageSequence
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import masks
+import media
+import sample
+import stickers
 from cache import LatentDataset, write_shard
 from curriculum import LENGTHS, Curriculum
 from data import draw_batch
-from folder import Clip, Sticker
+from encoders import Encoders, NgramVectors, PatchPCA, WordVectors
+from folder import Clip, Sticker, load_clips
+from keyframes import extract_key_frames, thumbnails
 from model import DFGN, SIZES, precision
-from optim import MAX_GRAD_NORM, compile_layers, make_optimizer
+from optim import ADAM, EMA_DECAY, MAX_GRAD_NORM, Average, compile_layers, make_optimizer
+from options import PRESETS, native_bf16
 
 REPEATS = 7
+HERE = Path(__file__).parent
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+HALF = torch.bfloat16 if native_bf16() else torch.float32  # what is called half precision below
+HALF_NAME = "bf16" if native_bf16() else "no"
 
 
 def machine():
     """One line: what the figures were measured on."""
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE
     ).stdout.strip()
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
@@ -42,21 +68,361 @@ def machine():
             line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")
         ]
         cpu = f"{len(names)} x {names[0]}" if names else cpu
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{cpu}{gpu}, Python {platform.python_version()}, torch {torch.__version__}, commit {commit or 'unknown'}"
+    gpu = f", {torch.cuda.get_device_name()}" if CUDA else ""
+    return (
+        f"{cpu}{gpu}, {torch.get_num_threads()} threads, {HALF_NAME}, Python {platform.python_version()}, "
+        f"torch {torch.__version__}, diffusers {diffusers.__version__}, commit {commit or 'unknown'}"
+    )
 
 
-def timed(function, repeats=REPEATS):
-    """(median, fastest, slowest) of `function` in seconds, after one call that is not counted."""
-    seconds = []
+def timed(functions, repeats=REPEATS):
+    """Calls the functions of a dict in turns. Returns {name: seconds of every round but the first, float (repeats,)}"""
+    seconds = {name: [] for name in functions}
     for i in range(repeats + 1):
-        started = time.perf_counter()
+        for name, function in functions.items():
+            started = time.perf_counter()
+            function()
+            if CUDA:
+                torch.cuda.synchronize()
+            if i:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: np.array(values) for name, values in seconds.items()}
+
+
+def row(what, seconds, baseline=None, **more):
+    """One line of a table. seconds, baseline: as `timed` gives them."""
+    line = dict(what=what, ms=1e3 * np.median(seconds), fastest=1e3 * seconds.min(), slowest=1e3 * seconds.max())
+    if baseline is not None:
+        line["ratio"] = float(np.median(seconds / baseline))
+    return {**line, **more}
+
+
+def flops_of(function):
+    """Floating point operations of one call, in units of 1e12."""
+    with FlopCounterMode(display=False) as counter:
         function()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        if i:
-            seconds.append(time.perf_counter() - started)
-    return float(np.median(seconds)), min(seconds), max(seconds)
+    return counter.get_total_flops() / 1e12
+
+
+def matmul_peak(side=4096 if CUDA else 2048):
+    """TFLOP/s of a large matrix product in half precision: what 100 % of this machine is below."""
+    a, b = (torch.randn(side, side, device=DEVICE, dtype=HALF) for _ in range(2))
+    return 2 * side**3 / timed({"product": lambda: a @ b})["product"].min() / 1e12
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One U-Net pass (the paper's Table 8)
+
+
+def video_unet(model_class, **config):
+    """A model in half precision with random weights, made without the minutes that its own initialization takes."""
+    with torch.device("meta"):
+        unet = model_class(**config)
+    unet = unet.to(HALF).to_empty(device=DEVICE)
+    with torch.no_grad():
+        for tensor in (*unet.parameters(), *unet.buffers()):
+            tensor.uniform_(-0.03, 0.03)
+    return unet.eval().requires_grad_(False).to(memory_format=torch.channels_last if model_class is DFGN else None)
+
+
+def bench_unet(quick):
+    """1 x 8 x 256 x 256, that is latents of 8 x 4 x 32 x 32, and eight of them; models of diffusers by their defaults."""
+    slots, rows = masks.NUM_FRAMES, []
+    make = lambda *shape: torch.randn(*shape, device=DEVICE, dtype=HALF)
+    unets = {
+        "DFGN, full": video_unet(DFGN, **SIZES["full"]),
+        "I2VGenXLUNet": video_unet(I2VGenXLUNet),
+        "UNet3DConditionModel": video_unet(UNet3DConditionModel),
+        "UNetMotionModel": video_unet(UNetMotionModel),
+    }
+    modes = {"plain": unets}
+    if CUDA:
+        modes["compiled"] = {name: torch.compile(unet) for name, unet in unets.items()}
+    for batch in (1,) if quick else (1, 8):
+        step = torch.full((batch,), 500, device=DEVICE)
+        ours, theirs = make(batch, slots, 4, 32, 32), make(batch, 4, slots, 32, 32)
+        token = make(batch, 77, 1024), torch.ones(batch, 77, dtype=torch.bool, device=DEVICE)
+        fps = torch.full((batch,), 8, device=DEVICE)
+        inputs = {
+            "DFGN, full": (ours, torch.zeros_like(ours), step, (*token, *token)),
+            "I2VGenXLUNet": (theirs, step, fps, theirs, make(batch, 1024), token[0]),
+            "UNet3DConditionModel": (theirs, step, token[0]),
+            "UNetMotionModel": (theirs, step, make(batch, 77, 1280)),
+        }
+
+        def call(name, unet):
+            with torch.no_grad(), precision(DEVICE.type, "no") if "DFGN" in name else torch.no_grad():
+                unet(*inputs[name])
+
+        work = {name: flops_of(lambda: call(name, unet)) for name, unet in unets.items()}
+        for mode, those in modes.items():
+            seconds = timed({name: lambda n=name, u=unet: call(n, u) for name, unet in those.items()}, 5)
+            for name, unet in unets.items():
+                rows.append(row(f"{name}, batch {batch}, {mode}", seconds[name], seconds["I2VGenXLUNet"],
+                                parameters_M=sum(p.numel() for p in unet.parameters()) / 1e6,
+                                TFLOP=work[name]))  # fmt: skip
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One training step
+
+
+def training_step(preset, batch, mixed=HALF_NAME, channels_last=True, attention=True, multi_tensor=True,
+                  only_valid=True, compiled=False, optimizes=True, lengths=LENGTHS, side=None, checkpointing=False,
+                  eight_bit=False, low_memory=False, averages=True):  # fmt: skip
+    """A function that does one optimizer step of a preset on random latents, whose numbers of frames change from call
+    to call, and returns nothing. The switches are what the ladder of `bench_train` turns on one by one.
+
+    attention: our choice of kernel, instead of torch's; multi_tensor: AdamW and averages over all weights at once;
+    only_valid: frames beyond k are not computed; averages: with averaged weights"""
+    channels = 4 if preset == "full" else PRESETS[preset]["codec"][1]
+    side = side or (32 if preset == "full" else PRESETS[preset]["resolution"] // PRESETS[preset]["codec"][0])
+    width = 1024 if preset == "full" else WordVectors.width
+    tokens = 77 if preset == "full" else 8
+    torch.manual_seed(0)
+    unet = DFGN(latent_channels=channels, clip_dim=width, t5_dim=width, prior_side=None if preset == "full" else side,
+                **SIZES[preset]).to(DEVICE, torch.bfloat16 if low_memory else torch.float32)  # fmt: skip
+    if channels_last:
+        unet.to(memory_format=torch.channels_last)
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+    if compiled:
+        compile_layers(unet)
+    if multi_tensor:
+        optimizer = make_optimizer(unet, 1e-5, eight_bit, low_memory)
+        average = Average(unet)
+    else:
+        optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-5, foreach=False, fused=False, **ADAM)
+        average = EMAModel(unet.parameters(), decay=EMA_DECAY, foreach=False)
+    token = torch.randn(batch, tokens, width, device=DEVICE), torch.ones(batch, tokens, dtype=bool, device=DEVICE)
+    rng = np.random.default_rng(0)
+    count = max(lengths)
+
+    def step():
+        k = rng.permutation(np.resize(lengths, batch))  # the same sum at every call
+        valid = torch.from_numpy(np.arange(count) < k[:, None]).to(DEVICE)
+        latents = torch.randn(batch, count, channels, side, side, device=DEVICE)
+        timestep = torch.randint(1000, (batch,), device=DEVICE)
+        with precision(DEVICE.type, mixed) if attention else torch.autocast(
+            DEVICE.type, HALF, enabled=mixed != "no"
+        ):
+            noise_pred = unet(latents, torch.zeros_like(latents), timestep, (*token, *token),
+                              valid if only_valid else None)  # fmt: skip
+        masks.masked_loss(noise_pred, latents, valid).mean().backward()
+        if optimizes:
+            torch.nn.utils.clip_grad_norm_(unet.parameters(), MAX_GRAD_NORM, foreach=multi_tensor)
+            optimizer.step()
+            if averages:
+                average.step(unet if multi_tensor else unet.parameters())
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def bench_train(quick):
+    """Forward, backward, clipping, AdamW and averages: `tiny` on a CPU, `full` on a GPU. Each row keeps what the rows
+    above it turned on; speed-ups are against the second, the plain way in half precision."""
+    preset, batch, large = ("full", 4, 16) if CUDA else ("tiny", 8, 16)
+    plain = dict(channels_last=False, attention=False, multi_tensor=False, only_valid=False)
+    ladder = {f"plain, fp32, {batch} clips": dict(plain, mixed="no"), f"{HALF_NAME} autocast": dict(plain)}
+    tricks = {"channels_last": "channels_last", "attention kernel": "attention",
+              "fused AdamW, multi-tensor averages": "multi_tensor",
+              "frames beyond k not computed": "only_valid"}  # fmt: skip
+    if CUDA:
+        del tricks["attention kernel"]  # torch's own choice there
+        plain["attention"] = True
+    for name, trick in tricks.items():
+        plain = dict(plain, **{trick: True})
+        ladder[f"+ {name}"] = dict(plain)
+    if CUDA:
+        ladder["+ --compile"] = dict(plain, compiled=True)
+    steps, work = {}, {}
+    for name, switches in ladder.items():
+        steps[name] = training_step(preset, batch, **switches)
+    steps[f"{large} clips"] = training_step(preset, large, compiled=CUDA)
+    for name, step in tqdm(steps.items(), desc="counting operations"):
+        work[name] = flops_of(step)
+    seconds, peak = timed(steps, 5 if quick else 11), matmul_peak()
+    baseline, rows = seconds[f"{HALF_NAME} autocast"] / batch, []
+    for name, times in seconds.items():
+        clips = large if name == f"{large} clips" else batch
+        rate = work[name] / np.median(times)
+        rows.append(row(name, times, clips_per_second=clips / np.median(times),
+                        speedup=float(np.median(baseline / (times / clips))),
+                        TFLOP_per_s=rate, share_of_matmul=rate / peak))  # fmt: skip
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One sticker
+
+
+class NoCodec:
+    """Takes the place of a codec when decoding is not to be timed."""
+
+    def decode(self, latents):
+        return torch.zeros(len(latents), 1, 1, 3, dtype=torch.uint8)
+
+
+def one_by_one(unet, noisy, given, timestep, text, null_text, weights):
+    """sample.guided_noise, a pass of the network per condition: the plain way."""
+    noise = 0
+    for (with_image, with_text), weight in weights.items():
+        z = given if with_image else torch.zeros_like(given)
+        t = torch.full((len(noisy),), int(timestep), device=noisy.device)
+        noise = noise + weight * unet(noisy, z, t, text if with_text else null_text).float()
+    return noise
+
+
+def bench_sample(quick):
+    """Text and a first frame, 25 steps, scales 7.5 and 3: three conditions. `tiny` on a CPU, `full` with a VAE of
+    Stable Diffusion's size on a GPU."""
+    if CUDA:
+        config = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2,
+                      down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)  # fmt: skip
+        codec = encoder_like_vae(AutoencoderKL(**config))
+        unet = video_unet(DFGN, clip_dim=WordVectors.width, t5_dim=WordVectors.width, **SIZES["full"])
+        channels, side, mixed = 4, 32, "no"  # the weights themselves are in half precision
+    else:
+        codec = PatchPCA(*PRESETS["tiny"]["codec"])
+        channels, side, mixed = codec.latent_channels, 12, HALF_NAME
+        codec.fit(torch.randint(0, 256, (8, 48, 48, 3), dtype=torch.uint8))
+        unet = DFGN(latent_channels=channels, clip_dim=WordVectors.width, t5_dim=NgramVectors.width,
+                    prior_side=side, **SIZES["tiny"]).eval().to(memory_format=torch.channels_last)  # fmt: skip
+    encoders, bare = Encoders(codec, device=DEVICE), Encoders(codec, device=DEVICE)
+    bare.codec = NoCodec()
+    given = torch.randn(1, masks.NUM_FRAMES, channels, side, side)
+    is_given = (torch.arange(masks.NUM_FRAMES) == 0)[None]
+
+    def sticker(encoders):
+        with torch.autocast(DEVICE.type, HALF, enabled=CUDA):
+            sample.generate(unet, encoders, ["a red heart bouncing"], given, is_given, num_inference_steps=25,
+                            guidance_scale=7.5, image_guidance_scale=3.0, mixed_precision=mixed)  # fmt: skip
+
+    def sequential():
+        with patch.object(sample, "guided_noise", one_by_one):
+            sticker(bare)
+
+    seconds = timed({"conditions one by one": sequential, "as one batch": lambda: sticker(bare),
+                     "as one batch, decoded": lambda: sticker(encoders)}, 5)  # fmt: skip
+    return [row(name, times, seconds["conditions one by one"]) for name, times in seconds.items()]
+
+
+def encoder_like_vae(vae):
+    """The decoding half of encoders.PretrainedVAE around a VAE that was never saved."""
+    from encoders import PretrainedVAE
+
+    codec = PretrainedVAE.__new__(PretrainedVAE)
+    codec.vae = vae.to(DEVICE).eval().requires_grad_(False)
+    codec.to = lambda device: codec
+    return codec
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def bench_data(quick):
+    """GIFs of 24 frames of 240 x 240 pixels, one thread unless said otherwise."""
+    count, frames, side = 16 if quick else 64, 24, 240
+    with tempfile.TemporaryDirectory() as place:
+        files = []
+        for i in range(count):
+            subject, colour, motion = stickers.COMBINATIONS[7 * i % len(stickers.COMBINATIONS)]
+            pictures, delays = stickers.draw_clip(subject, colour, motion, np.random.default_rng((0, i)), frames)
+            pictures = [p.resize((side, side), Image.Resampling.NEAREST) for p in pictures]
+            files.append(Path(place) / f"{i}.gif")
+            pictures[0].save(files[-1], save_all=True, append_images=pictures[1:], duration=delays, disposal=2, loop=0)
+        stickers_list = [Sticker(path, path.name, "", "train") for path in files]
+        features = [thumbnails(media.read_clip(path, side)[0]) for path in files]
+
+        def pillow():
+            for path in files:
+                for frame in ImageSequence.Iterator(Image.open(path)):
+                    frame.convert("RGBA")
+
+        def read(resolution):
+            for path in files:
+                media.read_clip(path, resolution)
+
+        def load(workers):
+            for _ in load_clips(stickers_list, 256, workers):
+                pass
+
+        functions = {
+            "Pillow alone, frames to RGBA": pillow,
+            "read_clip, 240 x 240": lambda: read(side),
+            "read_clip, resized to 256 x 256": lambda: read(256),
+            "file to key frames, all k": lambda: load(0),
+            "the same, two processes": lambda: load(2),
+            "key frames alone, all k": lambda: [extract_key_frames(x) for x in features],
+        }
+        try:
+            from sklearn.cluster import KMeans
+
+            def sklearn():
+                for x in features:
+                    for k in LENGTHS:
+                        KMeans(k, n_init=6, random_state=0).fit(x.astype(np.float32))
+
+            functions["scikit-learn's KMeans, all k"] = sklearn
+        except ImportError:
+            print("without scikit-learn its k-means is not compared", file=sys.stderr)
+        seconds = timed(functions, 5)
+    rows = []
+    for name, times in seconds.items():
+        baseline = seconds["key frames alone, all k" if "KMeans" in name or "alone, all" in name
+                           else "Pillow alone, frames to RGBA"]  # fmt: skip
+        rows.append(row(f"{name}, per clip", times / count, baseline / count,
+                        clips_per_second=count / np.median(times)))  # fmt: skip
+    start = lambda code: subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE, capture_output=True)
+    seconds = timed({"import torch": lambda: start("import torch"), "import train": lambda: start("import train")}, 5)
+    return rows + [row(f"start: {name}", times, seconds["import torch"]) for name, times in seconds.items()]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Scaling
+
+
+def exponent(sizes, values):
+    """Slope of a line through log(value) over log(size)."""
+    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
+
+
+def bench_scaling(quick):
+    """How the time of forward and backward grows, as a fitted exponent beside that of the counted operations; and
+    `tiny` in two processes of one thread each against one process of two, the same global batch."""
+    preset, rows = "full" if CUDA else "small", []
+    small = dict(optimizes=False, side=16)
+    cases = {
+        "frames 3, 4, 6, 8": ((3, 4, 6, 8), lambda n: training_step(preset, 1, **dict(small, lengths=(n,)))),
+        "side of latents 8, 16, 32": ((8, 16, 32), lambda n: training_step(preset, 1, **dict(small, lengths=(8,), side=n))),
+        "clips 1, 2, 4": ((1, 2, 4), lambda n: training_step(preset, n, **dict(small, lengths=(4,)))),
+    }  # fmt: skip
+    for name, (sizes, make) in tqdm(cases.items(), desc="scaling"):
+        steps = {n: make(n) for n in sizes}
+        work = [flops_of(steps[n]) for n in sizes]
+        seconds = timed(steps, 5)
+        rows.append(row(f"{preset}, {name}: at the largest", seconds[sizes[-1]],
+                        exponent=exponent(sizes, [np.median(seconds[n]) for n in sizes]),
+                        exponent_of_operations=exponent(sizes, work)))  # fmt: skip
+    rates = {}
+    with tempfile.TemporaryDirectory() as place:
+        for ranks in (1, 2):
+            output = Path(place) / str(ranks)
+            flags = ["--max_train_steps", "30", "--train_batch_size", str(8 // ranks), "--output_dir", str(output),
+                     "--validation_prompts", "a red heart bouncing", "--validation_steps", "0"]  # fmt: skip
+            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+            threads = dict(os.environ, OMP_NUM_THREADS=str(2 // ranks))
+            subprocess.run([*launcher, str(HERE / "train.py"), *flags], check=True, env=threads, capture_output=True)
+            log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+            rates[ranks] = np.array([entry["clips_per_second"] for entry in log[1:-1]])
+    for ranks, rate in rates.items():
+        rows.append(row(f"tiny, {ranks} process{'es' * (ranks > 1)} of {2 // ranks} thread{'s' * (ranks < 2)}, 8 clips",
+                        8 / rate, clips_per_second=float(np.median(rate)),
+                        ratio=float(np.median(rates[1]) / np.median(rate))))  # fmt: skip
+    return rows
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -71,44 +437,18 @@ MODES = {
 }
 
 
-def training_step(device, checkpointing=False, eight_bit=False, low_memory=False, compiled=False):
-    """A function that does one optimizer step of `full` on one clip of eight 256 x 256 frames (no EMA)."""
-    unet = DFGN(**SIZES["full"]).to(device, torch.bfloat16 if low_memory else torch.float32)
-    unet.to(memory_format=torch.channels_last)
-    if checkpointing:
-        unet.enable_gradient_checkpointing()
-    if compiled:
-        compile_layers(unet)
-    optimizer = make_optimizer(unet, 1e-5, eight_bit, low_memory)
-    latents = torch.randn(1, masks.NUM_FRAMES, 4, 32, 32, device=device)
-    token = torch.randn(1, 77, 1024, device=device), torch.ones(1, 77, dtype=torch.bool, device=device)
-    timestep = torch.tensor([500], device=device)
-
-    def step():
-        with precision(device.type, "bf16"):
-            noise_pred = unet(latents, torch.zeros_like(latents), timestep, (*token, *token))
-        noise_pred.float().square().mean().backward()
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), MAX_GRAD_NORM)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
-
-
-def bench_memory():
-    if not torch.cuda.is_available():
+def bench_memory(quick):
+    """One optimizer step of `full` on one clip of eight 256 x 256 frames, without averaged weights."""
+    if not CUDA:
         raise SystemExit("bench.py memory: needs a GPU: the figure is the peak of its allocator.")
     rows = []
     for name, flags in tqdm(MODES.items(), desc="memory"):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        step = training_step(torch.device("cuda"), **flags)
-        median, fastest, slowest = timed(step)
-        rows.append(dict(mode=name, peak_gb=torch.cuda.max_memory_allocated() / 1e9, seconds=median,
-                         fastest=fastest, slowest=slowest))  # fmt: skip
+        step = training_step("full", 1, lengths=(8,), averages=False, **flags)
+        seconds = timed({name: step})[name]
+        rows.append(row(name, seconds, peak_gb=torch.cuda.max_memory_allocated() / 1e9))
         del step
-    for row in rows:
-        row["time_ratio"] = row["seconds"] / rows[0]["seconds"]
     return rows
 
 
@@ -123,9 +463,10 @@ class RandomCodec:
         return torch.randn(len(frames), 4, 32, 32)
 
 
-def bench_cache(clips=2048, rows=24, shard=256):
-    """Clips per second read back: key frames of random clips and k, 64 KB each at k = 8, beside one file per clip;
-    and whole training samples with their noise. From the disk cache of the operating system, as in training."""
+def bench_cache(quick, rows=24, shard=256, count=2000):
+    """Key frames of random clips and k, 64 KB each at k = 8, beside one file per clip; and whole training samples with
+    their noise. From the operating system's own cache, as in training."""
+    clips = 512 if quick else 2048
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)
         rng = np.random.default_rng(0)
@@ -137,55 +478,55 @@ def bench_cache(clips=2048, rows=24, shard=256):
                 key_frames = {k: np.sort(rng.choice(rows, k, replace=False)) for k in LENGTHS}
                 made.append(Clip(pixels, key_frames, np.arange(8), rows))
             write_shard(place, names[first : first + shard], made, RandomCodec())
-        stickers = [Sticker(Path(name), name, "a red heart bouncing", "train") for name in names]
-        dataset = LatentDataset(place, stickers, names)
+        found = [Sticker(Path(name), name, "a red heart bouncing", "train") for name in names]
+        dataset = LatentDataset(place, found, names)
         for clip in dataset.clips:  # the baseline: one file per clip
             np.save(place / f"{clip.name}.one.npy", np.zeros((rows, 4, 32, 32), np.float16))
-        draws = [
-            (dataset.clips[i], int(k))
-            for i, k in zip(rng.integers(clips, size=2000), rng.integers(3, 9, 2000))
-        ]
+        draws = [(dataset.clips[i], int(k))
+                 for i, k in zip(rng.integers(clips, size=count), rng.integers(3, 9, count))]  # fmt: skip
         uniform = Curriculum("none", 1).probabilities(0)
+
+        def one_file_per_clip():
+            for clip, k in draws:
+                file = np.load(place / f"{clip.name}.one.npy")
+                np.asarray(file[clip.places[k - LENGTHS[0], :k]], np.float32)
 
         def cached():
             for clip, k in draws:
                 dataset.read(clip, k)
 
-        def one_file_per_clip():
-            for clip, k in draws:
-                np.asarray(
-                    np.load(place / f"{clip.name}.one.npy")[clip.places[k - LENGTHS[0], :k]], np.float32
-                )
-
         def samples():
-            for step in range(2000 // 16):
+            for step in range(count // 16):
                 draw_batch(dataset, dataset.clips, uniform, 0, step, range(16), 16)
 
-        found = []
-        for name, function in (
-            ("one file per clip", one_file_per_clip),
-            ("cache", cached),
-            ("cache, whole samples", samples),
-        ):
-            median, fastest, slowest = timed(function)
-            found.append(
-                dict(what=name, clips_per_second=2000 / median, best=2000 / fastest, worst=2000 / slowest)
-            )
-        return found
+        seconds = timed({"one file per clip": one_file_per_clip, "cache": cached, "cache, whole samples": samples})
+    return [row(f"{name}, per clip", times / count, seconds["one file per clip"] / count,
+                clips_per_second=count / np.median(times)) for name, times in seconds.items()]  # fmt: skip
+
+
+BENCHES = {"unet": bench_unet, "train": bench_train, "sample": bench_sample, "data": bench_data,
+           "scaling": bench_scaling, "cache": bench_cache, "memory": bench_memory}  # fmt: skip
 
 
 def main():
     parser = argparse.ArgumentParser(description="Measure speed and memory.")
-    parser.add_argument("what", choices=["memory", "cache"])
+    parser.add_argument("what", nargs="*", choices=[[], *BENCHES], help="default: all that this machine can")
+    parser.add_argument("--quick", action="store_true", help="smaller sizes: ten minutes on two CPU cores")
     parser.add_argument("--output", metavar="FILE.json", help="write the figures there too")
     args = parser.parse_args()
-    rows = {"memory": bench_memory, "cache": bench_cache}[args.what]()
+    tables = {}
     print(machine())
-    print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
-    for row in rows:
-        print("| " + " | ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()) + " |")
-    if args.output:
-        Path(args.output).write_text(json.dumps(dict(machine=machine(), rows=rows), indent=2) + "\n")
+    for what in args.what or [name for name in BENCHES if CUDA or name != "memory"]:
+        started = time.perf_counter()
+        rows = tables[what] = BENCHES[what](args.quick)
+        print(f"\n**{what}** ({time.perf_counter() - started:.0f} s)\n")
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
+        for line in rows:
+            cells = [line.get(name, "") for name in names]
+            print("| " + " | ".join(f"{x:.3g}" if isinstance(x, float) else str(x) for x in cells) + " |", flush=True)
+        if args.output:
+            Path(args.output).write_text(json.dumps(dict(machine=machine(), tables=tables), indent=2) + "\n")
 
 
 if __name__ == "__main__":

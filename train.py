@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from diffusers.optimization import get_scheduler
 from safetensors import SafetensorError
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -159,7 +160,14 @@ def train(args):
     if world > 1:
         # Rank 0 decodes, validates and saves while the others wait:
         # far longer than the default timeout allows.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
+        patience = timedelta(hours=12)
+        store, _, _ = next(rendezvous("env://", timeout=patience))
+        # torchrun's store outlives a restart, with the addresses of the processes that are gone (pytorch issue
+        # 135712). On several machines the count differs, and an environment variable helps instead (see README).
+        one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(world)
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_machine else "0"
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world,
+                                store=dist.PrefixStore(f"restart-{restart}", store), timeout=patience)  # fmt: skip
     main_process = rank == 0
 
     def say(text):

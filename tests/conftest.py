@@ -3,3 +3,10 @@
 import torch
 
 torch.set_num_threads(1)
+
+LONG = ["test_full.py", "test_train.py", "test_faults.py", "test_evaluate.py"]  # minutes each
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first: otherwise one process ends alone with one of them."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))

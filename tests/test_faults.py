@@ -263,7 +263,7 @@ def test_torchrun_starts_again_after_one_rank_was_killed(folder, cache, tmp_path
     for name, env in (("whole", {}), ("killed", dict(TOY_DIE="1:5"))):
         outs[name], records[name] = tmp_path / name, tmp_path / f"{name}-curriculum"
         records[name].mkdir()
-        process = start(outs[name], folder, cache, [*TORCHRUN, "--max-restarts", 3],
+        process = start(outs[name], folder, cache, [*TORCHRUN, "--max-restarts", 1],
                         env=dict(env, TOY_CURRICULUM=str(records[name])), max_train_steps=8, train_batch_size=2,
                         checkpointing_steps=2, resume_from_checkpoint="latest")  # fmt: skip
         said, errors = process.communicate(timeout=300)

@@ -1,0 +1,128 @@
+"""Every fast path against the plain one: outputs and every gradient (frames that are not computed and gradient
+checkpointing: test_model.py; shards and averages: test_full.py)."""
+
+import shutil
+from unittest.mock import patch
+
+import pytest
+import torch
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.training_utils import EMAModel
+
+import bench
+import sample
+from model import STI, FrameConv, Frames, precision
+from optim import ADAM, Average, make_optimizer
+from tests.test_model import first, random_dfgn, random_inputs
+
+
+def outputs_and_gradients(unet, mixed_precision="no", ours=True, valid=None):
+    unet.zero_grad()
+    context = precision("cpu", mixed_precision) if ours else torch.autocast("cpu", enabled=mixed_precision != "no")
+    with context:
+        out = unet(*random_inputs(), valid)
+    out.float().square().mean().backward()
+    return {"output": out.detach().float(), **{name: p.grad.clone() for name, p in unet.named_parameters()}}
+
+
+def assert_equal(a, b, tolerance):
+    assert a.keys() == b.keys()
+    for name in a:
+        error = (a[name] - b[name]).norm() / a[name].norm().clamp(min=1e-6)
+        assert error < tolerance, f"{name}: {error:.1e} of its norm"
+
+
+@pytest.mark.parametrize("valid", [None, first(5)], ids=["8 frames", "5 of 8"])
+@pytest.mark.parametrize("mixed_precision, tolerance", [("no", 1e-4), ("bf16", 0.1)])
+@pytest.mark.parametrize("temporal", ["sti", "conv3d"])
+def test_channels_last(temporal, mixed_precision, tolerance, valid):
+    plain = outputs_and_gradients(random_dfgn(temporal), mixed_precision, valid=valid)
+    fast = random_dfgn(temporal).to(memory_format=torch.channels_last)
+    assert_equal(plain, outputs_and_gradients(fast, mixed_precision, valid=valid), tolerance)
+
+
+@pytest.mark.parametrize("mixed_precision, tolerance", [("no", 1e-4), ("bf16", 0.1)])
+def test_attention_kernel(mixed_precision, tolerance):
+    unet = random_dfgn()
+    plain = outputs_and_gradients(unet, mixed_precision, ours=False)
+    assert_equal(plain, outputs_and_gradients(unet, mixed_precision), tolerance)
+
+
+def test_frame_convolution_is_the_three_dimensional_one():
+    torch.manual_seed(0)
+    layer = FrameConv(16, groups=4)
+    h = torch.randn(2 * 5, 16, 4, 6, requires_grad=True)  # two clips of five frames
+    fast = layer(h, Frames(None, 2, 5, "cpu"))
+    x = torch.nn.functional.silu(layer.norm(h)).unflatten(0, (2, 5)).transpose(1, 2)  # (B, d, F, H, W)
+    plain = torch.nn.functional.conv3d(x, layer.conv.weight[..., None], layer.conv.bias, padding=(1, 0, 0))
+    plain = plain.transpose(1, 2).flatten(0, 1)
+    torch.testing.assert_close(fast, plain)
+    weights = [h, *layer.parameters()]
+    for a, b in zip(*(torch.autograd.grad(y.square().sum(), weights) for y in (fast, plain))):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_adamw_and_averages_over_all_weights_at_once():
+    fast, plain = random_dfgn(), random_dfgn()
+    gates = [p for name, p in plain.named_parameters() if name.endswith("alpha")]
+    others = [p for name, p in plain.named_parameters() if not name.endswith("alpha")]
+    optimizers = (
+        make_optimizer(fast, 1e-3),
+        torch.optim.AdamW([{"params": others}, {"params": gates, "lr": 3e-2, "weight_decay": 0.0}], lr=1e-3,
+                          foreach=False, fused=False, **ADAM),
+    )  # fmt: skip
+    average, ema = Average(fast), EMAModel(plain.parameters(), decay=0.9999, use_ema_warmup=True, power=0.75,
+                                           foreach=False)  # fmt: skip
+    for _ in range(3):
+        for unet, optimizer in zip((fast, plain), optimizers):
+            outputs_and_gradients(unet)
+            optimizer.step()
+        average.step(fast)
+        ema.step(plain.parameters())
+    for a, b in zip(fast.parameters(), plain.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    for a, b in zip(average.ema.shadow_params, ema.shadow_params):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_conditions_as_one_batch():
+    unet = random_dfgn().eval()
+    noisy, given, _, text = random_inputs()
+    null_text = tuple(torch.zeros_like(x) if x.dtype != torch.bool else x for x in text)
+    weights = sample.guidance_weights(True, True, 3.0, 7.5)
+    assert len(weights) == 3
+    arguments = unet, noisy, given, 400, text, null_text, weights
+    torch.testing.assert_close(
+        sample.guided_noise(*arguments), bench.one_by_one(*arguments), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.skipif(not (torch.cuda.is_available() or shutil.which("g++")), reason="no compiler")
+@pytest.mark.parametrize("make", [
+    lambda: ResnetBlock2D(in_channels=32, out_channels=32, temb_channels=16, groups=4),
+    lambda: STI(32, heads=2, head_width=8, groups=4),
+], ids=["residual layer", "STI"])  # fmt: skip
+def test_compiled_layers(make):
+    """bf16 and channels_last under torch.compile: gradients of GroupNorm's weights were wrong there in some releases
+    (pytorch issue 140913)."""
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    layer = make().to(device, memory_format=torch.channels_last)
+    for weight in layer.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    h = torch.randn(6, 32, 8, 8, device=device).to(memory_format=torch.channels_last).requires_grad_()
+    other = Frames(None, 2, 3, device) if isinstance(layer, STI) else torch.randn(6, 16, device=device)
+
+    def run(call):
+        layer.zero_grad()
+        h.grad = None
+        with torch.autocast(device, torch.bfloat16):
+            out = call(h, other)
+        out.float().square().mean().backward()
+        return {"output": out.detach().float(), "h": h.grad.clone(),
+                **{name: p.grad.clone() for name, p in layer.named_parameters()}}  # fmt: skip
+
+    plain = run(layer)
+    with patch.object(torch._dynamo.config, "suppress_errors", False):
+        assert_equal(plain, run(torch.compile(layer)), 0.05)

@@ -118,7 +118,7 @@ def video_unet(model_class, **config):
     """A model in half precision with random weights, made without the minutes that its own initialization takes."""
     with torch.device("meta"):
         unet = model_class(**config)
-    unet = unet.to(HALF).to_empty(device=DEVICE)
+    unet = torch.nn.Module.to(unet, HALF).to_empty(device=DEVICE)
     with torch.no_grad():
         for tensor in (*unet.parameters(), *unet.buffers()):
             tensor.uniform_(-0.03, 0.03)
@@ -147,11 +147,11 @@ def bench_unet(quick):
             "DFGN, full": (ours, torch.zeros_like(ours), step, (*token, *token)),
             "I2VGenXLUNet": (theirs, step, fps, theirs, make(batch, 1024), token[0]),
             "UNet3DConditionModel": (theirs, step, token[0]),
-            "UNetMotionModel": (theirs, step, make(batch, 77, 1280)),
+            "UNetMotionModel": (theirs, step, make(batch * slots, 77, 1280)),  # its text is per frame
         }
 
         def call(name, unet):
-            with torch.no_grad(), precision(DEVICE.type, "no") if "DFGN" in name else torch.no_grad():
+            with torch.no_grad():
                 unet(*inputs[name])
 
         work = {name: flops_of(lambda: call(name, unet)) for name, unet in unets.items()}
@@ -182,7 +182,9 @@ def training_step(preset, batch, mixed=HALF_NAME, channels_last=True, attention=
     tokens = 77 if preset == "full" else 8
     torch.manual_seed(0)
     unet = DFGN(latent_channels=channels, clip_dim=width, t5_dim=width, prior_side=None if preset == "full" else side,
-                **SIZES[preset]).to(DEVICE, torch.bfloat16 if low_memory else torch.float32)  # fmt: skip
+                **SIZES[preset]).to(DEVICE)  # fmt: skip
+    if low_memory:
+        torch.nn.Module.to(unet, torch.bfloat16)
     if channels_last:
         unet.to(memory_format=torch.channels_last)
     if checkpointing:

@@ -28,10 +28,10 @@ from tqdm import tqdm
 
 import media
 import stickers
-from keyframes import kmeans, thumbnails
+from keyframes import extract_key_frames, thumbnails
 from masks import NUM_FRAMES
 
-VERSION = 1  # raise it when the judge or its training changes: cached judges are then trained anew
+VERSION = 2  # raise it when the judge or its training changes: cached judges are then trained anew
 SIDE = 64  # pixels; clips of another resolution are resized
 NONE = "none"  # the motion of what moves like none of the eight, the colour of what has none
 COLOURS, SUBJECTS, MOTIONS = list(stickers.COLOURS), list(stickers.SUBJECTS), [*stickers.MOTIONS, NONE]
@@ -60,13 +60,9 @@ def draw_key_frames(job, resolution):
             for p in pictures
         ]
         frames = np.stack([np.asarray(frame) for frame in frames])
-        x = thumbnails(frames).astype(np.float64)
-        if len(np.unique(x, axis=0)) >= NUM_FRAMES:
-            break
-    x = x - x.mean(axis=0)
-    assignment, distances = kmeans(x @ x.T, NUM_FRAMES, np.random.default_rng((0, NUM_FRAMES)))
-    nearest = np.where(assignment[:, None] == np.arange(NUM_FRAMES), distances, np.inf).argmin(axis=0)
-    return frames[np.sort(nearest)]
+        key_frames = extract_key_frames(thumbnails(frames), lengths=[NUM_FRAMES])
+        if key_frames:
+            return frames[key_frames[NUM_FRAMES]]
 
 
 def combinations(held_out):

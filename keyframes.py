@@ -27,64 +27,64 @@ def thumbnails(frames):
 
 def kmeans(gram, k, rng, restarts=6, iterations=50):
     """Lloyd's k-means with k-means++ starts, on inner products alone: the clips are short and their features
-    long, so the N x N Gram matrix holds all that is needed. An empty cluster takes the frame farthest from
-    its centroid.
+    long, so the N x N Gram matrix holds all that is needed. All R restarts advance together. An empty cluster takes
+    the frame farthest from its centroid.
 
     gram: float64 (N, N) inner products of the features; at least k of them distinct
     Returns (assignment int (N,), squared distances float (N, k) to the centroids)
     of the best of `restarts` runs.
     """
-    n = len(gram)
+    n, runs = len(gram), np.arange(restarts)
     norms = np.diag(gram)
     pairwise = np.maximum(norms[:, None] + norms[None] - 2 * gram, 0)  # (N, N) squared distances
 
     def to_centroids(assignment):
-        member = np.eye(k)[assignment]  # (N, k)
-        share = member / member.sum(axis=0)
-        return (
-            norms[:, None] - 2 * gram @ share + ((gram @ share) * share).sum(axis=0)
-        )  # |x|^2 - 2 x c + |c|^2
+        member = np.eye(k)[assignment]  # (R, N, k)
+        share = member / member.sum(axis=1, keepdims=True)
+        inner = gram @ share
+        return norms[:, None] - 2 * inner + (inner * share).sum(axis=1, keepdims=True)  # |x|^2 - 2 x c + |c|^2
 
-    best = None
-    for _ in range(restarts):
-        centers = [rng.integers(n)]
-        nearest = pairwise[:, centers[0]]
-        while len(centers) < k:  # greedy k-means++: the best of three centers drawn by their squared distance
-            candidates = rng.choice(n, size=3, p=nearest / nearest.sum())
-            reduced = np.minimum(nearest[:, None], pairwise[:, candidates])  # (N, 3)
-            best_candidate = reduced.sum(axis=0).argmin()
-            centers.append(candidates[best_candidate])
-            nearest = reduced[:, best_candidate]
-        assignment = pairwise[:, centers].argmin(axis=1)
-        for _ in range(iterations):
-            distances = to_centroids(assignment)
-            new = distances.argmin(axis=1)
-            for cluster in np.flatnonzero(np.bincount(new, minlength=k) == 0):
-                stays = np.bincount(new, minlength=k)[new] == 1  # the only member of its cluster
-                new[np.where(stays, -np.inf, distances[np.arange(n), new]).argmax()] = cluster
-            if (new == assignment).all():
-                break
-            assignment = new
-        distances = to_centroids(assignment)
-        inertia = distances[np.arange(n), assignment].sum()
-        if best is None or inertia < best[0] - 1e-9:
-            best = inertia, assignment, distances
-    return best[1:]
+    centers = [rng.integers(n, size=restarts)]  # k times (R,)
+    nearest = pairwise[centers[0]]  # (R, N)
+    while len(centers) < k:  # greedy k-means++: the best of three centers drawn by their squared distance
+        total = nearest.cumsum(axis=1)
+        drawn = rng.random((restarts, 3)) * total[:, -1:]
+        candidates = (total[:, None] <= drawn[..., None]).sum(axis=2).clip(max=n - 1)  # (R, 3)
+        reduced = np.minimum(nearest[:, None], pairwise[candidates])  # (R, 3, N)
+        best = reduced.sum(axis=2).argmin(axis=1)
+        centers.append(candidates[runs, best])
+        nearest = reduced[runs, best]
+    assignment = pairwise[np.stack(centers, axis=1)].argmin(axis=1)  # (R, N)
+    for _ in range(iterations):
+        distances = to_centroids(assignment)  # (R, N, k)
+        new = distances.argmin(axis=2)
+        for run in np.flatnonzero((new[..., None] == np.arange(k)).any(axis=1).sum(axis=1) < k):
+            for cluster in np.flatnonzero(np.bincount(new[run], minlength=k) == 0):
+                stays = np.bincount(new[run], minlength=k)[new[run]] == 1  # the only member of its cluster
+                far = np.where(stays, -np.inf, distances[run, np.arange(n), new[run]])
+                new[run, far.argmax()] = cluster
+        if (new == assignment).all():
+            break
+        assignment = new
+    distances = to_centroids(assignment)
+    inertia = np.take_along_axis(distances, assignment[..., None], axis=2).sum(axis=(1, 2))
+    best = inertia.argmin()
+    return assignment[best], distances[best]
 
 
-def extract_key_frames(features, seed=0):
+def extract_key_frames(features, lengths=LENGTHS, seed=0):
     """Clustering-based frame extraction for every k that the clip allows (section 4.2).
 
     features: (N, D), one vector per frame
-    Returns {k: int array (k,)}: for each k in 3..8 up to the number of distinct frames, the frame nearest the
+    Returns {k: int array (k,)}: for each k of `lengths` up to the number of distinct frames, the frame nearest the
     centroid of each of k clusters, in the order of time; empty where there are fewer than 3 distinct frames.
     """
-    distinct = len(np.unique(features, axis=0))
+    distinct = len({feature.tobytes() for feature in features})
     x = features.astype(np.float64)
     x = x - x.mean(axis=0)
     gram = x @ x.T
     key_frames = {}
-    for k in LENGTHS:
+    for k in lengths:
         if k > distinct:
             break
         assignment, distances = kmeans(gram, k, np.random.default_rng((seed, k)))

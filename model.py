@@ -475,8 +475,7 @@ def precision(device_type, mixed_precision):
     with ExitStack() as stack:
         if mixed_precision != "no":
             stack.enter_context(torch.autocast(device_type, DTYPES[mixed_precision]))
-        if (
-            device_type == "cpu"
-        ):  # for short sequences plain matrix products beat the CPU's flash attention, most of all backwards
+        # For sequences as short as those of `tiny`, plain matrix products beat the CPU's flash attention backwards.
+        if device_type == "cpu" and torch.is_grad_enabled():
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield

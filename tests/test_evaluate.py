@@ -158,7 +158,7 @@ def small_judge():
         patch.setattr(judge, "SIDE", 32)
         patch.setattr(judge, "BATCH", 16)
         patch.setattr(judge, "SPOILED", 0.4)
-        trained = judge.train_judge(*judge.draw_clips(words * 4, 7, 32), epochs=32, width=32)
+        trained = judge.train_judge(*judge.draw_clips(words * 6, 7, 32), epochs=24, width=32)
         yield trained, *judge.draw_clips(words, 8, 32)
 
 

@@ -11,11 +11,13 @@ Speed and memory, each figure with its baseline in the same run.
     python bench.py memory           peak of one training step of `full`, a row per set of flags (needs a GPU)
 
 What is compared takes turns, round after round, after a round that is not counted: a machine that other programs
-slow down slows them all. Times are medians over the rounds, with the fastest and the slowest; ratios are medians
-of the ratio within a round.
+slow down slows them all. (Not where one model fills a GPU, and not the runs of train.py.) Times are medians over the
+rounds, with the fastest and the slowest. A ratio is that of times, below 1 is faster; a speedup above 1 is faster. Both
+are medians of what a round gives.
 """
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -23,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
@@ -32,6 +35,7 @@ import torch
 from diffusers import AutoencoderKL, I2VGenXLUNet, UNet3DConditionModel, UNetMotionModel
 from diffusers.training_utils import EMAModel
 from PIL import Image, ImageSequence
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -42,7 +46,7 @@ import stickers
 from cache import LatentDataset, write_shard
 from curriculum import LENGTHS, Curriculum
 from data import draw_batch
-from encoders import Encoders, NgramVectors, PatchPCA, WordVectors
+from encoders import Encoders, NgramVectors, PatchPCA, PretrainedVAE, WordVectors
 from folder import Clip, Sticker, load_clips
 from keyframes import extract_key_frames, thumbnails
 from model import DFGN, SIZES, precision
@@ -59,9 +63,11 @@ HALF_NAME = "bf16" if native_bf16() else "no"
 
 def machine():
     """One line: what the figures were measured on."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE
-    ).stdout.strip()
+    try:
+        describe = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(describe, capture_output=True, text=True, cwd=HERE).stdout.strip()
+    except OSError:  # no git
+        commit = ""
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         names = [
@@ -98,10 +104,18 @@ def row(what, seconds, baseline=None, **more):
 
 
 def flops_of(function):
-    """Floating point operations of one call, in units of 1e12."""
-    with FlopCounterMode(display=False) as counter:
+    """Floating point operations of one call, in units of 1e12. The counter does not know the CPU's flash attention."""
+    kernel = nullcontext() if CUDA else sdpa_kernel(SDPBackend.MATH)
+    with kernel, FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops() / 1e12
+
+
+def forget():
+    """Frees what is no longer used on the GPU: compiled modules hold themselves alive."""
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def matmul_peak(side=4096 if CUDA else 2048):
@@ -122,7 +136,7 @@ def video_unet(model_class, **config):
     with torch.no_grad():
         for tensor in (*unet.parameters(), *unet.buffers()):
             tensor.uniform_(-0.03, 0.03)
-    return unet.eval().requires_grad_(False).to(memory_format=torch.channels_last if model_class is DFGN else None)
+    return unet.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 def bench_unet(quick):
@@ -137,7 +151,7 @@ def bench_unet(quick):
     }
     modes = {"plain": unets}
     if CUDA:
-        modes["compiled"] = {name: torch.compile(unet) for name, unet in unets.items()}
+        modes["compiled"] = {name: torch.compile(unet, dynamic=False) for name, unet in unets.items()}
     for batch in (1,) if quick else (1, 8):
         step = torch.full((batch,), 500, device=DEVICE)
         ours, theirs = make(batch, slots, 4, 32, 32), make(batch, 4, slots, 32, 32)
@@ -169,12 +183,12 @@ def bench_unet(quick):
 
 
 def training_step(preset, batch, mixed=HALF_NAME, channels_last=True, attention=True, multi_tensor=True,
-                  only_valid=True, compiled=False, optimizes=True, lengths=LENGTHS, side=None, checkpointing=False,
+                  only_valid=True, compiled=False, optimizes=True, lengths=(3, 8, 4, 7, 5, 6), side=None, checkpointing=False,
                   eight_bit=False, low_memory=False, averages=True):  # fmt: skip
-    """A function that does one optimizer step of a preset on random latents, whose numbers of frames change from call
-    to call, and returns nothing. The switches are what the ladder of `bench_train` turns on one by one.
+    """A function that does one optimizer step of a preset on random latents and returns nothing. lengths: numbers of
+    frames of its clips, again and again. The switches are what the ladder of `bench_train` turns on one by one.
 
-    attention: our choice of kernel, instead of torch's; multi_tensor: AdamW and averages over all weights at once;
+    channels_last: of the weights; the network itself brings its frames to that layout now and then; attention: our choice of kernel, instead of torch's; multi_tensor: AdamW and averages over all weights at once;
     only_valid: frames beyond k are not computed; averages: with averaged weights"""
     channels = 4 if preset == "full" else PRESETS[preset]["codec"][1]
     side = side or (32 if preset == "full" else PRESETS[preset]["resolution"] // PRESETS[preset]["codec"][0])
@@ -193,16 +207,16 @@ def training_step(preset, batch, mixed=HALF_NAME, channels_last=True, attention=
         compile_layers(unet)
     if multi_tensor:
         optimizer = make_optimizer(unet, 1e-5, eight_bit, low_memory)
-        average = Average(unet)
-    else:
-        optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-5, foreach=False, fused=False, **ADAM)
-        average = EMAModel(unet.parameters(), decay=EMA_DECAY, foreach=False)
+        average = Average(unet) if averages else None
+    else:  # what torch and diffusers do unless told otherwise
+        optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-5, **ADAM)
+        average = EMAModel(unet.parameters(), decay=EMA_DECAY)
     token = torch.randn(batch, tokens, width, device=DEVICE), torch.ones(batch, tokens, dtype=bool, device=DEVICE)
     rng = np.random.default_rng(0)
     count = max(lengths)
 
     def step():
-        k = rng.permutation(np.resize(lengths, batch))  # the same sum at every call
+        k = rng.permutation(np.resize(lengths, batch))
         valid = torch.from_numpy(np.arange(count) < k[:, None]).to(DEVICE)
         latents = torch.randn(batch, count, channels, side, side, device=DEVICE)
         timestep = torch.randint(1000, (batch,), device=DEVICE)
@@ -213,7 +227,7 @@ def training_step(preset, batch, mixed=HALF_NAME, channels_last=True, attention=
                               valid if only_valid else None)  # fmt: skip
         masks.masked_loss(noise_pred, latents, valid).mean().backward()
         if optimizes:
-            torch.nn.utils.clip_grad_norm_(unet.parameters(), MAX_GRAD_NORM, foreach=multi_tensor)
+            torch.nn.utils.clip_grad_norm_(unet.parameters(), MAX_GRAD_NORM)
             optimizer.step()
             if averages:
                 average.step(unet if multi_tensor else unet.parameters())
@@ -228,7 +242,7 @@ def bench_train(quick):
     preset, batch, large = ("full", 4, 16) if CUDA else ("tiny", 8, 16)
     plain = dict(channels_last=False, attention=False, multi_tensor=False, only_valid=False)
     ladder = {f"plain, fp32, {batch} clips": dict(plain, mixed="no"), f"{HALF_NAME} autocast": dict(plain)}
-    tricks = {"channels_last": "channels_last", "attention kernel": "attention",
+    tricks = {"weights channels_last": "channels_last", "attention kernel": "attention",
               "fused AdamW, multi-tensor averages": "multi_tensor",
               "frames beyond k not computed": "only_valid"}  # fmt: skip
     if CUDA:
@@ -239,19 +253,24 @@ def bench_train(quick):
         ladder[f"+ {name}"] = dict(plain)
     if CUDA:
         ladder["+ --compile"] = dict(plain, compiled=True)
-    steps, work = {}, {}
-    for name, switches in ladder.items():
-        steps[name] = training_step(preset, batch, **switches)
-    steps[f"{large} clips"] = training_step(preset, large, compiled=CUDA)
-    for name, step in tqdm(steps.items(), desc="counting operations"):
-        work[name] = flops_of(step)
-    seconds, peak = timed(steps, 5 if quick else 11), matmul_peak()
+    clips = dict.fromkeys(ladder, batch)
+    ladder[f"{large} clips"], clips[f"{large} clips"] = dict(plain, compiled=CUDA), large
+    work, seconds = {}, {}
+    for name, switches in tqdm(ladder.items(), desc="counting operations"):
+        uncompiled = dict(switches, compiled=False, optimizes=False)
+        work[name] = flops_of(training_step(preset, clips[name], **uncompiled))
+        forget()
+    for names in [[name] for name in ladder] if CUDA else [list(ladder)]:  # a GPU cannot hold all of them at once
+        steps = {name: training_step(preset, clips[name], **ladder[name]) for name in names}
+        seconds |= timed(steps, 5 if quick else 11)
+        del steps
+        forget()
+    peak = matmul_peak()
     baseline, rows = seconds[f"{HALF_NAME} autocast"] / batch, []
     for name, times in seconds.items():
-        clips = large if name == f"{large} clips" else batch
         rate = work[name] / np.median(times)
-        rows.append(row(name, times, clips_per_second=clips / np.median(times),
-                        speedup=float(np.median(baseline / (times / clips))),
+        rows.append(row(name, times, clips_per_second=clips[name] / np.median(times),
+                        speedup=float(np.median(baseline / (times / clips[name]))),
                         TFLOP_per_s=rate, share_of_matmul=rate / peak))  # fmt: skip
     return rows
 
@@ -281,26 +300,22 @@ def bench_sample(quick):
     """Text and a first frame, 25 steps, scales 7.5 and 3: three conditions. `tiny` on a CPU, `full` with a VAE of
     Stable Diffusion's size on a GPU."""
     if CUDA:
-        config = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2,
-                      down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)  # fmt: skip
-        codec = encoder_like_vae(AutoencoderKL(**config))
-        unet = video_unet(DFGN, clip_dim=WordVectors.width, t5_dim=WordVectors.width, **SIZES["full"])
-        channels, side, mixed = 4, 32, "no"  # the weights themselves are in half precision
+        codec, preset, side = stable_diffusion_vae(), "full", 32
     else:
-        codec = PatchPCA(*PRESETS["tiny"]["codec"])
-        channels, side, mixed = codec.latent_channels, 12, HALF_NAME
+        codec, preset, side = PatchPCA(*PRESETS["tiny"]["codec"]), "tiny", 12
         codec.fit(torch.randint(0, 256, (8, 48, 48, 3), dtype=torch.uint8))
-        unet = DFGN(latent_channels=channels, clip_dim=WordVectors.width, t5_dim=NgramVectors.width,
-                    prior_side=side, **SIZES["tiny"]).eval().to(memory_format=torch.channels_last)  # fmt: skip
+    channels = codec.latent_channels
+    unet = DFGN(latent_channels=channels, clip_dim=WordVectors.width, t5_dim=NgramVectors.width,
+                prior_side=None if CUDA else side, **SIZES[preset])  # fmt: skip
+    unet.eval().to(DEVICE, memory_format=torch.channels_last)
     encoders, bare = Encoders(codec, device=DEVICE), Encoders(codec, device=DEVICE)
     bare.codec = NoCodec()
     given = torch.randn(1, masks.NUM_FRAMES, channels, side, side)
     is_given = (torch.arange(masks.NUM_FRAMES) == 0)[None]
 
     def sticker(encoders):
-        with torch.autocast(DEVICE.type, HALF, enabled=CUDA):
-            sample.generate(unet, encoders, ["a red heart bouncing"], given, is_given, num_inference_steps=25,
-                            guidance_scale=7.5, image_guidance_scale=3.0, mixed_precision=mixed)  # fmt: skip
+        sample.generate(unet, encoders, ["a red heart bouncing"], given, is_given, num_inference_steps=25,
+                        guidance_scale=7.5, image_guidance_scale=3.0, mixed_precision=HALF_NAME)  # fmt: skip
 
     def sequential():
         with patch.object(sample, "guided_noise", one_by_one):
@@ -308,13 +323,14 @@ def bench_sample(quick):
 
     seconds = timed({"conditions one by one": sequential, "as one batch": lambda: sticker(bare),
                      "as one batch, decoded": lambda: sticker(encoders)}, 5)  # fmt: skip
-    return [row(name, times, seconds["conditions one by one"]) for name, times in seconds.items()]
+    baseline = {"as one batch, decoded": "as one batch"}
+    return [row(name, times, seconds[baseline.get(name, "conditions one by one")]) for name, times in seconds.items()]
 
 
-def encoder_like_vae(vae):
-    """The decoding half of encoders.PretrainedVAE around a VAE that was never saved."""
-    from encoders import PretrainedVAE
-
+def stable_diffusion_vae():
+    """A PretrainedVAE of Stable Diffusion's size with random weights, never saved."""
+    vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2,
+                        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)  # fmt: skip
     codec = PretrainedVAE.__new__(PretrainedVAE)
     codec.vae = vae.to(DEVICE).eval().requires_grad_(False)
     codec.to = lambda device: codec
@@ -413,11 +429,13 @@ def bench_scaling(quick):
     with tempfile.TemporaryDirectory() as place:
         for ranks in (1, 2):
             output = Path(place) / str(ranks)
-            flags = ["--max_train_steps", "30", "--train_batch_size", str(8 // ranks), "--output_dir", str(output),
+            flags = ["--max_train_steps", "60", "--train_batch_size", str(8 // ranks), "--output_dir", str(output),
                      "--validation_prompts", "a red heart bouncing", "--validation_steps", "0"]  # fmt: skip
             launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-            threads = dict(os.environ, OMP_NUM_THREADS=str(2 // ranks))
-            subprocess.run([*launcher, str(HERE / "train.py"), *flags], check=True, env=threads, capture_output=True)
+            on_cpu = dict(os.environ, OMP_NUM_THREADS=str(2 // ranks), CUDA_VISIBLE_DEVICES="")
+            done = subprocess.run([*launcher, str(HERE / "train.py"), *flags], env=on_cpu, stderr=subprocess.PIPE)
+            if done.returncode:
+                raise SystemExit(f"bench.py scaling: train.py failed: {done.stderr.decode()[-2000:]}")
             log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
             rates[ranks] = np.array([entry["clips_per_second"] for entry in log[1:-1]])
     for ranks, rate in rates.items():
@@ -445,9 +463,13 @@ def bench_memory(quick):
         raise SystemExit("bench.py memory: needs a GPU: the figure is the peak of its allocator.")
     rows = []
     for name, flags in tqdm(MODES.items(), desc="memory"):
-        torch.cuda.empty_cache()
+        forget()
         torch.cuda.reset_peak_memory_stats()
-        step = training_step("full", 1, lengths=(8,), averages=False, **flags)
+        try:
+            step = training_step("full", 1, lengths=(8,), averages=False, **flags)
+        except ImportError:
+            print(f"{name}: not measured, it needs torchao", file=sys.stderr)
+            continue
         seconds = timed({name: step})[name]
         rows.append(row(name, seconds, peak_gb=torch.cuda.max_memory_allocated() / 1e9))
         del step
@@ -512,11 +534,14 @@ BENCHES = {"unet": bench_unet, "train": bench_train, "sample": bench_sample, "da
 
 def main():
     parser = argparse.ArgumentParser(description="Measure speed and memory.")
-    parser.add_argument("what", nargs="*", choices=[[], *BENCHES], help="default: all that this machine can")
+    parser.add_argument("what", nargs="*", choices=[[], *BENCHES], metavar="WHAT",
+                        help=f"{', '.join(BENCHES)} (default: all that this machine can)")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="smaller sizes: ten minutes on two CPU cores")
     parser.add_argument("--output", metavar="FILE.json", help="write the figures there too")
     args = parser.parse_args()
     tables = {}
+    if CUDA:
+        torch.set_float32_matmul_precision("high")  # as in train.py
     print(machine())
     for what in args.what or [name for name in BENCHES if CUDA or name != "memory"]:
         started = time.perf_counter()

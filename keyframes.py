@@ -76,8 +76,9 @@ def extract_key_frames(features, lengths=LENGTHS, seed=0):
     """Clustering-based frame extraction for every k that the clip allows (section 4.2).
 
     features: (N, D), one vector per frame
+    lengths: values of k, ascending
     Returns {k: int array (k,)}: for each k of `lengths` up to the number of distinct frames, the frame nearest the
-    centroid of each of k clusters, in the order of time; empty where there are fewer than 3 distinct frames.
+    centroid of each of k clusters, in the order of time; empty where even the first k is beyond it.
     """
     distinct = len({feature.tobytes() for feature in features})
     x = features.astype(np.float64)

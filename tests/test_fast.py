@@ -35,7 +35,9 @@ def assert_equal(a, b, tolerance):
 @pytest.mark.parametrize("valid", [None, first(5)], ids=["8 frames", "5 of 8"])
 @pytest.mark.parametrize("mixed_precision, tolerance", [("no", 1e-4), ("bf16", 0.1)])
 @pytest.mark.parametrize("temporal", ["sti", "conv3d"])
-def test_channels_last(temporal, mixed_precision, tolerance, valid):
+def test_weights_channels_last(temporal, mixed_precision, tolerance, valid):
+    """The network brings its input to that layout in any case; contiguous weights let go of it at every convolution
+    that prefers the other one."""
     plain = outputs_and_gradients(random_dfgn(temporal), mixed_precision, valid=valid)
     fast = random_dfgn(temporal).to(memory_format=torch.channels_last)
     assert_equal(plain, outputs_and_gradients(fast, mixed_precision, valid=valid), tolerance)

@@ -534,11 +534,12 @@ BENCHES = {"unet": bench_unet, "train": bench_train, "sample": bench_sample, "da
 
 def main():
     parser = argparse.ArgumentParser(description="Measure speed and memory.")
-    parser.add_argument("what", nargs="*", choices=[[], *BENCHES], metavar="WHAT",
-                        help=f"{', '.join(BENCHES)} (default: all that this machine can)")  # fmt: skip
+    parser.add_argument("what", nargs="*", metavar="WHAT", help=f"{', '.join(BENCHES)} (default: what this machine can)")
     parser.add_argument("--quick", action="store_true", help="smaller sizes: ten minutes on two CPU cores")
     parser.add_argument("--output", metavar="FILE.json", help="write the figures there too")
     args = parser.parse_args()
+    if unknown := set(args.what) - set(BENCHES):
+        parser.error(f"{', '.join(unknown)}: WHAT must be one of {', '.join(BENCHES)}.")
     tables = {}
     if CUDA:
         torch.set_float32_matmul_precision("high")  # as in train.py

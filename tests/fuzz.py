@@ -14,7 +14,6 @@ import io
 import json
 import os
 import re
-import resource
 import shutil
 import struct
 import sys
@@ -35,7 +34,7 @@ import media  # noqa: E402
 from tests.test_media import clip, write  # noqa: E402
 
 SECONDS = media.MAX_SECONDS  # of one case; real: a process that hangs is ended after folder.HANG_SECONDS
-MEMORY = 512  # MiB, the peak of a decoding process
+MEMORY = 512  # MiB that a decoding process may grow by
 RESOLUTION = 32
 EXTREMES = (
     0,
@@ -172,9 +171,22 @@ def is_sentence(text):
     return text.isprintable() and text.endswith(".") and len(text) < 1500
 
 
+def memory(which):
+    """MiB that this process holds ("VmRSS") or has held at most ("VmHWM"); 0 where there is no /proc."""
+    status = Path("/proc/self/status")
+    return int(re.search(rf"{which}:\s+(\d+)", status.read_text())[1]) // 1024 if status.exists() else 0
+
+
+@cache
+def memory_at_start(pid):
+    """What a forked process has of its parent."""
+    return memory("VmRSS")
+
+
 def try_file(number, seed, place):
     """Reads case `number`, in a process of folder.in_processes.
     Returns (what came of it, what is wrong or None, seconds, MiB, pid); a good case leaves no file behind."""
+    before = memory_at_start(os.getpid())
     rng = np.random.default_rng((seed, number))
     path = Path(place, f"{number}{media.SUFFIXES[int(rng.integers(len(media.SUFFIXES)))]}")
     path.write_bytes(mutated(rng, good_files()))
@@ -198,7 +210,7 @@ def try_file(number, seed, place):
     loaded = folder.load_clip(folder.Sticker(path, path.name, "", "train"), RESOLUTION)
     if isinstance(loaded, str) and outcome == "decoded" and "distinct frames" not in loaded:
         fault = f"decoded once, and then: {loaded}"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    peak = memory("VmHWM") - before
     if seconds > SECONDS or peak > MEMORY:
         fault = fault or f"took {seconds:.1f} s, and up to here {peak} MiB"
     if not fault:
@@ -285,7 +297,7 @@ def main():
                 shutil.copytree(place, args.keep / f"metadata-{number}", dirs_exist_ok=True)
 
     print(f"{args.cases} files: " + ", ".join(f"{count} {name}" for name, count in outcomes.items()))
-    print(f"slowest {slowest[0]:.2f} s (case {slowest[1]}), peak of a decoding process {peak} MiB")
+    print(f"slowest {slowest[0]:.2f} s (case {slowest[1]}), decoding processes grew by at most {peak} MiB")
     print(f"{args.cases // 4} metadata files in {time.perf_counter() - start:.0f} s")
     for fault in faults:
         print(f"FAULT {media.printable(fault)}")

@@ -2,6 +2,7 @@
 and the real commands at toy size."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -189,7 +190,8 @@ def test_latest_without_a_checkpoint_starts_fresh(run):
 
 
 def command(*words):
-    result = subprocess.run([str(word) for word in words], capture_output=True, text=True, cwd=ROOT)
+    env = dict(os.environ, OMP_NUM_THREADS="1")  # more, beside other tests, wait for each other
+    result = subprocess.run([str(word) for word in words], capture_output=True, text=True, cwd=ROOT, env=env)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 

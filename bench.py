@@ -136,7 +136,10 @@ def video_unet(model_class, **config):
     with torch.no_grad():
         for tensor in (*unet.parameters(), *unet.buffers()):
             tensor.uniform_(-0.03, 0.03)
-    return unet.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    for weight in unet.parameters():
+        if weight.dim() == 4:  # not those of 3D convolutions
+            weight.data = weight.data.to(memory_format=torch.channels_last)
+    return unet.eval().requires_grad_(False)
 
 
 def bench_unet(quick):

@@ -415,10 +415,11 @@ def bench_scaling(quick):
     """How the time of forward and backward grows, as a fitted exponent beside that of the counted operations; and
     `tiny` in two processes of one thread each against one process of two, the same global batch."""
     preset, rows = "full" if CUDA else "small", []
+    sides = (16, 32, 64) if CUDA else (8, 12, 16)
     small = dict(optimizes=False, side=16)
     cases = {
         "frames 3, 4, 6, 8": ((3, 4, 6, 8), lambda n: training_step(preset, 1, **dict(small, lengths=(n,)))),
-        "side of latents 8, 16, 32": ((8, 16, 32), lambda n: training_step(preset, 1, **dict(small, lengths=(8,), side=n))),
+        f"side of latents {sides}": (sides, lambda n: training_step(preset, 1, **dict(small, lengths=(8,), side=n))),
         "clips 1, 2, 4": ((1, 2, 4), lambda n: training_step(preset, n, **dict(small, lengths=(4,)))),
     }  # fmt: skip
     for name, (sizes, make) in tqdm(cases.items(), desc="scaling"):
@@ -432,11 +433,11 @@ def bench_scaling(quick):
     with tempfile.TemporaryDirectory() as place:
         for ranks in (1, 2):
             output = Path(place) / str(ranks)
-            flags = ["--max_train_steps", "60", "--train_batch_size", str(8 // ranks), "--output_dir", str(output),
+            flags = ["--max_train_steps", "40", "--train_batch_size", str(8 // ranks), "--output_dir", str(output),
                      "--validation_prompts", "a red heart bouncing", "--validation_steps", "0"]  # fmt: skip
             launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
             on_cpu = dict(os.environ, OMP_NUM_THREADS=str(2 // ranks), CUDA_VISIBLE_DEVICES="")
-            done = subprocess.run([*launcher, str(HERE / "train.py"), *flags], env=on_cpu, stderr=subprocess.PIPE)
+            done = subprocess.run([*launcher, str(HERE / "train.py"), *flags], env=on_cpu, capture_output=True)
             if done.returncode:
                 raise SystemExit(f"bench.py scaling: train.py failed: {done.stderr.decode()[-2000:]}")
             log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]

@@ -1,7 +1,7 @@
 """
 Speed and memory, each figure with its baseline in the same run.
 
-    python bench.py --quick          all that two CPU cores can measure in ten minutes
+    python bench.py --quick          what two CPU cores can measure in some ten minutes
     python bench.py unet             one pass of `full` beside diffusers' video U-Nets (the paper's Table 8)
     python bench.py train            one training step; a ladder with one trick per row
     python bench.py sample           one sticker: 25 steps with text and image guidance
@@ -191,8 +191,11 @@ def training_step(preset, batch, mixed=HALF_NAME, channels_last=True, attention=
     """A function that does one optimizer step of a preset on random latents and returns nothing. lengths: numbers of
     frames of its clips, again and again. The switches are what the ladder of `bench_train` turns on one by one.
 
-    channels_last: of the weights; the network itself brings its frames to that layout now and then; attention: our choice of kernel, instead of torch's; multi_tensor: AdamW and averages over all weights at once;
-    only_valid: frames beyond k are not computed; averages: with averaged weights"""
+    channels_last: of the weights; the network itself brings its frames to that layout now and then
+    attention: our choice of kernel, instead of torch's
+    multi_tensor: AdamW and averages over all weights at once
+    only_valid: frames beyond k are not computed
+    averages: with averaged weights"""
     channels = 4 if preset == "full" else PRESETS[preset]["codec"][1]
     side = side or (32 if preset == "full" else PRESETS[preset]["resolution"] // PRESETS[preset]["codec"][0])
     width = 1024 if preset == "full" else WordVectors.width
@@ -539,7 +542,7 @@ BENCHES = {"unet": bench_unet, "train": bench_train, "sample": bench_sample, "da
 def main():
     parser = argparse.ArgumentParser(description="Measure speed and memory.")
     parser.add_argument("what", nargs="*", metavar="WHAT", help=f"{', '.join(BENCHES)} (default: what this machine can)")
-    parser.add_argument("--quick", action="store_true", help="smaller sizes: ten minutes on two CPU cores")
+    parser.add_argument("--quick", action="store_true", help="smaller sizes: some ten minutes on two CPU cores")
     parser.add_argument("--output", metavar="FILE.json", help="write the figures there too")
     args = parser.parse_args()
     if unknown := set(args.what) - set(BENCHES):

@@ -93,6 +93,9 @@ def run(out, folder, case):
         *(str(w) for name, x in flags.items() for w in (f"--{name}", x)),
     ]
     train.data.draw_batch = watched
+    # The ranks of this run must not find the addresses of the run before, which torchrun's store keeps: it counts as
+    # a restart.
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(1 + int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
     try:
         train.main()
     finally:

@@ -128,10 +128,8 @@ def matmul_peak(side=4096 if CUDA else 2048):
 # One U-Net pass (the paper's Table 8)
 
 
-def video_unet(model_class, **config):
-    """A model in half precision with random weights, made without the minutes that its own initialization takes."""
-    with torch.device("meta"):
-        unet = model_class(**config)
+def materialized(unet):
+    """A model from the meta device, in half precision with random weights: its own initialization takes minutes."""
     unet = torch.nn.Module.to(unet, HALF).to_empty(device=DEVICE)
     with torch.no_grad():
         for tensor in (*unet.parameters(), *unet.buffers()):
@@ -142,42 +140,46 @@ def video_unet(model_class, **config):
     return unet.eval().requires_grad_(False)
 
 
+def unet_inputs(batch, device, dtype):
+    """What each network takes for `batch` clips of eight frames, latents of 4 x 32 x 32."""
+    slots = masks.NUM_FRAMES
+    make = lambda *shape: torch.randn(*shape, device=device, dtype=dtype)
+    step, fps = (torch.full((batch,), value, device=device) for value in (500, 8))
+    ours, theirs = make(batch, slots, 4, 32, 32), make(batch, 4, slots, 32, 32)
+    token = make(batch, 77, 1024), torch.ones(batch, 77, dtype=torch.bool, device=device)
+    return {
+        "DFGN, full": (ours, torch.zeros_like(ours), step, (*token, *token)),
+        "I2VGenXLUNet": (theirs, step, fps, theirs, make(batch, 1024), token[0]),
+        "UNet3DConditionModel": (theirs, step, token[0]),
+        "UNetMotionModel": (theirs, step, make(batch * slots, 77, 1280)),  # its text is per frame
+    }
+
+
 def bench_unet(quick):
     """1 x 8 x 256 x 256, that is latents of 8 x 4 x 32 x 32, and eight of them; models of diffusers by their defaults."""
-    slots, rows = masks.NUM_FRAMES, []
-    make = lambda *shape: torch.randn(*shape, device=DEVICE, dtype=HALF)
-    unets = {
-        "DFGN, full": video_unet(DFGN, **SIZES["full"]),
-        "I2VGenXLUNet": video_unet(I2VGenXLUNet),
-        "UNet3DConditionModel": video_unet(UNet3DConditionModel),
-        "UNetMotionModel": video_unet(UNetMotionModel),
-    }
+    rows, batches = [], (1,) if quick else (1, 8)
+    with torch.device("meta"), torch.no_grad():
+        unets = {"DFGN, full": DFGN(**SIZES["full"]), "I2VGenXLUNet": I2VGenXLUNet(),
+                 "UNet3DConditionModel": UNet3DConditionModel(), "UNetMotionModel": UNetMotionModel()}  # fmt: skip
+        inputs = unet_inputs(1, "meta", torch.float32)
+        work = {name: flops_of(lambda: unet(*inputs[name])) for name, unet in unets.items()}  # of one clip
+    unets = {name: materialized(unet) for name, unet in unets.items()}
     modes = {"plain": unets}
     if CUDA:
         modes["compiled"] = {name: torch.compile(unet, dynamic=False) for name, unet in unets.items()}
-    for batch in (1,) if quick else (1, 8):
-        step = torch.full((batch,), 500, device=DEVICE)
-        ours, theirs = make(batch, slots, 4, 32, 32), make(batch, 4, slots, 32, 32)
-        token = make(batch, 77, 1024), torch.ones(batch, 77, dtype=torch.bool, device=DEVICE)
-        fps = torch.full((batch,), 8, device=DEVICE)
-        inputs = {
-            "DFGN, full": (ours, torch.zeros_like(ours), step, (*token, *token)),
-            "I2VGenXLUNet": (theirs, step, fps, theirs, make(batch, 1024), token[0]),
-            "UNet3DConditionModel": (theirs, step, token[0]),
-            "UNetMotionModel": (theirs, step, make(batch * slots, 77, 1280)),  # its text is per frame
-        }
+    for batch in batches:
+        inputs = unet_inputs(batch, DEVICE, HALF)
 
         def call(name, unet):
             with torch.no_grad():
                 unet(*inputs[name])
 
-        work = {name: flops_of(lambda: call(name, unet)) for name, unet in unets.items()}
         for mode, those in modes.items():
             seconds = timed({name: lambda n=name, u=unet: call(n, u) for name, unet in those.items()}, 5)
             for name, unet in unets.items():
                 rows.append(row(f"{name}, batch {batch}, {mode}", seconds[name], seconds["I2VGenXLUNet"],
                                 parameters_M=sum(p.numel() for p in unet.parameters()) / 1e6,
-                                TFLOP=work[name]))  # fmt: skip
+                                TFLOP=batch * work[name]))  # fmt: skip
     return rows
 
 
@@ -257,10 +259,11 @@ def bench_train(quick):
     for name, trick in tricks.items():
         plain = dict(plain, **{trick: True})
         ladder[f"+ {name}"] = dict(plain)
-    if CUDA:
+    compiles = CUDA or not quick  # two minutes on two cores
+    if compiles:
         ladder["+ --compile"] = dict(plain, compiled=True)
     clips = dict.fromkeys(ladder, batch)
-    ladder[f"{large} clips"], clips[f"{large} clips"] = dict(plain, compiled=CUDA), large
+    ladder[f"{large} clips"], clips[f"{large} clips"] = dict(plain, compiled=compiles), large
     work, seconds = {}, {}
     for name, switches in tqdm(ladder.items(), desc="counting operations"):
         uncompiled = dict(switches, compiled=False, optimizes=False)
@@ -417,13 +420,13 @@ def exponent(sizes, values):
 def bench_scaling(quick):
     """How the time of forward and backward grows, as a fitted exponent beside that of the counted operations; and
     `tiny` in two processes of one thread each against one process of two, the same global batch."""
-    preset, rows = "full" if CUDA else "small", []
-    sides = (16, 32, 64) if CUDA else (8, 12, 16)
-    small = dict(optimizes=False, side=16)
+    preset, rows = "full" if CUDA else "tiny", []
+    sides = (16, 32, 64) if CUDA else (12, 24, 36)
+    usual = dict(optimizes=False, side=sides[1])
     cases = {
-        "frames 3, 4, 6, 8": ((3, 4, 6, 8), lambda n: training_step(preset, 1, **dict(small, lengths=(n,)))),
-        f"side of latents {sides}": (sides, lambda n: training_step(preset, 1, **dict(small, lengths=(8,), side=n))),
-        "clips 1, 2, 4": ((1, 2, 4), lambda n: training_step(preset, n, **dict(small, lengths=(4,)))),
+        "frames 3, 4, 6, 8": ((3, 4, 6, 8), lambda n: training_step(preset, 1, **dict(usual, lengths=(n,)))),
+        f"side of latents {sides}": (sides, lambda n: training_step(preset, 1, **dict(usual, lengths=(8,), side=n))),
+        "clips 1, 2, 4": ((1, 2, 4), lambda n: training_step(preset, n, **dict(usual, lengths=(8,)))),
     }  # fmt: skip
     for name, (sizes, make) in tqdm(cases.items(), desc="scaling"):
         steps = {n: make(n) for n in sizes}
@@ -434,10 +437,12 @@ def bench_scaling(quick):
                         exponent_of_operations=exponent(sizes, work)))  # fmt: skip
     rates = {}
     with tempfile.TemporaryDirectory() as place:
+        folder = stickers.draw_stickers(Path(place) / "stickers", count=64)
         for ranks in (1, 2):
             output = Path(place) / str(ranks)
-            flags = ["--max_train_steps", "40", "--train_batch_size", str(8 // ranks), "--output_dir", str(output),
-                     "--validation_prompts", "a red heart bouncing", "--validation_steps", "0"]  # fmt: skip
+            flags = ["--data", str(folder), "--cache_dir", place, "--output_dir", str(output), "--max_train_steps", "70",
+                     "--train_batch_size", str(8 // ranks), "--validation_prompts", "a red heart bouncing",
+                     "--validation_steps", "0"]  # fmt: skip
             launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
             on_cpu = dict(os.environ, OMP_NUM_THREADS=str(2 // ranks), CUDA_VISIBLE_DEVICES="")
             done = subprocess.run([*launcher, str(HERE / "train.py"), *flags], env=on_cpu, capture_output=True)

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from curriculum import LENGTHS
 from folder import Clip, DataError, load_clips
 
-CACHE_VERSION = 3  # raise it when key frames or the layout of the cache change
+CACHE_VERSION = 4  # raise it when resizing, key frames or the layout of the cache change
 SHARD_CLIPS = 256  # what an interruption can lose
 SLOTS = LENGTHS[-1]  # frames of the longest list
 

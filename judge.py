@@ -31,7 +31,7 @@ import stickers
 from keyframes import extract_key_frames, thumbnails
 from masks import NUM_FRAMES
 
-VERSION = 2  # raise it when the judge or its training changes: cached judges are then trained anew
+VERSION = 3  # raise it when the judge or its training changes: cached judges are then trained anew
 SIDE = 64  # pixels; clips of another resolution are resized
 NONE = "none"  # the motion of what moves like none of the eight, the colour of what has none
 COLOURS, SUBJECTS, MOTIONS = list(stickers.COLOURS), list(stickers.SUBJECTS), [*stickers.MOTIONS, NONE]
@@ -55,11 +55,7 @@ def draw_key_frames(job, resolution):
     while True:  # until the clip has 8 distinct frames; lengths as in the default set, from 8 on
         count = min(40, round(NUM_FRAMES * np.exp(0.65 * abs(rng.standard_normal()))))
         pictures, _ = stickers.draw_clip(*words, rng, num_frames=count)
-        frames = [
-            media.on_white(p).resize((resolution,) * 2, Image.Resampling.BICUBIC, reducing_gap=2.0)
-            for p in pictures
-        ]
-        frames = np.stack([np.asarray(frame) for frame in frames])
+        frames = np.stack([media.on_white(picture, resolution) for picture in pictures])
         key_frames = extract_key_frames(thumbnails(frames), lengths=[NUM_FRAMES])
         if key_frames:
             return frames[key_frames[NUM_FRAMES]]

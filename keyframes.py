@@ -19,9 +19,8 @@ THUMBNAIL = 32
 
 def thumbnails(frames):
     """frames uint8 (N, R, R, 3) -> uint8 (N, 32 * 32 * 3), one feature vector per frame"""
-    small = [
-        np.asarray(Image.fromarray(f).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)) for f in frames
-    ]
+    size, box = (THUMBNAIL, THUMBNAIL), Image.Resampling.BOX
+    small = [np.asarray(Image.fromarray(f).resize(size, box, reducing_gap=1.0)) for f in frames]
     return np.stack(small).reshape(len(frames), -1)
 
 

@@ -24,6 +24,8 @@ from pathlib import Path
 
 import av
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence, UnidentifiedImageError
 
 SUFFIXES = (".gif", ".webp", ".png", ".apng", ".mp4", ".webm")  # what a sticker folder is searched for
@@ -154,12 +156,18 @@ def pictures(path, stills):
     yield from decode(data, form)
 
 
-def on_white(picture):
-    """RGBA picture -> RGB in the centre of the smallest white square around it."""
+def on_white(picture, resolution):
+    """RGBA picture -> uint8 (resolution, resolution, 3): in the centre of the smallest white square around it, resized
+    (bicubic, as Pillow's to within two levels; torch's is twice as fast)."""
     width, height = picture.size
     square = Image.new("RGB", (max(width, height),) * 2, WHITE)
     square.paste(picture, ((square.width - width) // 2, (square.height - height) // 2), picture)
-    return square
+    pixels = np.array(square)
+    if square.width == resolution:
+        return pixels
+    x = torch.from_numpy(pixels).view(1, *pixels.shape).permute(0, 3, 1, 2)  # (1, 3, side, side), channels last
+    x = F.interpolate(x, (resolution, resolution), mode="bicubic", antialias=True)
+    return x[0].permute(1, 2, 0).numpy()
 
 
 def decoded(path, resolution, stills=False):
@@ -177,10 +185,7 @@ def decoded(path, resolution, stills=False):
                     raise MediaError(
                         f"takes more than {MAX_SECONDS} seconds to decode; shorten or resize it first"
                     )
-                square = on_white(picture)
-                if square.width != resolution:
-                    square = square.resize((resolution,) * 2, Image.Resampling.BICUBIC, reducing_gap=2.0)
-                yield np.array(square), delay
+                yield on_white(picture, resolution), delay
     except MediaError as error:
         raise MediaError(f"{name} {error}.") from None
     except Image.DecompressionBombError:  # Pillow's own limit: far beyond ours, but the first to be checked

@@ -21,6 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from diffusers import ConfigMixin, DDIMScheduler, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_timestep_embedding
 from diffusers.models.resnet import ResnetBlock2D
@@ -214,6 +215,23 @@ class Conv3D(nn.Module):
 # The U-Net
 
 
+class SharedText(AttnProcessor2_0):
+    """diffusers' attention within a frame; in cross-attention all frames of a clip are queries to the one text of the
+    clip, whose keys and values are computed once instead of once per frame."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, frames=None):
+        """hidden_states: (N, H*W, d); encoder_hidden_states: (B, L, D); attention_mask: (B, 1, L), added to scores"""
+        if encoder_hidden_states is None:
+            return super().__call__(attn, hidden_states)
+        q = frames.unpack(attn.to_q(hidden_states))  # (B, F, H*W, d)
+        locations = q.shape[2]
+        k, v = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)  # (B, L, d)
+        q, k, v = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (q.flatten(1, 2), k, v))
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask[:, None])  # (B, heads, F*H*W, head width)
+        h = h.transpose(1, 2).flatten(2).unflatten(1, (frames.slots, locations))  # (B, F, H*W, d)
+        return attn.to_out[0](frames.pack(h))  # (N, H*W, d)
+
+
 class Block(nn.Module):
     """The layers of one resolution, under the names that diffusers' 2D conditional U-Net gives them, so that
     a Stable Diffusion 2.x checkpoint fits: resnets, attentions, downsamplers, upsamplers. `temporal` is
@@ -333,6 +351,10 @@ class DFGN(ModelMixin, ConfigMixin):
                 block.upsamplers.append(Upsample2D(width, use_conv=True))
             self.up_blocks.append(block)
 
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.set_processor(SharedText())
+
         self.conv_norm_out = nn.GroupNorm(groups, width, eps=1e-5)
         self.conv_out = nn.Conv2d(width, latent_channels, kernel_size=3, padding=1)
 
@@ -388,10 +410,8 @@ class DFGN(ModelMixin, ConfigMixin):
             inputs = [noisy * (alpha * std**2 + 1 - alpha).rsqrt(), given / std, clean / std]
 
         clip, clip_mask, t5, t5_mask = text
-        text = torch.cat([self.clip_projection(clip), self.t5_projection(t5)], dim=1)[
-            frames.clip
-        ]  # (N, L, D)
-        text_mask = torch.cat([clip_mask, t5_mask], dim=1)[frames.clip]  # (N, L)
+        text = torch.cat([self.clip_projection(clip), self.t5_projection(t5)], dim=1)  # (B, L, D)
+        text_mask = torch.cat([clip_mask, t5_mask], dim=1)  # (B, L)
 
         emb = self.time_proj(timestep).to(noisy.dtype)  # (B, d_0)
         emb = self.time_embedding(emb)[frames.clip]  # (N, 4 d_0)
@@ -399,7 +419,8 @@ class DFGN(ModelMixin, ConfigMixin):
         def run_layer(h, resnet, attention, temporal):
             h = resnet(h, emb)
             if attention is not None:
-                h = attention(h, text, encoder_attention_mask=text_mask, return_dict=False)[0]
+                h = attention(h, text, encoder_attention_mask=text_mask,
+                              cross_attention_kwargs={"frames": frames}, return_dict=False)[0]  # fmt: skip
                 h = temporal(h.contiguous(memory_format=torch.channels_last), frames)
             return h
 

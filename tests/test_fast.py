@@ -6,6 +6,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.training_utils import EMAModel
 
@@ -48,6 +49,24 @@ def test_attention_kernel(mixed_precision, tolerance):
     unet = random_dfgn()
     plain = outputs_and_gradients(unet, mixed_precision, ours=False)
     assert_equal(plain, outputs_and_gradients(unet, mixed_precision), tolerance)
+
+
+class TextPerFrame(AttnProcessor2_0):
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, frames=None):
+        if encoder_hidden_states is not None:
+            encoder_hidden_states, attention_mask = encoder_hidden_states[frames.clip], attention_mask[frames.clip]
+        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
+
+
+@pytest.mark.parametrize("valid", [None, first(5)], ids=["8 frames", "5 of 8"])
+@pytest.mark.parametrize("mixed_precision, tolerance", [("no", 1e-4), ("bf16", 0.1)])
+def test_keys_and_values_of_the_text_once_per_clip(mixed_precision, tolerance, valid):
+    unet = random_dfgn()
+    fast = outputs_and_gradients(unet, mixed_precision, valid=valid)
+    for module in unet.modules():
+        if isinstance(module, Attention):
+            module.set_processor(TextPerFrame())
+    assert_equal(outputs_and_gradients(unet, mixed_precision, valid=valid), fast, tolerance)
 
 
 def test_frame_convolution_is_the_three_dimensional_one():

@@ -308,6 +308,20 @@ def test_padding_is_white_centred_and_does_not_stretch(tmp_path):
     assert np.array_equal(tall, wide.transpose(1, 0, 2))
 
 
+@pytest.mark.parametrize("resolution", [31, 64, 100, 257])
+def test_resizing_is_that_of_pillow(resolution):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (90, 100, 4), dtype=np.uint8)
+    pixels[20:60, 30:70] = 255, 0, 0, 255  # hard edges
+    pixels[..., 3] = 255
+    square = np.full((100, 100, 3), 255, np.uint8)
+    square[5:95] = pixels[..., :3]
+    expected = Image.fromarray(square).resize((resolution,) * 2, Image.Resampling.BICUBIC)
+    frame = media.on_white(Image.fromarray(pixels), resolution)
+    assert frame.shape == (resolution, resolution, 3) and frame.dtype == np.uint8 and frame.flags.c_contiguous
+    assert np.abs(frame.astype(int) - np.asarray(expected)).max() <= 2
+
+
 def test_transparent_pixels_do_not_bleed_their_colour_when_resized(tmp_path):
     pixels = np.zeros((64, 64, 4), np.uint8)  # transparent black ...
     pixels[::2, :] = (255, 255, 255, 255)  # ... between lines of white: everything is white

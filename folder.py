@@ -234,7 +234,7 @@ def in_processes(work, items, num_workers):
     """
     todo, failed = deque(items), False  # failed: whether the first of `todo` has been tried before
     while todo:  # once, and again after each failure: the pool may be out of order
-        # Forked, as torch's own loaders are: a fresh process would import torch (7 s, 400 MB) for nothing.
+        # Forked, as torch's own loaders are: a fresh process would import torch first (7 s, 400 MB).
         # One thread each: torch's others did not come along.
         pool = ProcessPool(num_workers, initializer=torch.set_num_threads, initargs=[1], context=get_context("fork"))
         futures = deque()

@@ -73,7 +73,8 @@ def draw_clips(wanted, seed, resolution, num_workers=0):
     draw = partial(draw_key_frames, resolution=resolution)
     progress = partial(tqdm, desc="drawing stickers for the judge", total=len(jobs), unit="clip")
     if num_workers > 1:
-        with ProcessPoolExecutor(num_workers) as pool:
+        # One thread each, as in folder.py: forked processes have none of torch's others.
+        with ProcessPoolExecutor(num_workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             clips = list(progress(pool.map(draw, jobs, chunksize=16)))
     else:
         clips = [draw(job) for job in progress(jobs)]

@@ -3,7 +3,7 @@ DFGN, the discrete frame generation network of RDTF (section 3 of the paper): a 
 that sees each frame by itself, with an STI (spatial temporal interaction) layer after each of its spatial
 transformers.
 
-    Frames    which slots of a batch hold frames: the U-Net computes nothing for the others
+    Frames    which slots of a batch hold frames: spatial layers compute nothing for the others
     STI       section 3.1: semantic branch, detail branch, learned fusion
     Conv3D    what the paper's ablation puts in the place of STI (Table 3)
     DFGN      the U-Net
@@ -21,7 +21,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from diffusers import ConfigMixin, DDIMScheduler, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_timestep_embedding
 from diffusers.models.resnet import ResnetBlock2D
@@ -197,7 +196,7 @@ class STI(nn.Module):
 class Conv3D(nn.Module):
     """The temporal layer of the paper's ablation "DFGN (3D-Conv)": four (3, 1, 1) convolutions, as in the
     video U-Nets that the paper's lineage starts from, with the same residual start. The paper gives no size;
-    this one has 1.01B parameters."""
+    this one has 1.02B parameters."""
 
     def __init__(self, width, groups=32):
         super().__init__()
@@ -215,21 +214,10 @@ class Conv3D(nn.Module):
 # The U-Net
 
 
-class SharedText(AttnProcessor2_0):
-    """diffusers' attention within a frame; in cross-attention all frames of a clip are queries to the one text of the
-    clip, whose keys and values are computed once instead of once per frame."""
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, frames=None):
-        """hidden_states: (N, H*W, d); encoder_hidden_states: (B, L, D); attention_mask: (B, 1, L), added to scores"""
-        if encoder_hidden_states is None:
-            return super().__call__(attn, hidden_states)
-        q = frames.unpack(attn.to_q(hidden_states))  # (B, F, H*W, d)
-        locations = q.shape[2]
-        k, v = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)  # (B, L, d)
-        q, k, v = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (q.flatten(1, 2), k, v))
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask[:, None])  # (B, heads, F*H*W, head width)
-        h = h.transpose(1, 2).flatten(2).unflatten(1, (frames.slots, locations))  # (B, F, H*W, d)
-        return attn.to_out[0](frames.pack(h))  # (N, H*W, d)
+def as_weights(norm, inputs):
+    """A hook: LayerNorm computes in the type of its weights, in single precision as a rule. So does autocast on a GPU, but
+    on a CPU it would sum the gradients of weights and biases in bf16, where they come out wrong by a tenth and more."""
+    return (inputs[0].to(norm.weight.dtype),)
 
 
 class Block(nn.Module):
@@ -352,8 +340,8 @@ class DFGN(ModelMixin, ConfigMixin):
             self.up_blocks.append(block)
 
         for module in self.modules():
-            if isinstance(module, Attention):
-                module.set_processor(SharedText())
+            if isinstance(module, nn.LayerNorm):
+                module.register_forward_pre_hook(as_weights)
 
         self.conv_norm_out = nn.GroupNorm(groups, width, eps=1e-5)
         self.conv_out = nn.Conv2d(width, latent_channels, kernel_size=3, padding=1)
@@ -410,8 +398,10 @@ class DFGN(ModelMixin, ConfigMixin):
             inputs = [noisy * (alpha * std**2 + 1 - alpha).rsqrt(), given / std, clean / std]
 
         clip, clip_mask, t5, t5_mask = text
-        text = torch.cat([self.clip_projection(clip), self.t5_projection(t5)], dim=1)  # (B, L, D)
-        text_mask = torch.cat([clip_mask, t5_mask], dim=1)  # (B, L)
+        text = torch.cat([self.clip_projection(clip), self.t5_projection(t5)], dim=1)[
+            frames.clip
+        ]  # (N, L, D)
+        text_mask = torch.cat([clip_mask, t5_mask], dim=1)[frames.clip]  # (N, L)
 
         emb = self.time_proj(timestep).to(noisy.dtype)  # (B, d_0)
         emb = self.time_embedding(emb)[frames.clip]  # (N, 4 d_0)
@@ -419,8 +409,7 @@ class DFGN(ModelMixin, ConfigMixin):
         def run_layer(h, resnet, attention, temporal):
             h = resnet(h, emb)
             if attention is not None:
-                h = attention(h, text, encoder_attention_mask=text_mask,
-                              cross_attention_kwargs={"frames": frames}, return_dict=False)[0]  # fmt: skip
+                h = attention(h, text, encoder_attention_mask=text_mask, return_dict=False)[0]
                 h = temporal(h.contiguous(memory_format=torch.channels_last), frames)
             return h
 

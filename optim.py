@@ -106,8 +106,7 @@ def shard(unet, device):
 
 
 def compile_layers(unet):
-    """Compiles layer by layer (torch.compile): the packing of frames around them, whose shapes follow the draw, stays
-    as it is."""
+    """Compiles layer by layer (torch.compile): the whole network would be compiled anew for each way of packing frames."""
     torch._dynamo.config.recompile_limit = 64  # of all layers of a class together: beyond it they would run as they are
     for module in unet.modules():
         if isinstance(module, ResnetBlock2D | Transformer2DModel | STI | Conv3D):

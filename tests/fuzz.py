@@ -185,7 +185,8 @@ def memory_at_start(pid):
 
 def try_file(number, seed, place):
     """Reads case `number`, in a process of folder.in_processes.
-    Returns (what came of it, what is wrong or None, seconds, MiB, pid); a good case leaves no file behind."""
+    Returns (what came of it, what is wrong or None, seconds, MiB by which the process grew); a good case leaves no
+    file behind."""
     before = memory_at_start(os.getpid())
     rng = np.random.default_rng((seed, number))
     path = Path(place, f"{number}{media.SUFFIXES[int(rng.integers(len(media.SUFFIXES)))]}")

@@ -6,13 +6,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.training_utils import EMAModel
 
 import bench
 import sample
-from model import STI, FrameConv, Frames, precision
+from model import STI, Conv3D, FrameConv, Frames, as_weights, precision
 from optim import ADAM, Average, make_optimizer
 from tests.test_model import first, random_dfgn, random_inputs
 
@@ -34,7 +34,8 @@ def assert_equal(a, b, tolerance):
 
 
 @pytest.mark.parametrize("valid", [None, first(5)], ids=["8 frames", "5 of 8"])
-@pytest.mark.parametrize("mixed_precision, tolerance", [("no", 1e-4), ("bf16", 0.1)])
+# bf16: the gradient of a fusion's bias is a sum whose terms cancel to a thousandth, which leaves it few digits.
+@pytest.mark.parametrize("mixed_precision, tolerance", [("no", 1e-4), ("bf16", 0.2)])
 @pytest.mark.parametrize("temporal", ["sti", "conv3d"])
 def test_weights_channels_last(temporal, mixed_precision, tolerance, valid):
     """The network brings its input to that layout in any case; contiguous weights let go of it at every convolution
@@ -49,24 +50,6 @@ def test_attention_kernel(mixed_precision, tolerance):
     unet = random_dfgn()
     plain = outputs_and_gradients(unet, mixed_precision, ours=False)
     assert_equal(plain, outputs_and_gradients(unet, mixed_precision), tolerance)
-
-
-class TextPerFrame(AttnProcessor2_0):
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, frames=None):
-        if encoder_hidden_states is not None:
-            encoder_hidden_states, attention_mask = encoder_hidden_states[frames.clip], attention_mask[frames.clip]
-        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
-
-
-@pytest.mark.parametrize("valid", [None, first(5)], ids=["8 frames", "5 of 8"])
-@pytest.mark.parametrize("mixed_precision, tolerance", [("no", 1e-4), ("bf16", 0.1)])
-def test_keys_and_values_of_the_text_once_per_clip(mixed_precision, tolerance, valid):
-    unet = random_dfgn()
-    fast = outputs_and_gradients(unet, mixed_precision, valid=valid)
-    for module in unet.modules():
-        if isinstance(module, Attention):
-            module.set_processor(TextPerFrame())
-    assert_equal(outputs_and_gradients(unet, mixed_precision, valid=valid), fast, tolerance)
 
 
 def test_frame_convolution_is_the_three_dimensional_one():
@@ -119,12 +102,44 @@ def test_conditions_as_one_batch():
     )
 
 
+def test_gradients_of_layer_norm_in_half_precision():
+    """torch's own are wrong by a tenth and more on a CPU, where autocast leaves the layer in bf16."""
+    norms = [module for module in random_dfgn().modules() if isinstance(module, torch.nn.LayerNorm)]
+    norms = {module.weight.shape: module for module in norms}.values()
+    assert norms
+    for norm in norms:
+        x, grad = torch.randn(2, 8192, *norm.weight.shape).bfloat16()
+
+        def gradients(x, mixed_precision):
+            with precision("cpu", mixed_precision):
+                out = norm(x)
+            return torch.autograd.grad((out * (grad.float() + 0.5)).sum(), norm.parameters())
+
+        for half, exact in zip(gradients(x, "bf16"), gradients(x.float(), "no")):
+            assert (half - exact).norm() < 0.01 * exact.norm()
+
+
+def some_frames(device):
+    """Four frames of one clip, two of another."""
+    return dict(frames=Frames(torch.tensor([[True] * 4, [True] * 2 + [False] * 2], device=device), 2, 4, device))
+
+
+def some_text(device):
+    mask = torch.arange(5, device=device) < torch.arange(1, 7, device=device)[:, None].clamp(max=5)
+    return dict(encoder_hidden_states=torch.randn(6, 5, 16, device=device), encoder_attention_mask=mask, return_dict=False)
+
+
 @pytest.mark.skipif(not (torch.cuda.is_available() or shutil.which("g++")), reason="no compiler")
-@pytest.mark.parametrize("make", [
-    lambda: ResnetBlock2D(in_channels=32, out_channels=32, temb_channels=16, groups=4),
-    lambda: STI(32, heads=2, head_width=8, groups=4),
-], ids=["residual layer", "STI"])  # fmt: skip
-def test_compiled_layers(make):
+@pytest.mark.parametrize("make, conditions", [
+    (lambda: ResnetBlock2D(in_channels=32, out_channels=32, temb_channels=16, groups=4),
+     lambda device: dict(temb=torch.randn(6, 16, device=device))),
+    (lambda: Transformer2DModel(num_attention_heads=2, attention_head_dim=16, in_channels=32, cross_attention_dim=16,
+                                norm_num_groups=4, use_linear_projection=True), some_text),
+    (lambda: STI(32, heads=2, head_width=8, groups=4), lambda device: dict(frames=Frames(None, 2, 3, device))),
+    (lambda: STI(32, heads=2, head_width=8, groups=4), some_frames),
+    (lambda: Conv3D(32, groups=4), some_frames),
+], ids=["residual layer", "transformer", "STI", "STI, short clips", "Conv3D"])  # fmt: skip
+def test_compiled_layers(make, conditions):
     """bf16 and channels_last under torch.compile: gradients of GroupNorm's weights were wrong there in some releases
     (pytorch issue 140913)."""
     torch.manual_seed(0)
@@ -132,14 +147,18 @@ def test_compiled_layers(make):
     layer = make().to(device, memory_format=torch.channels_last)
     for weight in layer.parameters():
         torch.nn.init.normal_(weight, std=0.3)
+    for module in layer.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.register_forward_pre_hook(as_weights)  # as in DFGN
     h = torch.randn(6, 32, 8, 8, device=device).to(memory_format=torch.channels_last).requires_grad_()
-    other = Frames(None, 2, 3, device) if isinstance(layer, STI) else torch.randn(6, 16, device=device)
+    conditions = conditions(device)
 
     def run(call):
         layer.zero_grad()
         h.grad = None
         with torch.autocast(device, torch.bfloat16):
-            out = call(h, other)
+            out = call(h, **conditions)
+        out = out[0] if isinstance(out, tuple) else out
         out.float().square().mean().backward()
         return {"output": out.detach().float(), "h": h.grad.clone(),
                 **{name: p.grad.clone() for name, p in layer.named_parameters()}}  # fmt: skip

@@ -9,6 +9,7 @@ the order of time. A short clip loses nothing, a long one is condensed to what i
 """
 
 import numpy as np
+import torch
 from PIL import Image
 
 from curriculum import LENGTHS
@@ -22,6 +23,11 @@ def thumbnails(frames):
     size, box = (THUMBNAIL, THUMBNAIL), Image.Resampling.BOX
     small = [np.asarray(Image.fromarray(f).resize(size, box, reducing_gap=1.0)) for f in frames]
     return np.stack(small).reshape(len(frames), -1)
+
+
+def product(a, b):
+    """Matrix product by torch: processes that decode side by side hold it to a thread each, numpy's would take all cores."""
+    return (torch.from_numpy(a) @ torch.from_numpy(b)).numpy()
 
 
 def kmeans(gram, k, rng, restarts=6, iterations=50):
@@ -40,7 +46,7 @@ def kmeans(gram, k, rng, restarts=6, iterations=50):
     def to_centroids(assignment):
         member = np.eye(k)[assignment]  # (R, N, k)
         share = member / member.sum(axis=1, keepdims=True)
-        inner = gram @ share
+        inner = product(gram, share)
         return norms[:, None] - 2 * inner + (inner * share).sum(axis=1, keepdims=True)  # |x|^2 - 2 x c + |c|^2
 
     centers = [rng.integers(n, size=restarts)]  # k times (R,)
@@ -82,7 +88,7 @@ def extract_key_frames(features, lengths=LENGTHS, seed=0):
     distinct = len({feature.tobytes() for feature in features})
     x = features.astype(np.float64)
     x = x - x.mean(axis=0)
-    gram = x @ x.T
+    gram = product(x, x.T)
     key_frames = {}
     for k in lengths:
         if k > distinct:

@@ -216,7 +216,7 @@ class Conv3D(nn.Module):
 
 def as_weights(norm, inputs):
     """A hook: LayerNorm computes in the type of its weights, in single precision as a rule. So does autocast on a GPU, but
-    on a CPU it would sum the gradients of weights and biases in bf16, where they come out wrong by a tenth and more."""
+    on a CPU it would sum the gradients of weights and biases in bf16, which loses digits with every frame."""
     return (inputs[0].to(norm.weight.dtype),)
 
 

@@ -103,7 +103,7 @@ def test_conditions_as_one_batch():
 
 
 def test_gradients_of_layer_norm_in_half_precision():
-    """torch's own are wrong by a tenth and more on a CPU, where autocast leaves the layer in bf16."""
+    """torch's own are further off on a CPU, where autocast leaves the layer in bf16."""
     norms = [module for module in random_dfgn().modules() if isinstance(module, torch.nn.LayerNorm)]
     norms = {module.weight.shape: module for module in norms}.values()
     assert norms

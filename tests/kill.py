@@ -35,7 +35,7 @@ def start(out, data, cache, **env):
     words = ["tests/toy_train.py", "--data", data, "--cache_dir", cache, "--output_dir", out, "--max_train_steps", STEPS,
              "--train_batch_size", 2, "--mixed_precision", "no", "--num_workers", 0, "--validation_steps", 0,
              "--checkpointing_steps", SAVE_EVERY, "--resume_from_checkpoint", "latest", "--validation_prompts", "a cat"]  # fmt: skip
-    return subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, env={**os.environ, **env},
+    return subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, env={**os.environ, **env, "TOY_NO_PICTURES": "1"},
                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
 
 

@@ -18,7 +18,6 @@ from itertools import combinations, product
 from pathlib import Path
 
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from tqdm import tqdm
 
@@ -29,7 +28,7 @@ import options  # noqa: E402
 import stickers  # noqa: E402
 import train  # noqa: E402
 from curriculum import STRATEGIES  # noqa: E402
-from tests.toy_train import shrink  # noqa: E402
+from tests.toy_train import NO_PICTURES, shrink  # noqa: E402
 
 CLIPS, GLOBAL_BATCH, STEPS = 16, 4, 6  # an epoch has 4 steps
 FACTORS = dict(
@@ -63,11 +62,6 @@ def draw_folder(root):
     entries = [dict(line, split="train" if i < CLIPS else "validation") for i, line in enumerate(lines)]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     return folder
-
-
-def no_sheet(*args):
-    """In the place of the validation sheet: no part of what is resumed, and slow."""
-    return Image.new("RGB", (1, 1)), {}
 
 
 def run(out, folder, case):
@@ -168,7 +162,7 @@ def main():
     torch.set_num_threads(1)
     sizes = model.SIZES
     shrink(options.PRESETS, sizes, None)
-    train.validation_sheet = no_sheet
+    vars(train).update(NO_PICTURES)
     main_process = os.environ.get("RANK", "0") == "0"
     root = Path(tempfile.gettempdir()) / f"matrix-{os.environ.get('TORCHELASTIC_RUN_ID', os.getpid())}"
     root.mkdir(exist_ok=True)

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -26,20 +25,32 @@ from tests.test_train import (  # noqa: F401 (fixtures)
     run,
     weights,
 )
+from tests.toy_train import NO_PICTURES
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
 
 
-def poison(monkeypatch, bad):
-    """Makes the loss no number at the calls for which `bad(call)`; the first call is 1."""
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    for name, nothing in NO_PICTURES.items():
+        monkeypatch.setattr(train, name, nothing)
+
+
+def at_each_loss(monkeypatch, change):
+    """Calls `change(call)` at every computed loss, which is multiplied by what comes back; the first call is 1."""
     real, calls = masks.masked_loss, []
 
-    def poisoned(*args):
+    def changed(*args):
         calls.append(1)
-        return real(*args) * (float("nan") if bad(len(calls)) else 1.0)
+        return real(*args) * change(len(calls))
 
-    monkeypatch.setattr(masks, "masked_loss", poisoned)
+    monkeypatch.setattr(masks, "masked_loss", changed)
+
+
+def poison(monkeypatch, bad):
+    """Makes the loss no number at the calls for which `bad(call)`."""
+    at_each_loss(monkeypatch, lambda call: float("nan") if bad(call) else 1.0)
 
 
 def state(out, step):
@@ -51,16 +62,16 @@ def state(out, step):
 
 @pytest.mark.parametrize("flags", [dict(), dict(mixed_precision="fp16")], ids=["fp32", "fp16"])
 def test_a_step_whose_loss_is_no_number_is_skipped(run, monkeypatch, flags):  # noqa: F811
-    poison(monkeypatch, lambda call: call == 4)
-    out = run("a", checkpointing_steps=1, **flags)
-    assert_same_weights(weights(out / "checkpoint-3"), weights(out / "checkpoint-4"), rtol=0, atol=0)
-    assert_same_weights(weights(out / "checkpoint-3", "unet_ema"), weights(out / "checkpoint-4", "unet_ema"),
-                        rtol=0, atol=0)  # fmt: skip
-    assert state(out, 3)["curriculum"] == state(out, 4)["curriculum"]
-    assert state(out, 6)["skipped"] == 1 and log(out)[-1]["skipped"] == 1
+    poison(monkeypatch, lambda call: call == 3)
+    out = run("a", max_train_steps=4, checkpointing_steps=1, **flags)
+    for part in ("unet", "unet_ema"):
+        before, after = (weights(out / f"checkpoint-{step}", part) for step in (2, 3))
+        assert_same_weights(before, after, rtol=0, atol=0)
+    assert state(out, 2)["curriculum"] == state(out, 3)["curriculum"]
+    assert state(out, 4)["skipped"] == 1 and log(out)[-1]["skipped"] == 1
     assert all(tensor.isfinite().all() for tensor in weights(out).values())
-    assert any(not torch.equal(a, b) for a, b in zip(weights(out / "checkpoint-4").values(),
-                                                     weights(out / "checkpoint-5").values()))  # fmt: skip
+    assert any(not torch.equal(a, b) for a, b in zip(weights(out / "checkpoint-3").values(),
+                                                     weights(out / "checkpoint-4").values()))  # fmt: skip
 
 
 def test_too_many_of_them_stop_the_run(run, capsys, monkeypatch, tmp_path):  # noqa: F811
@@ -73,43 +84,41 @@ def test_too_many_of_them_stop_the_run(run, capsys, monkeypatch, tmp_path):  # n
 
 
 def test_a_large_loss_is_no_fault(run, monkeypatch):  # noqa: F811
-    real, calls = masks.masked_loss, []
-    monkeypatch.setattr(
-        masks, "masked_loss", lambda *args: calls.append(1) or real(*args) * (1e6 if len(calls) == 3 else 1)
-    )
-    assert state(run("a"), 6)["skipped"] == 0
+    at_each_loss(monkeypatch, lambda call: 1e6 if call == 3 else 1.0)
+    assert state(run("a", max_train_steps=4), 4)["skipped"] == 0
 
 
 # ---------------------------------------------------------------------------------------------- asked to stop
 
 
-def start(out, folder, cache, launcher=(sys.executable,), env=None, **more):  # noqa: F811
+def start(out, folder, cache, launcher=(sys.executable,), *switches, env=None, **more):  # noqa: F811
     """A toy run in a process of its own."""
     flags = dict(dict(data=folder, cache_dir=cache, output_dir=out, max_train_steps=12, train_batch_size=4,
                       mixed_precision="no", num_workers=0, validation_steps=0, checkpointing_steps=4,
                       checkpoints_total_limit=0, validation_prompts="a red heart"), **more)  # fmt: skip
-    return subprocess.Popen([str(word) for word in [*launcher, "tests/toy_train.py", *flags_of(flags)]], cwd=ROOT,
-                            env={**os.environ, **(env or {})}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True)  # fmt: skip
-
-
-def wait_for(condition, process, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1][-2000:]
-        time.sleep(0.02)
+    words = [*launcher, "tests/toy_train.py", *switches, *flags_of(flags)]
+    return subprocess.Popen([str(word) for word in words], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, env={**os.environ, "TOY_NO_PICTURES": "1", **(env or {})})  # fmt: skip
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_asked_to_stop_it_saves_and_goes_on_as_if_nothing_had_been(folder, cache, tmp_path, number):  # noqa: F811
-    out = tmp_path / "run"
-    process = start(out, folder, cache, max_train_steps=5000, checkpointing_steps=4)
-    wait_for((out / "checkpoint-4").exists, process)
-    process.send_signal(number)
-    said, errors = process.communicate(timeout=100)
-    assert process.returncode == 128 + number and "as asked" in said and "Traceback" not in errors
-    step, newest = checkpoint.list_checkpoints(out)[-1]
-    assert checkpoint.find_damage(newest) is None and state(out, step)["step"] == step
+def test_asked_to_stop_it_saves_and_goes_on_as_if_nothing_had_been(trained, run, capsys, monkeypatch, tmp_path, number):  # noqa: F811
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        at_each_loss(patch, lambda call: (call == 2 and signal.raise_signal(number)) or 1.0)
+        run("a", resume_from_checkpoint="latest")
+    assert stop.value.code == 128 + number and "after step 2, as asked" in capsys.readouterr().out
+    (step, newest), *others = checkpoint.list_checkpoints(tmp_path / "a")
+    assert step == 2 and not others and checkpoint.find_damage(newest) is None
+    out = run("a", resume_from_checkpoint="latest")
+    assert_same_weights(weights(trained), weights(out), rtol=0, atol=0)
+
+
+def test_a_second_ctrl_c_ends_it_at_once(run, monkeypatch, tmp_path):  # noqa: F811
+    monkeypatch.setattr(train.os, "_exit", sys.exit)  # which the tests survive
+    at_each_loss(monkeypatch, lambda call: signal.raise_signal(signal.SIGINT) or signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit) as stop:
+        run("a")
+    assert stop.value.code == 130 and not checkpoint.list_checkpoints(tmp_path / "a")
 
 
 # ----------------------------------------------------------------------------------------- damaged checkpoints
@@ -173,36 +182,38 @@ def test_a_pickle_is_refused(trained, run, capsys, tmp_path):  # noqa: F811
     refused(run, capsys, "optimizer.pt", resume_from_checkpoint="latest")
 
 
-@pytest.mark.parametrize("writer", ["save_file", "torch.save", "rename"])
-def test_a_full_disk_costs_one_checkpoint(run, capsys, monkeypatch, writer):  # noqa: F811
-    module, name = dict(save_file=(checkpoint, "save_file"), rename=(checkpoint.os, "rename")).get(
-        writer, (torch, "save")
-    )
-    real, full = getattr(module, name), []
+def test_a_full_disk_costs_one_checkpoint(run, capsys, monkeypatch):  # noqa: F811
+    """Whichever of the calls that write one it meets."""
+    met = set()
 
-    def write(*args, **kwargs):
-        if any("checkpoint-4" in str(arg) for arg in args):
-            full.append(1)
-            raise OSError(28, "No space left on device")
-        return real(*args, **kwargs)
+    def full_at(step, module, name):
+        real = getattr(module, name)
 
-    monkeypatch.setattr(module, name, write)
-    out = run("a", checkpointing_steps=2)
-    assert full and "checkpoint-4 could not be written" in capsys.readouterr().out
-    assert [step for step, _ in checkpoint.list_checkpoints(out)] == [2, 6] and not list(out.glob("*.tmp"))
+        def write(*args, **kwargs):
+            if any(f"checkpoint-{step}" in str(arg) for arg in args):
+                met.add(step)
+                raise OSError(28, "No space left on device")
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, write)
+
+    full_at(2, checkpoint, "save_file")
+    full_at(3, torch, "save")
+    full_at(4, checkpoint.os, "rename")
+    out = run("a", max_train_steps=5, checkpointing_steps=1)
+    said = capsys.readouterr().out
+    assert met == {2, 3, 4} and all(f"checkpoint-{step} could not be written" in said for step in met)
+    assert [step for step, _ in checkpoint.list_checkpoints(out)] == [1, 5] and not list(out.glob("*.tmp"))
 
 
 def test_a_full_disk_leaves_no_rank_waiting(folder, cache, tmp_path):  # noqa: F811
     """The other ranks hold parts of the weights, and must not wait for a rank that gave up."""
     out = tmp_path / "run"
-    command = [*TORCHRUN, "tests/toy_train.py", "--shard"]
-    flags = flags_of(dict(data=folder, cache_dir=cache, output_dir=out, max_train_steps=4, train_batch_size=2,
-                          mixed_precision="no", num_workers=0, validation_steps=0, checkpointing_steps=2,
-                          validation_prompts="a red heart"))  # fmt: skip
-    done = subprocess.run([str(word) for word in [*command, *flags]], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "TOY_FULL": "checkpoint-2"}, timeout=200)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "checkpoint-2 could not be written" in done.stdout
+    process = start(out, folder, cache, TORCHRUN, "--shard", env=dict(TOY_FULL="checkpoint-2"),
+                    max_train_steps=4, train_batch_size=2, checkpointing_steps=2)  # fmt: skip
+    said, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors[-2000:]
+    assert "checkpoint-2 could not be written" in said
     assert [step for step, _ in checkpoint.list_checkpoints(out)] == [4] and (
         out / "model_index.json"
     ).exists()
@@ -220,13 +231,11 @@ def matrix_parts(tmp_path_factory):
 @pytest.mark.parametrize("case", matrix.pairwise_cases(), ids=lambda case: "-".join(map(str, case.values())))
 def test_a_resumed_run_is_the_unbroken_one(run, matrix_parts, monkeypatch, case):  # noqa: F811
     """A selection in which every pair of values is met; the whole matrix is tests/matrix.py."""
-    monkeypatch.setattr(train, "validation_sheet", matrix.no_sheet)
     monkeypatch.setattr(sys, "argv", sys.argv)
     assert matrix.differences(case, *matrix_parts) == []
 
 
 def test_a_difference_would_be_seen(run, matrix_parts, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(train, "validation_sheet", matrix.no_sheet)
     monkeypatch.setattr(sys, "argv", sys.argv)
     real = train.load_checkpoint
 
@@ -242,12 +251,12 @@ def test_a_difference_would_be_seen(run, matrix_parts, monkeypatch):  # noqa: F8
 # --------------------------------------------------------------------------------------------- killed anywhere
 
 
-@pytest.mark.parametrize("call", [2, 5])
-def test_killed_inside_a_save_it_ends_as_if_it_had_not_been(folder, cache, trained, tmp_path, call):  # noqa: F811
-    """The n-th writing, renaming or removing call kills the process; the whole search is tests/kill.py."""
+def test_killed_inside_a_save_it_ends_as_if_it_had_not_been(folder, cache, trained, tmp_path):  # noqa: F811
+    """The second writing call of a save kills the process halfway through its file; the whole search, over all
+    writing, renaming and removing calls, is tests/kill.py."""
     out = tmp_path / "run"
     more = dict(max_train_steps=6, checkpointing_steps=3, resume_from_checkpoint="latest")
-    process = start(out, folder, cache, env=dict(TOY_KILL=str(call)), **more)
+    process = start(out, folder, cache, env=dict(TOY_KILL="2"), **more)
     assert process.wait(timeout=200) == -signal.SIGKILL
     for _, path in checkpoint.list_checkpoints(out):
         assert checkpoint.find_damage(path) is None
@@ -257,32 +266,43 @@ def test_killed_inside_a_save_it_ends_as_if_it_had_not_been(folder, cache, train
     assert not list(out.glob("*.tmp")) and [e["loss"] for e in log(out)] == [e["loss"] for e in log(trained)]
 
 
-def test_torchrun_starts_again_after_one_rank_was_killed(folder, cache, tmp_path):  # noqa: F811
-    """All ranks go on from the newest checkpoint, with one curriculum, to the weights of a run without the kill."""
-    outs, records = {}, {}
-    for name, env in (("whole", {}), ("killed", dict(TOY_DIE="1:5"))):
-        outs[name], records[name] = tmp_path / name, tmp_path / f"{name}-curriculum"
-        records[name].mkdir()
-        process = start(outs[name], folder, cache, [*TORCHRUN, "--max-restarts", 1],
-                        env=dict(env, TOY_CURRICULUM=str(records[name])), max_train_steps=8, train_batch_size=2,
-                        checkpointing_steps=2, resume_from_checkpoint="latest")  # fmt: skip
-        said, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-    assert "resuming" in said and "at step 4" in said
-    assert_same_weights(weights(outs["whole"]), weights(outs["killed"]), rtol=0, atol=0)
-    assert [e["loss"] for e in log(outs["whole"])] == [e["loss"] for e in log(outs["killed"])]
-    states = [json.loads((records[name] / f"rank-{rank}.json").read_text())["state"]
-              for name in records for rank in (0, 1)]  # fmt: skip
-    assert all(state == states[0] for state in states)
-
-
-def test_one_rank_without_a_number_stops_no_other(folder, cache, tmp_path):  # noqa: F811
-    out = tmp_path / "run"
-    process = start(out, folder, cache, TORCHRUN, env=dict(TOY_NAN="1:3", TOY_CURRICULUM=str(tmp_path)),
-                    max_train_steps=6, train_batch_size=2, checkpointing_steps=1)  # fmt: skip
-    said, errors = process.communicate(timeout=200)
+def start_two_ranks(root, folder, cache, **env):  # noqa: F811
+    """Two ranks, one of which has no number at step 3. Returns what it printed."""
+    root.mkdir(exist_ok=True)
+    process = start(root / "run", folder, cache, [*TORCHRUN, "--max-restarts", 1],
+                    env=dict(env, TOY_NAN="1:3", TOY_CURRICULUM=str(root)), max_train_steps=8, train_batch_size=2,
+                    checkpointing_steps=1, resume_from_checkpoint="latest")  # fmt: skip
+    said, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors[-2000:]
-    assert state(out, 6)["skipped"] == 1
+    return said
+
+
+@pytest.fixture(scope="module")
+def two_ranks(folder, cache, tmp_path_factory):  # noqa: F811
+    root = tmp_path_factory.mktemp("two")
+    start_two_ranks(root, folder, cache)
+    return root
+
+
+def curricula(root):
+    return [json.loads((root / f"rank-{rank}.json").read_text())["state"] for rank in (0, 1)]
+
+
+def test_one_rank_without_a_number_stops_no_other(two_ranks):
+    out = two_ranks / "run"
+    assert state(out, 8)["skipped"] == 1
     assert_same_weights(weights(out / "checkpoint-2"), weights(out / "checkpoint-3"), rtol=0, atol=0)
-    a, b = (json.loads((tmp_path / f"rank-{rank}.json").read_text())["state"] for rank in (0, 1))
+    a, b = curricula(two_ranks)
     assert a == b
+
+
+def test_torchrun_starts_again_after_one_rank_was_killed(two_ranks, folder, cache, tmp_path):  # noqa: F811
+    """All ranks go on from the newest checkpoint, with one curriculum, to the weights of a run without the kill."""
+    said = start_two_ranks(tmp_path, folder, cache, TOY_DIE="1:5")
+    assert "resuming" in said and "at step 5" in said
+    whole, killed = two_ranks / "run", tmp_path / "run"
+    assert_same_weights(weights(whole), weights(killed), rtol=0, atol=0)
+    assert [e["loss"] for e in log(whole)] == [e["loss"] for e in log(killed)]
+    assert state(killed, 8)["skipped"] == 1
+    states = curricula(two_ranks) + curricula(tmp_path)
+    assert all(state == states[0] for state in states)

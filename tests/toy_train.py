@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -27,6 +28,14 @@ def shrink(presets, sizes, generate):
     sizes["tiny"] = TOY
     presets["tiny"] = dict(presets["tiny"], resolution=32, learning_rate=1e-2, lr_warmup_steps=2)
     return lambda *args, **kwargs: generate(*args, **{**kwargs, "num_inference_steps": 3})
+
+
+def no_sheet(*args):
+    """In the place of the validation sheet, which is slow."""
+    return Image.new("RGB", (1, 1)), {}
+
+
+NO_PICTURES = dict(validation_sheet=no_sheet, plot_progress=lambda *args: None)  # in train, where nobody looks at them
 
 
 class WatchedCurriculum(train.Curriculum):
@@ -67,24 +76,29 @@ def count_down(name, module, function, calls):
     setattr(module, function, counted)
 
 
+def first_start():
+    """Whether torchrun has not started this process again."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+
+
 def poison(rank, steps):
     """Makes the loss of one rank no number at the given calls."""
     real, calls = train.masks.masked_loss, []
 
     def poisoned(*args):
         calls.append(1)
-        bad = os.environ.get("RANK", "0") == rank and len(calls) in steps
+        bad = os.environ.get("RANK", "0") == rank and len(calls) in steps and first_start()
         return real(*args) * (float("nan") if bad else 1.0)
 
     train.masks.masked_loss = poisoned
 
 
 def die(rank, step):
-    """Kills one rank when it draws the batch of `step`, unless torchrun has already started it again."""
+    """Kills one rank when it draws the batch of `step` for the first time."""
     real = train.data.draw_batch
 
     def draw_batch(dataset, clips, probabilities, seed, at, *args):
-        if at == step and os.environ["RANK"] == rank and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        if at == step and os.environ["RANK"] == rank and first_start():
             os.kill(os.getpid(), signal.SIGKILL)
         return real(dataset, clips, probabilities, seed, at, *args)
 
@@ -104,6 +118,8 @@ def fill_disk(name):
 
 
 if __name__ == "__main__":
+    if "TOY_NO_PICTURES" in os.environ:
+        vars(train).update(NO_PICTURES)
     if "TOY_FULL" in os.environ:
         fill_disk(os.environ["TOY_FULL"])
     if "TOY_KILL" in os.environ:

@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 import checkpoint  # noqa: E402
 import stickers  # noqa: E402
 
-STEPS, SAVE_EVERY, CALLS_PER_SAVE = 60, 3, 9
+STEPS, SAVE_EVERY, CALLS_PER_SAVE = 90, 3, 9
 
 
 def start(out, data, cache, **env):

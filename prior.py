@@ -4,10 +4,14 @@ to the stickers in closed form. `tiny` and `small` start each estimate from it, 
 Gaussian cannot say: outlines, eyes, and which of them go together. Ours, not the paper's; `full` goes without.
 
 A frame is a point along principal components ("modes"). Modes are independent of each other; within a mode the
-frames of a clip correlate, by the number of frames and by how strong the mode is; a caption moves all frames of its
-clip, by a sum over its words. Under this model the best estimate of clean latents is linear, in the noisy frames and
-in the given ones, and needs no training: the Wiener filter, and for given frames the best linear interpolation.
+frames of a clip correlate, by the number of frames and by how strong the mode is. A caption moves the mean of
+every frame, by a sum over its words and as a smooth function of the frame's place in the clip: what colour a red
+heart has, and where something that bounces is at first, halfway and at last. Under this model the best estimate of
+clean latents is linear, in the noisy frames and in the given ones, and needs no training: the Wiener filter, and
+for given frames the best linear interpolation.
 """
+
+import math
 
 import torch
 import torch.nn as nn
@@ -16,12 +20,8 @@ from curriculum import LENGTHS
 from masks import NUM_FRAMES
 
 MODES = 1024  # components that are told apart; what is left of a frame has one variance in all directions
-BAND_ENDS = (
-    8,
-    32,
-    128,
-    512,
-)  # from strong modes to weak ones: within a band they share the correlation of frames
+BAND_ENDS = (8, 32, 128, 512)  # from strong modes to weak ones: within a band they share the correlation of frames
+WAVES = 4  # cosines over a clip, the first one constant: what a word does to a frame is a sum of them
 FIT_FRAMES = 8192  # most frames that the modes are fitted to
 RIDGE = 0.1  # of the regression on captions, as a share of the mean square of their features
 
@@ -38,16 +38,13 @@ class GaussianPrior(nn.Module):
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("modes", torch.eye(modes, size))  # (M, D), orthonormal rows
         self.register_buffer("no_text", torch.zeros(text_dim))  # features of the empty caption
-        self.register_buffer(
-            "shift", torch.zeros(text_dim, modes)
-        )  # what a caption's features do to the modes
+        self.register_buffer("shift", torch.zeros(WAVES, text_dim, modes))  # of the modes, by a caption's features
         # First for clips without text, then for those with it, whose mean is known better:
         # variances, the last one of what is left; for every number of frames 3..8 and every band, in the upper left
         # corner, correlations with a mean diagonal of one
         self.register_buffer("variance", torch.ones(2, modes + 1))
-        self.register_buffer(
-            "frames", torch.eye(NUM_FRAMES).repeat(2 * len(LENGTHS), bands, 1, 1)
-        )  # (12, bands, 8, 8)
+        alone = torch.eye(NUM_FRAMES).repeat(2 * len(LENGTHS), bands, 1, 1)
+        self.register_buffer("frames", alone)  # (12, bands, 8, 8)
         band = torch.bucketize(torch.arange(modes + 1), torch.tensor(BAND_ENDS[: bands - 1]), right=True)
         self.register_buffer("band", band, persistent=False)  # (M + 1,)
 
@@ -55,6 +52,17 @@ class GaussianPrior(nn.Module):
         """text as DFGN.forward takes it -> (B, text_dim): the sum of CLIP states, less that of the empty caption"""
         states, mask = text[:2]
         return (states.float() * mask[..., None]).sum(dim=1) - self.no_text
+
+    def waves(self, slots, length):
+        """The cosines at each slot of clips of `length` frames, (B,) or one number: (B | 1, slots, WAVES)"""
+        length = torch.as_tensor(length, device=self.mean.device).view(-1, 1)
+        slot, wave = (torch.arange(n, device=self.mean.device) for n in (slots, WAVES))
+        place = (slot / (length - 1).clamp(min=1)).clamp(max=1)  # 0 at the first frame, 1 at the last
+        return torch.cos(math.pi * place[..., None] * wave)
+
+    def shift_by(self, words, slots, length):
+        """How far captions move the modes of each frame. words: their features (B, text_dim) -> (B, slots, M)"""
+        return self.waves(slots, length) @ (words @ self.shift).transpose(0, 1)
 
     @torch.no_grad()
     def fit(self, clips, texts, no_text):
@@ -80,17 +88,18 @@ class GaussianPrior(nn.Module):
         self.modes[found:] = 0
 
         z = {k: (clip - self.mean) @ self.modes.T for k, clip in clips.items()}  # (n, k, M)
-        words = torch.cat([texts[k][first[k]] for k in LENGTHS])
-        moved = torch.cat([z[k][first[k]].mean(dim=1) for k in LENGTHS])  # (n, M)
-        square = words.T @ words
+        square = product = 0
+        for k in LENGTHS:  # each frame is explained by its caption's features times each wave
+            words = torch.einsum("nt,kp->nkpt", texts[k][first[k]], self.waves(k, k)[0]).flatten(2).flatten(0, 1)
+            square, product = square + words.T @ words, product + words.T @ z[k][first[k]].flatten(0, 1)
         ridge = (RIDGE * square.diagonal().mean()).clamp(min=1e-6) * torch.eye(len(square), device=device)
-        self.shift.copy_(torch.linalg.solve(square + ridge, words.T @ moved))
+        self.shift.copy_(torch.linalg.solve(square + ridge, product).view_as(self.shift))
 
         new = torch.cat([clips[k][fourth[k]].flatten(0, 1) for k in LENGTHS]) - self.mean
         rest = new.square().sum() - (new @ self.modes.T).square().sum()
         self.variance[:, -1] = rest / (len(new) * (new.shape[1] - found))
         for has_text in (0, 1):
-            left = {k: z[k] - has_text * (texts[k] @ self.shift)[:, None] for k in LENGTHS}
+            left = {k: z[k] - has_text * self.shift_by(texts[k], k, k) for k in LENGTHS}
             along = torch.cat([left[k][fourth[k]].flatten(0, 1) for k in LENGTHS])
             self.variance[has_text, :-1] = along.square().mean(dim=0)
             for i, k in enumerate(LENGTHS):
@@ -99,9 +108,8 @@ class GaussianPrior(nn.Module):
                     correlation = torch.einsum("nim,njm->ij", strong, strong)
                     correlation *= k / correlation.trace().clamp(min=1e-12)
                     one_more = torch.eye(k, device=device)  # as if one more clip had unrelated frames
-                    self.frames[has_text * len(LENGTHS) + i, band, :k, :k] = (
-                        len(strong) * correlation + one_more
-                    ) / (len(strong) + 1)
+                    correlation = (len(strong) * correlation + one_more) / (len(strong) + 1)
+                    self.frames[has_text * len(LENGTHS) + i, band, :k, :k] = correlation
         self.variance.clamp_(min=1e-6 * self.variance.max())
 
     def forward(self, noisy, given, alpha, text, valid=None):
@@ -118,7 +126,7 @@ class GaussianPrior(nn.Module):
             valid = torch.ones_like(is_given)
         words = self.features(text)
         has_text = (words.norm(dim=1) > 0.05 * self.no_text.norm()).long()  # (B,)
-        shift = (words @ self.shift * has_text[:, None])[:, None]  # (B, 1, M)
+        shift = self.shift_by(words, slots, valid.sum(dim=1)) * has_text[:, None, None]  # (B, F, M)
 
         noise = ((1 - alpha) / alpha)[:, None, None]  # variance of the noise in x_t / sqrt(alpha)
         x = torch.where(

@@ -1,12 +1,14 @@
 """The Gaussian that tiny and small start from: against the textbook's conditioning, written densely."""
 
+import math
+
 import pytest
 import torch
 
 from curriculum import LENGTHS
 from masks import NUM_FRAMES
 from model import DFGN, make_scheduler
-from prior import GaussianPrior
+from prior import WAVES, GaussianPrior
 from tests.test_model import TINY, random_inputs
 
 C, SIDE, TEXT = 2, 3, 5
@@ -28,7 +30,7 @@ def random_prior(seed=0):
     prior = GaussianPrior(C, SIDE, TEXT)
     prior.mean.copy_(torch.randn(D, generator=g))
     prior.no_text.copy_(torch.randn(TEXT, generator=g))
-    prior.shift.copy_(torch.randn(TEXT, modes, generator=g))
+    prior.shift.copy_(torch.randn(WAVES, TEXT, modes, generator=g))
     prior.modes.copy_(torch.linalg.qr(torch.randn(D, modes, generator=g))[0].T)
     prior.variance.copy_(torch.rand(2, modes + 1, generator=g) + 0.1)
     for i, k in enumerate(2 * LENGTHS):
@@ -36,6 +38,15 @@ def random_prior(seed=0):
             a = torch.randn(k, 2 * k, generator=g)
             prior.frames[i, band, :k, :k] = a @ a.T * (k / (a @ a.T).trace())
     return prior
+
+
+def dense_mean(prior, words, k):
+    """Of the frames of clips whose captions have the features (B, TEXT): (B, k, D)"""
+    shift = torch.zeros(len(words), k, MODES)
+    for frame in range(k):
+        for wave in range(WAVES):
+            shift[:, frame] += math.cos(math.pi * wave * frame / (k - 1)) * words @ prior.shift[wave]
+    return prior.mean + shift @ prior.modes
 
 
 def dense_covariance(prior, k, has_text):
@@ -62,7 +73,7 @@ def test_it_is_the_mean_and_the_variance_under_the_gaussian(given, t, has_text):
     text = captions(prior.no_text + words)
     estimate, error = prior(noisy, x * is_given[..., None, None, None], alpha[None], text, valid)
 
-    mean = prior.mean + (words @ prior.shift @ prior.modes)[0]
+    mean = dense_mean(prior, words, k)[0]
     sigma = dense_covariance(prior, k, has_text).reshape(k * D, k * D).double()
     seen = torch.where(is_given[..., None, None, None], x, noisy / alpha.sqrt())[0, :k].flatten(1)
     of_noise = torch.where(is_given[0, :k], 0.0, (1 - alpha) / alpha).repeat_interleave(D).double()
@@ -103,7 +114,7 @@ def test_it_recovers_the_gaussian_that_it_is_fitted_to(has_text):
         root = torch.linalg.cholesky(dense_covariance(truth, k, 1).reshape(k * D, k * D))
         x = (torch.randn(n, k * D, generator=g) @ root.T).unflatten(1, (k, D))
         words = has_text * torch.randn(n, TEXT, generator=g)
-        x = x + truth.mean + (words @ truth.shift @ truth.modes)[:, None]
+        x = x + dense_mean(truth, words, k)
         return x.unflatten(2, (C, SIDE, SIDE)), captions(truth.no_text + words)
 
     fitted = GaussianPrior(C, SIDE, TEXT)

@@ -149,7 +149,9 @@ def given_latents(batch):
     return batch.latents * batch.given[:, :, None, None, None]
 
 
-def train(args):
+def train(args, on_exit):
+    """Trains as `args` (parse_args) say. What `on_exit`, an ExitStack, holds is undone however the run ends: the
+    handlers of its signals."""
     # ---- processes: one, or those of torchrun
     world, rank, local_rank = (int(os.environ.get(name, default)) for name, default in
                                (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))  # fmt: skip
@@ -395,8 +397,7 @@ def train(args):
         desc="training", unit="step", total=args.max_train_steps, initial=step, disable=not main_process
     )
     started, since = time.perf_counter(), step
-    signals = ExitStack()
-    asked = signals.enter_context(stop_requests())
+    asked = on_exit.enter_context(stop_requests())
     while step < args.max_train_steps:
         probabilities = curriculum.probabilities(step)
         totals = torch.zeros(3, device=device)  # sums over the ranks: loss, k, whether to stop
@@ -475,7 +476,6 @@ def train(args):
             if world > 1:
                 dist.destroy_process_group()
             sys.exit(128 + (asked[0] if asked else signal.SIGTERM))
-    signals.close()
     bar.close()
 
     # ---- the finished model
@@ -492,7 +492,8 @@ def train(args):
 def main():
     sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack letters of a name
     try:
-        train(parse_args())
+        with ExitStack() as on_exit:
+            train(parse_args(), on_exit)
     except (UsageError, SaveError, DataError, EncoderError, media.MediaError) as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"train.py: {error}", file=sys.stderr)

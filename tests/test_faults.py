@@ -103,9 +103,11 @@ def start(out, folder, cache, launcher=(sys.executable,), *switches, env=None, *
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_asked_to_stop_it_saves_and_goes_on_as_if_nothing_had_been(trained, run, capsys, monkeypatch, tmp_path, number):  # noqa: F811
+    handler = signal.getsignal(number)
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
         at_each_loss(patch, lambda call: (call == 2 and signal.raise_signal(number)) or 1.0)
         run("a", resume_from_checkpoint="latest")
+    assert signal.getsignal(number) is handler  # `stop` still holds the frames of the run that ended
     assert stop.value.code == 128 + number and "after step 2, as asked" in capsys.readouterr().out
     (step, newest), *others = checkpoint.list_checkpoints(tmp_path / "a")
     assert step == 2 and not others and checkpoint.find_damage(newest) is None

@@ -8,6 +8,7 @@ Speed and memory, each figure with its baseline in the same run.
     python bench.py data             files to key frames, beside Pillow alone and scikit-learn; start of train.py
     python bench.py scaling          step time over frames, resolution and batch; two processes against one
     python bench.py cache            latents read back from the cache
+    python bench.py save             one checkpoint of `full`, written to this folder's disk (needs 20 GB of memory)
     python bench.py memory           peak of one training step of `full`, a row per set of flags (needs a GPU)
 
 What is compared takes turns, round after round, after a round that is not counted: a machine that other programs
@@ -18,6 +19,7 @@ are medians of what a round gives.
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import platform
@@ -44,12 +46,13 @@ import media
 import sample
 import stickers
 from cache import LatentDataset, write_shard
+from checkpoint import find_damage, list_checkpoints, load_checkpoint, save_checkpoint
 from curriculum import LENGTHS, Curriculum
 from data import draw_batch
 from encoders import Encoders, NgramVectors, PatchPCA, PretrainedVAE, WordVectors
 from folder import Clip, Sticker, load_clips
 from keyframes import extract_key_frames, thumbnails
-from model import DFGN, SIZES, precision
+from model import DFGN, SIZES, make_scheduler, precision
 from optim import ADAM, EMA_DECAY, MAX_GRAD_NORM, Average, compile_layers, make_optimizer
 from options import PRESETS, native_bf16
 
@@ -492,6 +495,51 @@ def bench_memory(quick):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def bench_save(quick):
+    """One checkpoint with averaged weights and moments, beside the same number of bytes from one buffer: what SIGTERM
+    must leave time for. Then what resuming does with it. `small` with --quick."""
+    with torch.device("meta"):
+        unet = DFGN(**SIZES["small" if quick else "full"])
+    unet = torch.nn.Module.to_empty(unet, device=DEVICE)
+    with torch.no_grad():
+        for weight in unet.parameters():
+            weight.uniform_(-0.03, 0.03)
+    average, optimizer = Average(unet), make_optimizer(unet, 1e-5)
+    for weight in unet.parameters():
+        moments = (torch.rand_like(weight) for _ in range(2))
+        optimizer.state[weight] = dict(zip(("step", "exp_avg", "exp_avg_sq"), (torch.ones((), device=DEVICE), *moments)))
+    codec = PatchPCA(*PRESETS["tiny"]["codec"])
+    codec.fit(torch.randint(0, 256, (8, 48, 48, 3), dtype=torch.uint8))
+    parts, steps, buffer = (Encoders(codec), make_scheduler(), {}, {}, {}, True), itertools.count(), bytes(2**28)
+    with tempfile.TemporaryDirectory(dir=".") as place:
+        place = Path(place)
+
+        def newest():
+            return list_checkpoints(place)[-1][1]
+
+        def save():
+            save_checkpoint(place, next(steps), 1, unet, average, optimizer, *parts)
+
+        def plain():
+            left = sum(path.stat().st_size for path in newest().rglob("*") if path.is_file())
+            with open(place / "plain", "wb") as file:
+                while left > 0:
+                    left -= file.write(buffer[:left])
+
+        save()
+        gigabytes = sum(path.stat().st_size for path in newest().rglob("*") if path.is_file()) / 1e9
+        functions = {"the same bytes from one buffer": plain, "checkpoint written": save,
+                     "its checksums": lambda: find_damage(newest()),
+                     "loaded": lambda: load_checkpoint(newest(), unet, average, optimizer)}  # fmt: skip
+        seconds = timed(functions, 3)
+    plain = seconds["the same bytes from one buffer"]
+    return [row(name, times, plain, gigabytes=gigabytes) for name, times in seconds.items()]
+
+
+# ------------------------------------------------------------------------------------------------------------
 # The latent cache
 
 
@@ -544,7 +592,7 @@ def bench_cache(quick, rows=24, shard=256, count=2000):
 
 
 BENCHES = {"unet": bench_unet, "train": bench_train, "sample": bench_sample, "data": bench_data,
-           "scaling": bench_scaling, "cache": bench_cache, "memory": bench_memory}  # fmt: skip
+           "scaling": bench_scaling, "cache": bench_cache, "save": bench_save, "memory": bench_memory}  # fmt: skip
 
 
 def main():

@@ -19,6 +19,7 @@ import json
 import os
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -105,12 +106,14 @@ def sweep(output_dir):
 
 def digests(folder):
     """{path inside the folder: sha256} of its files."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "files.json")
-    found = {}
-    for path in files:
+
+    def digest(path):
         with open(path, "rb") as file:
-            found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "files.json")
+    with ThreadPoolExecutor() as threads:  # hashing holds no lock of Python's, and takes as long as writing
+        return {path.relative_to(folder).as_posix(): found for path, found in zip(files, threads.map(digest, files))}
 
 
 def find_damage(folder):
@@ -188,7 +191,8 @@ def load_checkpoint(path, unet, average, optimizer):
         set_model_state_dict(unet, load_file(path / "unet_ema" / WEIGHTS), options=options)
         average.load(unet, state["ema_step"])
     set_model_state_dict(unet, load_file(path / "unet" / WEIGHTS), options=options)
-    tensors = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+    # mapped, not read: the moments of `full` are 8 GB, and all ranks of a machine share their pages
+    tensors = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
     set_optimizer_state_dict(unet, optimizer, tensors.pop("optimizer"), options=options)
     return tensors, state
 

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,19 @@ def test_a_second_ctrl_c_ends_it_at_once(run, monkeypatch, tmp_path):  # noqa: F
     with pytest.raises(SystemExit) as stop:
         run("a")
     assert stop.value.code == 130 and not checkpoint.list_checkpoints(tmp_path / "a")
+
+
+def test_asked_to_stop_torchrun_leaves_its_ranks_time_to_save(folder, cache, tmp_path):  # noqa: F811
+    out = tmp_path / "run"
+    process = start(out, folder, cache, TORCHRUN, max_train_steps=10_000, train_batch_size=2, checkpointing_steps=10_000)
+    while process.poll() is None and not ((out / "log.jsonl").is_file() and log(out)):
+        time.sleep(0.05)
+    process.terminate()
+    said, errors = process.communicate(timeout=100)
+    assert process.returncode == 1, errors[-2000:]  # that of torchrun; its ranks ended with 143
+    ((step, newest),) = checkpoint.list_checkpoints(out)
+    assert f"stopped after step {step}, as asked" in said and "forcefully" not in errors
+    assert checkpoint.find_damage(newest) is None and not list(out.glob("*.tmp"))
 
 
 # ----------------------------------------------------------------------------------------- damaged checkpoints

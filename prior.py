@@ -45,7 +45,9 @@ class GaussianPrior(nn.Module):
         self.register_buffer("variance", torch.ones(2, modes + 1))
         alone = torch.eye(NUM_FRAMES).repeat(2 * len(LENGTHS), bands, 1, 1)
         self.register_buffer("frames", alone)  # (12, bands, 8, 8)
-        band = torch.bucketize(torch.arange(modes + 1), torch.tensor(BAND_ENDS[: bands - 1]), right=True)
+        ends = (0, *BAND_ENDS[: bands - 1], modes)
+        self.sizes = [end - start for start, end in zip(ends, ends[1:])]  # of the bands
+        band = torch.bucketize(torch.arange(modes + 1), torch.tensor(ends[1:-1]), right=True)
         self.register_buffer("band", band, persistent=False)  # (M + 1,)
 
     def features(self, text):
@@ -112,6 +114,36 @@ class GaussianPrior(nn.Module):
                     self.frames[has_text * len(LENGTHS) + i, band, :k, :k] = correlation
         self.variance.clamp_(min=1e-6 * self.variance.max())
 
+    def conditioned(self, is_given, valid, text):
+        """What captions and given frames say before any noisy frame is seen. is_given, valid: bool (B, F)
+
+        Returns shift (B, F, M) of the modes by the caption and, from then on for every band: follow (B, bands, F, F),
+        how a frame follows the given ones, which have no noise; Q (B, bands, F, F), the eigenvectors over frames of
+        how the others still vary; variance (B, F, M + 1) along those, of each mode and of the rest."""
+        slots = valid.shape[1]
+        words = self.features(text)
+        has_text = (words.norm(dim=1) > 0.05 * self.no_text.norm()).long()  # (B,)
+        shift = self.shift_by(words, slots, valid.sum(dim=1)) * has_text[:, None, None]
+
+        g, u = (m[:, None, :, None].float() for m in (is_given & valid, ~is_given & valid))  # (B, 1, F, 1)
+        length = (valid.sum(dim=1) - LENGTHS[0]).clamp(min=0)
+        T = self.frames[has_text * len(LENGTHS) + length, :, :slots, :slots]  # (B, bands, F, F)
+        among_given = T * g * g.mT + torch.diag_embed(1 - g.squeeze(3))
+        follow = u * torch.linalg.solve(among_given, T * g).mT
+        left = T * u * u.mT - follow @ (T * g * u.mT)
+        s, Q = torch.linalg.eigh((left + left.mT) / 2)  # (B, bands, F), (B, bands, F, F)
+        variance = s.clamp(min=0).mT[:, :, self.band] * self.variance[has_text][:, None]
+        return shift, follow + torch.diag_embed(g.squeeze(3)), Q, variance
+
+    def in_bands(self, function, x, shift, amount):
+        """Calls function(x of a band, band, its amount) for the modes of each band, less `shift`, and for what is left.
+        x: (B, F, D); shift: (B, F, M), or 0; amount: (B, F, M + 1); returns (B, F, D)"""
+        z = x @ self.modes.T
+        rest = x - z @ self.modes
+        parts = zip((z - shift).split(self.sizes, dim=2), amount[:, :, :-1].split(self.sizes, dim=2))
+        z = torch.cat([function(part, band, some) for band, (part, some) in enumerate(parts)], dim=2) + shift
+        return z @ self.modes + function(rest, -1, amount[:, :, -1:])
+
     def forward(self, noisy, given, alpha, text, valid=None):
         """The best linear estimate of the clean latents, and how far off it will be.
 
@@ -120,52 +152,38 @@ class GaussianPrior(nn.Module):
         Returns estimate (B, F, C, h, w), exact in given frames, and error (B, F), the expected root mean square
         of its error. In slots that hold no frame both mean nothing.
         """
-        slots, shape = noisy.shape[1], noisy.shape[2:]
+        shape = noisy.shape[2:]
         is_given = (given != 0).flatten(2).any(dim=2)  # (B, F)
         if valid is None:
             valid = torch.ones_like(is_given)
-        words = self.features(text)
-        has_text = (words.norm(dim=1) > 0.05 * self.no_text.norm()).long()  # (B,)
-        shift = self.shift_by(words, slots, valid.sum(dim=1)) * has_text[:, None, None]  # (B, F, M)
-
+        shift, follow, Q, variance = self.conditioned(is_given, valid, text)
         noise = ((1 - alpha) / alpha)[:, None, None]  # variance of the noise in x_t / sqrt(alpha)
+        gain = variance / (variance + noise)
+
+        def without_noise(z, band, gain):
+            known = follow[:, band] @ z
+            return known + Q[:, band] @ (gain * (Q[:, band].mT @ (z - known)))
+
         x = torch.where(
             is_given[:, :, None], given.flatten(2), noisy.flatten(2) / alpha.sqrt()[:, None, None]
         )
         x = torch.where(valid[:, :, None], x - self.mean, 0)
-        z = x @ self.modes.T  # (B, F, M)
-        rest = x - z @ self.modes  # (B, F, D)
-
-        # Given frames have no noise: the others follow them linearly, and vary less than before.
-        g, u = (m[:, None, :, None].float() for m in (is_given & valid, ~is_given & valid))  # (B, 1, F, 1)
-        length = (valid.sum(dim=1) - LENGTHS[0]).clamp(min=0)
-        T = self.frames[has_text * len(LENGTHS) + length, :, :slots, :slots]  # (B, bands, F, F)
-        among_given = T * g * g.mT + torch.diag_embed(1 - g.squeeze(3))
-        follow = u * torch.linalg.solve(among_given, T * g).mT  # (B, bands, F, F)
-        left = T * u * u.mT - follow @ (T * g * u.mT)
-        s, Q = torch.linalg.eigh((left + left.mT) / 2)  # (B, bands, F), (B, bands, F, F)
-        variance = s.clamp(min=0).mT[:, :, self.band] * self.variance[has_text][:, None]  # (B, F, M + 1)
-        gain = variance / (variance + noise)
-
-        def estimate(z, band, gain):
-            """(B, F, m) modes of one band -> the same, without their noise"""
-            base = follow[:, band] @ z
-            turned = Q[:, band].mT @ (u[:, 0] * z - base)
-            return base + Q[:, band] @ (gain * turned) + g[:, 0] * z
-
-        ends = [0, *BAND_ENDS[: T.shape[1] - 1], z.shape[2]]
-        parts = [slice(a, b) for a, b in zip(ends, ends[1:])]
-        z = z - shift
-        z = (
-            torch.cat([estimate(z[:, :, part], i, gain[:, :, part]) for i, part in enumerate(parts)], dim=2)
-            + shift
-        )
-        x = self.mean + z @ self.modes + estimate(rest, -1, gain[:, :, -1:])
+        x = self.mean + self.in_bands(without_noise, x, shift, gain)
         x = torch.where(is_given[:, :, None], given.flatten(2), x)
 
         share = torch.ones_like(gain) / x.shape[2]  # of each mode, and of the rest, in a frame's mean square
         share[:, :, -1] *= x.shape[2] - len(self.modes)
         left = gain * noise * share  # posterior variances along the eigenvectors Q
-        left = left.new_zeros(*left.shape[:2], T.shape[1]).index_add(2, self.band, left)  # (B, F, bands)
+        left = left.new_zeros(*left.shape[:2], Q.shape[1]).index_add(2, self.band, left)  # (B, F, bands)
         error = torch.einsum("bnfj,bjn->bf", Q.square(), left)
         return x.unflatten(2, shape), error.clamp(min=0).sqrt()
+
+    def draw(self, noise, given, text):
+        """A clip of this Gaussian, made from standard normal `noise`; given, text: as in `forward`; all of them
+        (B, F, C, h, w)."""
+        is_given = (given != 0).flatten(2).any(dim=2)[:, :, None]  # (B, F, 1)
+        shift, follow, Q, variance = self.conditioned(is_given[..., 0], torch.ones_like(is_given[..., 0]), text)
+        x = torch.where(is_given, given.flatten(2) - self.mean, 0)
+        x = self.mean + self.in_bands(lambda z, band, _: follow[:, band] @ z, x, shift, variance)
+        x = x + self.in_bands(lambda n, band, v: Q[:, band] @ (v.sqrt() * n), noise.flatten(2), 0, variance)
+        return torch.where(is_given, given.flatten(2), x).unflatten(2, noise.shape[2:])

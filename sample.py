@@ -106,6 +106,11 @@ def generate(
     scheduler = make_scheduler()
     scheduler.set_timesteps(num_inference_steps)
     latents = draw_noise(0)
+    if unet.config.prior_side is not None:
+        # Even the noisiest step shows the strongest modes of a clip, its colour above all: with noise alone the network
+        # would see those of no clip in particular.
+        clean = unet.prior.draw(draw_noise(num_inference_steps + 1), given, text)
+        latents = scheduler.add_noise(clean, latents, scheduler.timesteps[:1])
     for step, t in enumerate(tqdm(scheduler.timesteps, desc="sampling", disable=not progress), start=1):
         with precision(device.type, mixed_precision):
             noise = guided_noise(unet, latents, given, t, text, null_text, weights)
@@ -120,6 +125,9 @@ def generate(
 # The finished folder
 
 
+MAX_SCALE = 1000  # of guidance: beyond it nothing is left of a picture
+
+
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used, in one sentence."""
 
@@ -131,8 +139,15 @@ def check_settings(settings):
     if settings["mixed_precision"] not in DTYPES:
         raise ValueError(f"model_index.json says mixed_precision = {settings['mixed_precision']}")
     for name in ("guidance_scale", "image_guidance_scale"):
-        if not abs(settings[name]) < 1000:
+        if not abs(settings[name]) < MAX_SCALE:
             raise ValueError(f"model_index.json says {name} = {settings[name]}")
+
+
+def check_sides(resolution, codec, prior_side):
+    """Raises ValueError unless frames of that resolution have latents, and latents the side that the U-Net expects."""
+    side, rest = divmod(resolution, codec.factor)
+    if rest or side < 1 or prior_side not in (None, side):
+        raise ValueError(f"model_index.json says resolution = {resolution}, which its codec or U-Net is not made for")
 
 
 def load(folder, device="cpu", vae=None, clip=None, t5=None):
@@ -160,10 +175,11 @@ def load(folder, device="cpu", vae=None, clip=None, t5=None):
         if config.get("_class_name") != "DFGN":
             raise ValueError(f"its U-Net is a {config.get('_class_name')}, not a DFGN")
         check_size(part, lambda part: DFGN.from_config(config))
-        unet = DFGN.from_pretrained(part, low_cpu_mem_usage=False)
+        unet = DFGN.from_pretrained(part, low_cpu_mem_usage=False, use_safetensors=True)
         named = dict(vae=vae, clip=clip, t5=t5)
         sources = settings | {name: source for name, source in named.items() if source}
         encoders = Encoders.load(folder, sources, device)
+        check_sides(settings["resolution"], encoders.codec, unet.config.prior_side)
     except EncoderError as error:
         raise CheckpointError(str(error)) from error
     except (
@@ -252,11 +268,15 @@ def parse_args():
         parser.error("nothing to start from: give --prompt, --image, or both.")
     if not 1 <= args.num_inference_steps <= 1000:
         parser.error(f"--num_inference_steps {args.num_inference_steps}: must lie in 1..1000.")
-    for name in ("num_samples", "fps"):
-        if not getattr(args, name) > 0:
-            parser.error(f"--{name} {getattr(args, name)}: must be positive.")
-    if args.seed < 0 or args.eta < 0:
-        parser.error("--seed and --eta must not be negative.")
+    if args.num_samples < 1 or args.seed < 0:
+        parser.error("--num_samples must be positive, and --seed not negative.")
+    if not 0.1 <= args.fps <= 1000:
+        parser.error(f"--fps {args.fps}: must lie in 0.1..1000.")
+    if not 0 <= args.eta <= 1:
+        parser.error(f"--eta {args.eta}: must lie in 0..1.")
+    for name in ("guidance_scale", "image_guidance_scale"):
+        if not abs(getattr(args, name) or 0) < MAX_SCALE:
+            parser.error(f"--{name} {getattr(args, name)}: must lie within -{MAX_SCALE}..{MAX_SCALE}.")
     try:
         media.check_suffix(args.output)
     except media.MediaError as error:
@@ -318,6 +338,8 @@ def main():
             for name, clip in zip(names, clips):
                 media.write_clip(name, clip, args.fps)
             written = names
+    except media.MediaError as error:
+        parser.error(str(error))
     except OSError as error:
         parser.error(f"--output {output} cannot be written: {error.strerror or error}.")
     print("wrote " + ", ".join(map(str, written)))

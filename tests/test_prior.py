@@ -85,6 +85,30 @@ def test_it_is_the_mean_and_the_variance_under_the_gaussian(given, t, has_text):
     assert torch.equal(estimate[is_given], x[is_given])
 
 
+@pytest.mark.parametrize("given", [(), (0, 3)])
+@pytest.mark.parametrize("has_text", [0, 1])
+def test_what_it_draws_is_of_the_gaussian(given, has_text):
+    """Mean and covariance of many draws, under a caption and given frames."""
+    k, count, prior = 4, 5000, random_prior()
+    is_given = torch.zeros(k, dtype=torch.bool)
+    is_given[list(given)] = True
+    x, words = torch.randn(k, D), has_text * torch.randn(1, TEXT)
+    shown = (x * is_given[:, None]).unflatten(1, (C, SIDE, SIDE)).expand(count, -1, -1, -1, -1)
+    text = captions((prior.no_text + words).expand(count, -1))
+    drawn = prior.draw(torch.randn(shown.shape), shown, text)
+    assert torch.equal(drawn[:, is_given], shown[:, is_given])
+
+    mean = dense_mean(prior, words, k)[0].flatten()
+    sigma = dense_covariance(prior, k, has_text).reshape(k * D, k * D)
+    g = is_given.repeat_interleave(D)
+    follow = sigma[~g][:, g] @ torch.linalg.inv(sigma[g][:, g])
+    expected = mean[~g] + follow @ (x.flatten() - mean)[g]
+    left = sigma[~g][:, ~g] - follow @ sigma[g][:, ~g]
+    drawn = drawn.flatten(1)[:, ~g]
+    torch.testing.assert_close(drawn.mean(dim=0), expected, rtol=0, atol=0.1)
+    torch.testing.assert_close(drawn.T.cov(), left, rtol=0.1, atol=0.1)
+
+
 def test_filler_does_not_matter():
     prior, alpha = random_prior(), make_scheduler().alphas_cumprod[[30, 900]]
     valid = torch.arange(NUM_FRAMES) < torch.tensor([3, 6])[:, None]

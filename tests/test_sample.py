@@ -140,6 +140,25 @@ def test_a_sample_depends_on_its_seed_and_not_on_the_batch(parts):
     assert not np.array_equal(three, sample.generate(*parts, prompts, z, mask, seed=1, **options))
 
 
+def test_sampling_starts_from_a_clip_of_the_gaussian(monkeypatch):
+    """The noisiest step still shows strong modes: noise alone would pull them towards zero."""
+    unet = DFGN(latent_channels=6, block_out_channels=(16, 32), attention_levels=(True, True), layers_per_block=1,
+                head_width=8, cross_attention_dim=16, clip_dim=256, t5_dim=256, norm_num_groups=4, sti_heads=2,
+                sti_head_width=8, prior_side=4)  # fmt: skip
+    encoders, batch = Encoders(PatchPCA(patch_size=4, latent_channels=6)), 64
+    monkeypatch.setattr("model.LATENT_ERROR", 1e9)  # of the network, whose part is none then
+    monkeypatch.setattr(encoders.codec, "decode", lambda latents: latents)
+    unet.prior.mean.fill_(4.0)
+    unet.prior.modes[0] = 96**-0.5  # the mean of all latents
+    unet.prior.modes[1:] = 0
+    unet.prior.variance[:] = 1e-3
+    unet.prior.variance[:, 0] = 96  # so its standard deviation is 1
+    nothing, none = given([unet], 4, (), batch)
+    clips = sample.generate(unet, encoders, [""] * batch, nothing, none, num_inference_steps=20, guidance_scale=1.0)
+    means = clips.astype(float).mean(axis=(1, 2, 3, 4))
+    assert means.mean() == pytest.approx(4, abs=0.3) and means.std() == pytest.approx(0.5, abs=0.15)  # 4 frames each
+
+
 def test_slots_that_are_not_given_are_ignored_and_given_ones_are_not(parts):
     z, mask = given(parts, 4, [0])
     other, _ = given(parts, 4, [0], seed=1)
@@ -194,6 +213,12 @@ def test_command_line(checkpoint, tmp_path):
     (["--prompt", "x", "--output", "x.bmp"], ".bmp"),
     (["--prompt", "x", "--num_frames", "2"], "--num_frames 2"),
     (["--prompt", "x", "--num_inference_steps", "0"], "--num_inference_steps 0"),
+    (["--prompt", "x", "--fps", "inf"], "--fps inf"),
+    (["--prompt", "x", "--fps", "1e-6"], "--fps 1e-06"),
+    (["--prompt", "x", "--eta", "nan"], "--eta nan"),
+    (["--prompt", "x", "--guidance_scale", "nan"], "--guidance_scale nan"),
+    (["--prompt", "x", "--image_guidance_scale", "1e9"], "--image_guidance_scale"),
+    (["--prompt", "x", "--num_inference_steps", "1", "--output", "a.png/a.gif"], "a.png/a.gif cannot be written"),
     ([], "--prompt"),
 ])  # fmt: skip
 def test_bad_flags_get_one_sentence(checkpoint, tmp_path, monkeypatch, capsys, arguments, words):
@@ -222,6 +247,12 @@ def test_bad_checkpoints_get_one_sentence(checkpoint, parts, tmp_path, monkeypat
     config = json.loads((other / "unet" / "config.json").read_text())
     (other / "unet" / "config.json").write_text(json.dumps(dict(config, block_out_channels=[32, 64])))
     refused(monkeypatch, capsys, ["--checkpoint", str(other), "--prompt", "x"], "cannot be read")
+
+    for resolution in (18, 2, 2**12 + 1):
+        index = json.loads((checkpoint / "model_index.json").read_text())
+        (other / "model_index.json").write_text(json.dumps(dict(index, resolution=resolution)))
+        (other / "unet" / "config.json").write_text(json.dumps(config))
+        refused(monkeypatch, capsys, ["--checkpoint", str(other), "--prompt", "x"], f"resolution = {resolution}")
 
     mixed = tmp_path / "mixed"
     write_model(

@@ -33,6 +33,7 @@ import matplotlib
 import numpy as np
 from tqdm import tqdm
 
+from checkpoint import read_log
 from curriculum import HORIZON, TASKS, target_difficulty
 from evaluate import UsageError, add_scale_flags, check_scale_flags
 from heldout import mean_se
@@ -366,8 +367,7 @@ def check_settings(args):
 def write_tables(reports, args, settings):
     logs = {}
     for row, seed in reports:
-        text = (args.output_dir / f"{row}-{seed}" / "log.jsonl").read_text()
-        logs[row, seed] = [json.loads(line) for line in text.splitlines()]
+        logs[row, seed] = read_log(args.output_dir / f"{row}-{seed}" / "log.jsonl")
     result = summarize(reports, logs)
     dual = [report for report in reports.values() if report["about"]["dual_masks"]]
     budget = f"{args.max_train_steps} steps" if args.max_train_steps else "the preset's steps"

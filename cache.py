@@ -20,10 +20,12 @@ import json
 import os
 import sys
 import time
+import zlib
 from contextlib import closing, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -69,6 +71,17 @@ class CachedClip(NamedTuple):
         return self.places[-1, 0] >= 0
 
 
+def read_index(path):
+    """{name: array} of a shard's index. None if it or its latents are damaged: as if the shard were not there, so that
+    its files are encoded again."""
+    try:
+        np.load(path.with_suffix(".npy"), mmap_mode="r")
+        with np.load(path) as arrays:
+            return {name: arrays[name] for name in ("digest", "start", "count", "places", "dropped", "reason")}
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error):
+        return None
+
+
 class LatentDataset:
     """The clips of one folder with their latents.
 
@@ -82,14 +95,14 @@ class LatentDataset:
         names = [f"{sticker.name!r} {digest}" for sticker, digest in zip(stickers, digests)]
         self.identity = hashlib.sha256("\n".join([folder.name, *names]).encode()).hexdigest()[:20]
         places, where, reasons = {}, {}, {}
-        for number, index in enumerate(sorted(folder.glob("*.npz"))):
+        for index in sorted(folder.glob("*.npz")):
+            if (arrays := read_index(index)) is None:
+                continue
+            number = len(self.shards)
             self.shards.append(index.with_suffix(".npy"))
-            with np.load(index) as arrays:
-                for digest, start, count, table in zip(
-                    *(arrays[n] for n in ("digest", "start", "count", "places"))
-                ):
-                    where[str(digest)], places[str(digest)] = (int(count), number, int(start)), table
-                reasons.update(zip(arrays["dropped"].tolist(), arrays["reason"].tolist()))
+            for digest, start, count, table in zip(*(arrays[n] for n in ("digest", "start", "count", "places"))):
+                where[str(digest)], places[str(digest)] = (int(count), number, int(start)), table
+            reasons.update(zip(arrays["dropped"].tolist(), arrays["reason"].tolist()))
         for sticker, digest in zip(stickers, digests):
             if digest in where:
                 labels = sticker.name, sticker.caption, sticker.split
@@ -121,7 +134,7 @@ def digest_files(folder, stickers, cache_dir):
     last call is not read again."""
     memory = (
         Path(cache_dir)
-        / f"digests-{hashlib.sha256(str(Path(folder).resolve()).encode()).hexdigest()[:16]}.json"
+        / f"digests-{hashlib.sha256(os.fsencode(Path(folder).resolve())).hexdigest()[:16]}.json"
     )
     try:
         known = json.loads(memory.read_text())
@@ -162,8 +175,8 @@ def try_lock(file):
 def forget_cached(missing, folder, seen):
     """Takes what has been cached since the last call out of the dict `missing`; `seen`: the shards read so far."""
     for index in set(folder.glob("*.npz")) - seen:
-        seen.add(index)
-        with np.load(index) as arrays:
+        if (arrays := read_index(index)) is not None:
+            seen.add(index)
             for digest in (*arrays["digest"].tolist(), *arrays["dropped"].tolist()):
                 missing.pop(digest, None)
 

@@ -14,13 +14,15 @@ of the U-Net's parameters, however many ranks they were spread over: any number 
 Functions that take `main_process` are called by every rank; only that one writes.
 """
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -98,10 +100,44 @@ def removed_on_failure(writing, final):
         ) from error
 
 
+def remove(folder):
+    """Takes the name off a checkpoint before its files go, so that a kill leaves nothing that looks whole. What
+    cannot be removed is left to `sweep`."""
+    gone = folder.with_name(folder.name + ".old.tmp")
+    with suppress(OSError):
+        shutil.rmtree(gone, ignore_errors=True)
+        os.rename(folder, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
 def sweep(output_dir):
-    """Removes what a killed run was writing."""
-    for leftover in Path(output_dir).glob("*.tmp"):
-        shutil.rmtree(leftover)
+    """Removes what a killed run was writing or removing."""
+    for pattern in ("checkpoint-*.tmp", "finished.tmp"):
+        for leftover in Path(output_dir).glob(pattern):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def read_log(path):
+    """The entries of a log.jsonl. A line that a kill or a full disk cut short is none."""
+    entries = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        with suppress(ValueError):
+            entries.append(json.loads(line))
+    return [entry for entry in entries if isinstance(entry, dict) and "step" in entry]
+
+
+@contextmanager
+def alone_in(output_dir):
+    """Keeps other runs out of `output_dir` while this one is there: BlockingIOError if one is already. The lock is
+    that of the process, and goes with it however it ends."""
+    with open(Path(output_dir) / ".lock", "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise BlockingIOError from error
+            # else a disk without locks
+        yield
 
 
 def digests(folder):
@@ -120,9 +156,14 @@ def find_damage(folder):
     """What is wrong with a checkpoint, in a few words; None if it is what was saved."""
     try:
         expected = json.loads((folder / "files.json").read_text())
-        found = digests(folder)
     except (OSError, ValueError):
+        expected = None
+    if not isinstance(expected, dict) or not expected:
         return "files.json is missing or unreadable"
+    try:
+        found = digests(folder)
+    except OSError as error:
+        return f"{Path(error.filename).name} cannot be read: {error.strerror}"
     for name, digest in expected.items():
         if found.get(name) != digest:
             return f"{name} is {'not what was saved' if name in found else 'missing'}"
@@ -143,7 +184,8 @@ def save_checkpoint(
     state,
     main_process,
 ):
-    """Writes output_dir/checkpoint-{step} and then deletes the oldest beyond `limit` (None = keep all).
+    """Writes output_dir/checkpoint-{step} and then deletes the oldest of those before it beyond `limit` (None = keep
+    all). What has a higher number is damaged, or was turned back from: it stays.
 
     average: the averaged weights, or None; tensors: further state dicts with tensors in them; state: what JSON
     can hold
@@ -167,11 +209,12 @@ def save_checkpoint(
         torch.save(dict(tensors, optimizer=moments), writing / "optimizer.pt")
         (writing / "state.json").write_text(json.dumps(dict(state, step=step), indent=2) + "\n")
         (writing / "files.json").write_text(json.dumps(digests(writing), indent=2) + "\n")
-        shutil.rmtree(final, ignore_errors=True)
+        remove(final)
         os.rename(writing, final)
     if limit is not None:
-        for _, old in list_checkpoints(output_dir)[:-limit]:
-            shutil.rmtree(old)
+        before = [path for number, path in list_checkpoints(output_dir) if number < step]
+        for path in before[: max(0, len(before) + 1 - limit)]:
+            remove(path)
 
 
 def load_checkpoint(path, unet, average, optimizer):
@@ -191,8 +234,7 @@ def load_checkpoint(path, unet, average, optimizer):
         set_model_state_dict(unet, load_file(path / "unet_ema" / WEIGHTS), options=options)
         average.load(unet, state["ema_step"])
     set_model_state_dict(unet, load_file(path / "unet" / WEIGHTS), options=options)
-    # mapped, not read: the moments of `full` are 8 GB, and all ranks of a machine share their pages
-    tensors = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
+    tensors = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
     set_optimizer_state_dict(unet, optimizer, tensors.pop("optimizer"), options=options)
     return tensors, state
 

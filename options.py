@@ -122,8 +122,8 @@ def parse_args():
     args.curriculum = args.curriculum or ("dcl" if args.ddu else "none")
     for name in ("resolution", "max_train_steps", "train_batch_size", "gradient_accumulation_steps",
                  "learning_rate", "checkpointing_steps"):  # fmt: skip
-        if not getattr(args, name) > 0:
-            raise UsageError(f"--{name} {getattr(args, name)}: must be positive.")
+        if not 0 < getattr(args, name) < float("inf"):
+            raise UsageError(f"--{name} {getattr(args, name)}: must be positive and finite.")
     for name in ("lr_warmup_steps", "checkpoints_total_limit", "validation_steps", "num_workers", "seed"):
         if getattr(args, name) < 0:
             raise UsageError(f"--{name} {getattr(args, name)}: must not be negative.")

@@ -2,7 +2,6 @@
 What a run shows: progress.png (the log as curves) and validation sheets (real stickers above generated ones).
 """
 
-import json
 import os
 
 import matplotlib
@@ -10,6 +9,7 @@ import torch
 
 import masks
 import media
+from checkpoint import read_log
 from curriculum import TASKS
 from sample import generate
 
@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 def plot_progress(log_path, picture_path):
     """Draws log.jsonl: loss, task probabilities, mean k, and the three terms of Eq. 4."""
-    log = [json.loads(line) for line in log_path.read_text().splitlines()]
+    log = read_log(log_path)
     if not log:
         return
     steps = [entry["step"] for entry in log]

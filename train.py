@@ -10,6 +10,7 @@ In the output folder:  log.jsonl, progress.png (loss, task probabilities, mean k
 sample.py reads.
 """
 
+import errno
 import json
 import math
 import os
@@ -38,9 +39,11 @@ import stickers
 from cache import digest_files, open_dataset
 from checkpoint import (
     SaveError,
+    alone_in,
     find_damage,
     list_checkpoints,
     load_checkpoint,
+    read_log,
     save_checkpoint,
     start_from_spatial,
     sweep,
@@ -94,6 +97,10 @@ def choose_checkpoint(args, say):
     """The checkpoint that --resume_from_checkpoint asks for, None for a fresh start. A damaged one is never used:
     `latest` then takes the one before it. Raises UsageError."""
     checkpoints = [path for _, path in list_checkpoints(args.output_dir)]
+    finished = [name for name in ("model_index.json", "README.md") if (args.output_dir / name).exists()]
+    if finished and not checkpoints:
+        raise UsageError(f"--output_dir {args.output_dir} holds {finished[0]} and no checkpoint to go on from: choose "
+                         "another folder, so that nothing in it is overwritten.")  # fmt: skip
     if args.resume_from_checkpoint == "latest":
         for path in reversed(checkpoints):
             damage = find_damage(path)
@@ -110,6 +117,9 @@ def choose_checkpoint(args, say):
             raise UsageError(
                 f"--resume_from_checkpoint {path} is no checkpoint: give latest or a checkpoint-N folder."
             )
+        if checkpoints and path.resolve().parent != args.output_dir.resolve():
+            raise UsageError(f"--resume_from_checkpoint {path} is of another run than --output_dir {args.output_dir} "
+                             "holds: choose another --output_dir.")  # fmt: skip
         if damage := find_damage(path):
             raise UsageError(
                 f"--resume_from_checkpoint {path} is damaged ({damage}): give another, or latest."
@@ -181,6 +191,13 @@ def train(args, on_exit):
             dist.barrier()
 
     # ---- output folder
+    if main_process:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            on_exit.enter_context(alone_in(args.output_dir))
+        except BlockingIOError as error:
+            raise UsageError(f"--output_dir {args.output_dir} is in use by a run that has not ended: end it, or choose "
+                             "another folder.") from error  # fmt: skip
     resume = choose_checkpoint(args, say) if main_process else None
     if world > 1:
         dist.broadcast_object_list(chosen := [resume])
@@ -192,14 +209,16 @@ def train(args, on_exit):
         check_schedule(resume, schedule)
     log_path = args.output_dir / "log.jsonl"
     if main_process:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
         sweep(args.output_dir)
     report = make_reporter(args) if main_process else None
 
     # ---- stickers
     folder = Path(args.data) if args.data else stickers.default_folder(root=args.cache_dir)
     if not args.data and main_process:
-        stickers.draw_stickers(folder)
+        try:
+            stickers.draw_stickers(folder)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
     barrier()
     found, problems = scan_folder(folder)
 
@@ -305,9 +324,10 @@ def train(args, on_exit):
             say(f"warning: the stickers in {folder} have changed since: the run goes on with the new ones")
     weights_of = loss_weights(float(unet.prior.std) if unet.config.prior_side else None).to(device)
     if main_process:  # what was logged after the checkpoint will be logged again
-        logged = log_path.read_text() if resume is not None and log_path.exists() else ""
-        lines = logged.splitlines(keepends=True)
-        log_path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+        kept = [entry for entry in (read_log(log_path) if resume is not None else []) if entry["step"] <= step]
+        writing = log_path.with_suffix(".tmp")
+        writing.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+        os.replace(writing, log_path)
 
     network = unet
     if world > 1 and not args.shard:
@@ -350,11 +370,17 @@ def train(args, on_exit):
             main_process=main_process,
         )  # fmt: skip
 
-    def save():
+    @contextmanager
+    def forgiven():
+        """What cannot be written is said, and the run goes on: it is worth more than one checkpoint or one picture."""
         try:
-            write_checkpoint()
-        except SaveError as error:  # the run is worth more than one checkpoint
+            yield
+        except (OSError, media.MediaError) as error:
             say(f"warning: {error}")
+
+    def save():
+        with forgiven():
+            write_checkpoint()
         barrier()
 
     @torch.no_grad()
@@ -383,9 +409,10 @@ def train(args, on_exit):
             sheet = partial(validation_sheet, unet, encoders, dataset, held_out, prompts, args)
             loss, (picture, samples) = with_average(average, unet, lambda: (validation_loss(), sheet()))
             if main_process:
-                picture.save(args.output_dir / f"validation-{step}.png")
-                if samples:
-                    media.write_clip(args.output_dir / "sample.gif", next(iter(samples.values())), fps=8)
+                with forgiven():
+                    picture.save(args.output_dir / f"validation-{step}.png")
+                    if samples:
+                        media.write_clip(args.output_dir / "sample.gif", next(iter(samples.values())), fps=8)
             network = wrapped
             unet.train()
         barrier()
@@ -397,7 +424,7 @@ def train(args, on_exit):
         desc="training", unit="step", total=args.max_train_steps, initial=step, disable=not main_process
     )
     started, since = time.perf_counter(), step
-    asked = on_exit.enter_context(stop_requests())
+    asked, due = on_exit.enter_context(stop_requests()), False
     while step < args.max_train_steps:
         probabilities = curriculum.probabilities(step)
         totals = torch.zeros(3, device=device)  # sums over the ranks: loss, k, whether to stop
@@ -442,14 +469,17 @@ def train(args, on_exit):
         step += 1
         bar.update()
         if bad_in_row == MAX_BAD_STEPS:
-            kept = list_checkpoints(args.output_dir)
+            kept = [found for found in list_checkpoints(args.output_dir) if found[0] < step]
             raise UsageError(f"{MAX_BAD_STEPS} steps in a row, up to step {step}, gave a loss or gradients that are no "
                              "numbers: lower --learning_rate, or use --mixed_precision bf16 or no. "
                              + (f"The last good checkpoint is {kept[-1][1]}." if kept
                                 else "No checkpoint had been saved yet."))  # fmt: skip
 
-        # ---- look, write the log, save: in this order, so that whatever is saved has been logged
+        # ---- look, write the log, save: in this order, so that whatever is saved has been logged. Asked to stop, it
+        # saves first: who asked may not wait for a sheet.
         last_step = step == args.max_train_steps
+        if stop:
+            save()
         validates = last_step or (args.validation_steps and step % args.validation_steps == 0)
         if validates:
             validation = validate()
@@ -463,18 +493,24 @@ def train(args, on_exit):
             bar.set_postfix(loss=f"{loss:.4f}")
             if validates and validation is not None:
                 entry["validation_loss"] = validation
-            with open(log_path, "a") as file:
-                file.write(json.dumps(entry) + "\n")
-            report(entry)
-            if validates:
-                plot_progress(log_path, args.output_dir / "progress.png")
+            with forgiven():
+                with open(log_path, "a") as file:
+                    file.write(json.dumps(entry) + "\n")
+                report(entry)
+                if validates:
+                    plot_progress(log_path, args.output_dir / "progress.png")
             started, since = time.perf_counter(), step
-        if last_step or stop or step % args.checkpointing_steps == 0:
+        due |= step % args.checkpointing_steps == 0
+        if not stop and (last_step or (due and good)):  # what was saved before bad steps makes no room for them
             save()
+            due = False
         if stop and not last_step:
-            say(f"stopped after step {step}, as asked; --resume_from_checkpoint latest goes on")
             if world > 1:
                 dist.destroy_process_group()
+            if main_process and not (args.output_dir / f"checkpoint-{step}" / "files.json").exists():
+                raise UsageError(f"stopped after step {step}, as asked, which could not be saved: "
+                                 "--resume_from_checkpoint latest goes on from the checkpoint before.")  # fmt: skip
+            say(f"stopped after step {step}, as asked; --resume_from_checkpoint latest goes on")
             sys.exit(128 + (asked[0] if asked else signal.SIGTERM))
     bar.close()
 
@@ -493,11 +529,18 @@ def main():
     sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack letters of a name
     try:
         with ExitStack() as on_exit:
-            train(parse_args(), on_exit)
+            return train(parse_args(), on_exit)
+    except KeyboardInterrupt:  # before the first step
+        sys.exit(128 + signal.SIGINT)
     except (UsageError, SaveError, DataError, EncoderError, media.MediaError) as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        message = str(error)
+    except OSError as error:
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        message = f"{error.filename or 'a file'} cannot be used ({error.strerror}): make room or choose another place."
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once on each machine
+        print(f"train.py: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

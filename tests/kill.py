@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 import checkpoint  # noqa: E402
 import stickers  # noqa: E402
 
-STEPS, SAVE_EVERY, CALLS_PER_SAVE = 90, 3, 9
+STEPS, SAVE_EVERY, CALLS_PER_SAVE = 90, 3, 15
 
 
 def start(out, data, cache, **env):
@@ -81,11 +81,13 @@ def main():
             raise SystemExit(last.stderr.read()[-2000:])
         a, b = weights(root / "whole"), weights(out)
         same = a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-        logs = [(root / name / "log.jsonl").read_text().splitlines() for name in ("whole", "killed")]
+        logs = [[(entry["step"], entry["loss"]) for entry in checkpoint.read_log(root / name / "log.jsonl")]
+                for name in ("whole", "killed")]  # fmt: skip
+        leftovers = [path.name for path in out.glob("*.tmp")]
         print(f"{kills} kills ({finished} runs ended before theirs); every checkpoint left behind was whole; final weights "
-              f"{'equal' if same else 'DIFFER'}, {len(logs[0])} and {len(logs[1])} lines of log, "
-              f"leftovers: {[path.name for path in out.glob('*.tmp')]}")  # fmt: skip
-        sys.exit(0 if same else 1)
+              f"{'equal' if same else 'DIFFER'}, {len(logs[0])} logged losses "
+              f"{'equal' if logs[0] == logs[1] else 'DIFFER'}, leftovers: {leftovers or 'none'}")  # fmt: skip
+        sys.exit(0 if same and logs[0] == logs[1] and not leftovers else 1)
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ def main():
     torch.set_num_threads(1)
     sizes = model.SIZES
     shrink(options.PRESETS, sizes, None)
-    vars(train).update(NO_PICTURES)
+    vars(train).update(NO_PICTURES, LOG_EVERY=1)
     main_process = os.environ.get("RANK", "0") == "0"
     root = Path(tempfile.gettempdir()) / f"matrix-{os.environ.get('TORCHELASTIC_RUN_ID', os.getpid())}"
     root.mkdir(exist_ok=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import checkpoint
 import masks
@@ -62,9 +63,12 @@ def state(out, step):
 
 
 @pytest.mark.parametrize("flags", [dict(), dict(mixed_precision="fp16")], ids=["fp32", "fp16"])
-def test_a_step_whose_loss_is_no_number_is_skipped(run, monkeypatch, flags):  # noqa: F811
-    poison(monkeypatch, lambda call: call == 3)
-    out = run("a", max_train_steps=4, checkpointing_steps=1, **flags)
+def test_a_step_whose_loss_is_no_number_is_skipped(run, monkeypatch, tmp_path, flags):  # noqa: F811
+    flags, out = dict(flags, max_train_steps=4, checkpointing_steps=1, resume_from_checkpoint="latest"), tmp_path / "a"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):  # asked to stop it saves even then
+        poison(patch, lambda call: call == 3 and not signal.raise_signal(signal.SIGTERM))
+        run("a", **flags)
+    run("a", **flags)
     for part in ("unet", "unet_ema"):
         before, after = (weights(out / f"checkpoint-{step}", part) for step in (2, 3))
         assert_same_weights(before, after, rtol=0, atol=0)
@@ -78,10 +82,18 @@ def test_a_step_whose_loss_is_no_number_is_skipped(run, monkeypatch, flags):  # 
 def test_too_many_of_them_stop_the_run(run, capsys, monkeypatch, tmp_path):  # noqa: F811
     monkeypatch.setattr(train, "MAX_BAD_STEPS", 3)
     poison(monkeypatch, lambda call: call in (1, 2) or call > 4)
-    refused(run, capsys, "up to step 7", max_train_steps=9, checkpointing_steps=2)
-    assert "checkpoint-6" in str(checkpoint.list_checkpoints(tmp_path / "a")[-1][1])
-    assert state(tmp_path / "a", 6)["bad_in_row"] == 2  # a resumed run goes on counting
-    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "a" / "checkpoint-6").values())
+    refused(run, capsys, "checkpoint-4", max_train_steps=9, checkpointing_steps=2, checkpoints_total_limit=1)
+    ((step, kept),) = checkpoint.list_checkpoints(tmp_path / "a")  # what was saved before the bad steps
+    assert step == 4 and all(tensor.isfinite().all() for tensor in weights(kept).values())
+
+
+def test_a_resumed_run_goes_on_counting_them(run, capsys, monkeypatch, tmp_path):  # noqa: F811
+    monkeypatch.setattr(train, "MAX_BAD_STEPS", 3)
+    poison(monkeypatch, lambda call: (call == 2 and signal.raise_signal(signal.SIGTERM)) or True)
+    with pytest.raises(SystemExit):
+        run("a")
+    assert state(tmp_path / "a", 2)["bad_in_row"] == 2
+    refused(run, capsys, "up to step 3", resume_from_checkpoint="latest")
 
 
 def test_a_large_loss_is_no_fault(run, monkeypatch):  # noqa: F811
@@ -113,6 +125,22 @@ def test_asked_to_stop_it_saves_and_goes_on_as_if_nothing_had_been(trained, run,
     (step, newest), *others = checkpoint.list_checkpoints(tmp_path / "a")
     assert step == 2 and not others and checkpoint.find_damage(newest) is None
     out = run("a", resume_from_checkpoint="latest")
+    assert_same_weights(weights(trained), weights(out), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_what_was_just_saved_is_never_the_one_that_goes(trained, run, monkeypatch, tmp_path, limit):  # noqa: F811
+    """Among damaged checkpoints with higher numbers, which the run that went on from an older one meets again."""
+    out = tmp_path / "a"
+    for step in (3, 6):
+        shutil.copytree(trained / f"checkpoint-{step}", out / f"checkpoint-{step}")
+    flip(out / "checkpoint-6" / "optimizer.pt")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        at_each_loss(patch, lambda call: signal.raise_signal(signal.SIGTERM) or 1.0)
+        run("a", resume_from_checkpoint="latest", checkpoints_total_limit=limit)
+    assert stop.value.code == 143
+    assert [step for step, _ in checkpoint.list_checkpoints(out)] == ([3, 4, 6] if limit == 2 else [4, 6])
+    run("a", resume_from_checkpoint="latest", checkpoints_total_limit=limit)
     assert_same_weights(weights(trained), weights(out), rtol=0, atol=0)
 
 
@@ -190,12 +218,109 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(trained, run, c
     refused(run, capsys, "all its checkpoints are damaged", resume_from_checkpoint="latest")
 
 
+@pytest.mark.parametrize("content", ["[]", "{}", "", "{"])
+def test_sums_that_are_none(trained, tmp_path, content):
+    copy = shutil.copytree(trained / "checkpoint-6", tmp_path / "copy")
+    (copy / "files.json").write_text(content)
+    assert checkpoint.find_damage(copy).startswith("files.json")
+
+
+def test_a_file_that_cannot_be_read_is_named(trained, tmp_path, monkeypatch):
+    copy = shutil.copytree(trained / "checkpoint-6", tmp_path / "copy")
+
+    def failing(file, name):
+        raise OSError(5, "Input/output error", str(copy / "optimizer.pt"))
+
+    monkeypatch.setattr(checkpoint.hashlib, "file_digest", failing)
+    assert checkpoint.find_damage(copy) == "optimizer.pt cannot be read: Input/output error"
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_no_fault(trained, run, tmp_path):  # noqa: F811
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "checkpoint-3").symlink_to(shutil.copytree(trained / "checkpoint-3", tmp_path / "elsewhere"))
+    out = run("a", resume_from_checkpoint="latest", checkpoints_total_limit=1)
+    assert [step for step, _ in checkpoint.list_checkpoints(out)] == [6] and (tmp_path / "elsewhere").exists()
+
+
+def test_sweeping_takes_what_is_ours_alone(tmp_path):
+    for name in ("checkpoint-3.tmp", "checkpoint-3.old.tmp", "finished.tmp", "mine.tmp", "checkpoint-3"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "notes.tmp").touch()
+    checkpoint.sweep(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"mine.tmp", "notes.tmp", "checkpoint-3"}
+
+
+# ------------------------------------------------------------------------------------------- the output folder
+
+
+def test_two_runs_do_not_share_a_folder(run, capsys, tmp_path):  # noqa: F811
+    (tmp_path / "a").mkdir()
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); input()"
+    other = subprocess.Popen([sys.executable, "-c", hold, tmp_path / "a" / ".lock"], stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE, text=True)  # fmt: skip
+    assert other.stdout.readline() == "held\n"
+    refused(run, capsys, "is in use by a run that has not ended")
+    other.kill()
+    other.communicate()
+    run("a", max_train_steps=2)
+
+
+@pytest.mark.parametrize("name", ["README.md", "model_index.json"])
+@pytest.mark.parametrize("how", [{}, dict(resume_from_checkpoint="latest")], ids=["fresh", "latest"])
+def test_a_finished_model_is_not_overwritten(run, capsys, tmp_path, name, how):  # noqa: F811
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / name).write_text("{}")
+    refused(run, capsys, name, **how)
+    assert (tmp_path / "a" / name).read_text() == "{}"
+
+
+def test_a_checkpoint_of_another_folder_does_not_mix_with_those_here(trained, run, capsys, tmp_path):  # noqa: F811
+    shutil.copytree(trained / "checkpoint-6", tmp_path / "a" / "checkpoint-6")
+    refused(run, capsys, "is of another run", resume_from_checkpoint=trained / "checkpoint-3")
+
+
+@pytest.mark.parametrize("flag", ["output_dir", "cache_dir"])
+def test_places_that_cannot_be_used_get_one_sentence(run, capsys, tmp_path, flag):  # noqa: F811
+    (tmp_path / "file").touch()
+    refused(run, capsys, "file cannot be used", **{flag: tmp_path / "file"})
+
+
+@pytest.mark.parametrize("local_rank, says", [("0", True), ("1", False)])
+def test_an_error_is_said_once_on_each_machine(run, capsys, monkeypatch, local_rank, says):  # noqa: F811
+    monkeypatch.setenv("RANK", "8")
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    with pytest.raises(SystemExit):
+        run("a", learning_rate="inf")
+    assert ("--learning_rate inf" in capsys.readouterr().err) == says
+
+
+def test_damaged_latents_are_encoded_again(run, tmp_path):  # noqa: F811
+    cache = tmp_path / "cache"
+    whole = weights(run("a", cache_dir=cache, max_train_steps=1))
+    for name, pattern, damage in (("b", "*.npy", truncate), ("c", "*.npz", truncate), ("d", "*.npz", lambda p: p.write_bytes(b""))):
+        damage(next(cache.glob(f"latents-*/{pattern}")))
+        assert_same_weights(whole, weights(run(name, cache_dir=cache, max_train_steps=1)), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("end", ['{"step": 3, "lo', "\n\n", "[]\n", "\xff\0"])
+def test_a_log_that_was_cut_short_is_read_as_far_as_it_goes(trained, run, tmp_path, end):  # noqa: F811
+    out = tmp_path / "a"
+    shutil.copytree(trained / "checkpoint-3", out / "checkpoint-3")
+    whole = '{"step": 2, "loss": 0.5}\n'
+    (out / "log.jsonl").write_text(whole + end)
+    run("a", resume_from_checkpoint="latest")
+    assert [entry["step"] for entry in log(out)] == [2, 6] and (out / "log.jsonl").read_text().startswith(whole)
+
+
 def test_a_pickle_is_refused(trained, run, capsys, tmp_path):  # noqa: F811
     out = tmp_path / "a"
     copy = shutil.copytree(trained / "checkpoint-3", out / "checkpoint-3")
     torch.save(dict(optimizer=Path("/")), copy / "optimizer.pt")  # an object, not a tensor
     (copy / "files.json").write_text(json.dumps(checkpoint.digests(copy)))
     refused(run, capsys, "optimizer.pt", resume_from_checkpoint="latest")
+
+
+# ------------------------------------------------------------------------------------------------ a full disk
 
 
 def test_a_full_disk_costs_one_checkpoint(run, capsys, monkeypatch):  # noqa: F811
@@ -220,6 +345,38 @@ def test_a_full_disk_costs_one_checkpoint(run, capsys, monkeypatch):  # noqa: F8
     said = capsys.readouterr().out
     assert met == {2, 3, 4} and all(f"checkpoint-{step} could not be written" in said for step in met)
     assert [step for step, _ in checkpoint.list_checkpoints(out)] == [1, 5] and not list(out.glob("*.tmp"))
+
+
+def test_a_full_disk_costs_a_picture_and_a_line_of_the_log(run, capsys, monkeypatch):  # noqa: F811
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    picture = Image.new("RGB", (1, 1))
+    picture.save = full
+    monkeypatch.setattr(train, "validation_sheet", lambda *args: (picture, {}))
+    monkeypatch.setattr(train, "open", full, raising=False)  # of the log
+    out = run("a", max_train_steps=2)
+    assert capsys.readouterr().out.count("No space left on device") == 2
+    assert checkpoint.find_damage(out / "checkpoint-2") is None and (out / "model_index.json").exists()
+
+
+def test_asked_to_stop_with_a_full_disk_it_says_so(run, capsys, monkeypatch):  # noqa: F811
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    at_each_loss(monkeypatch, lambda call: signal.raise_signal(signal.SIGTERM) or 1.0)
+    refused(run, capsys, "could not be saved")
+
+
+def test_asked_to_stop_it_saves_before_it_draws(run, monkeypatch, tmp_path):  # noqa: F811
+    saved = []
+    monkeypatch.setattr(train, "validation_sheet", lambda *args: saved.extend(checkpoint.list_checkpoints(tmp_path / "a"))
+                        or NO_PICTURES["validation_sheet"]())  # fmt: skip
+    at_each_loss(monkeypatch, lambda call: (call == 2 and signal.raise_signal(signal.SIGTERM)) or 1.0)
+    with pytest.raises(SystemExit):
+        run("a", validation_steps=2)
+    assert [step for step, _ in saved] == [2]
 
 
 def test_a_full_disk_leaves_no_rank_waiting(folder, cache, tmp_path):  # noqa: F811
@@ -268,14 +425,14 @@ def test_a_difference_would_be_seen(run, matrix_parts, monkeypatch):  # noqa: F8
 
 
 def test_killed_inside_a_save_it_ends_as_if_it_had_not_been(folder, cache, trained, tmp_path):  # noqa: F811
-    """The second writing call of a save kills the process halfway through its file; the whole search, over all
-    writing, renaming and removing calls, is tests/kill.py."""
+    """The second save kills the process halfway through a file; the whole search, over all writing, renaming and
+    removing calls, is tests/kill.py."""
     out = tmp_path / "run"
     more = dict(max_train_steps=6, checkpointing_steps=3, resume_from_checkpoint="latest")
-    process = start(out, folder, cache, env=dict(TOY_KILL="2"), **more)
+    process = start(out, folder, cache, env=dict(TOY_KILL="3:checkpoint-6"), **more)
     assert process.wait(timeout=200) == -signal.SIGKILL
-    for _, path in checkpoint.list_checkpoints(out):
-        assert checkpoint.find_damage(path) is None
+    ((step, path),) = checkpoint.list_checkpoints(out)
+    assert step == 3 and checkpoint.find_damage(path) is None and (out / "checkpoint-6.tmp" / "unet").exists()
     process = start(out, folder, cache, **more)
     assert process.wait(timeout=200) == 0, process.communicate()[1][-2000:]
     assert_same_weights(weights(trained), weights(out), rtol=0, atol=0)
@@ -306,8 +463,8 @@ def curricula(root):
 
 def test_one_rank_without_a_number_stops_no_other(two_ranks):
     out = two_ranks / "run"
-    assert state(out, 8)["skipped"] == 1
-    assert_same_weights(weights(out / "checkpoint-2"), weights(out / "checkpoint-3"), rtol=0, atol=0)
+    assert state(out, 8)["skipped"] == 1 and not (out / "checkpoint-3").exists()  # the next good step saves
+    assert state(out, 4)["curriculum"]["count"] == state(out, 4)["ema_step"] == 3
     a, b = curricula(two_ranks)
     assert a == b
 

@@ -58,18 +58,22 @@ class WatchedCurriculum(train.Curriculum):
         (folder / f"rank-{rank}.json").write_text(json.dumps(record))
 
 
-def count_down(name, module, function, calls):
-    """Makes `function` of `module` kill this process when it is called for the n-th time, n = TOY_KILL; halfway
-    through the file, if it writes one."""
+def count_down(module, function, calls):
+    """Makes `function` of `module` kill this process at the n-th of the `calls` that write, rename or remove something
+    whose path has NAME in it, TOY_KILL = n or n:NAME: halfway through the file or folder, where there is one."""
     real = getattr(module, function)
+    number, _, name = os.environ["TOY_KILL"].partition(":")
 
     def counted(*args, **kwargs):
-        calls.append(name)
-        if len(calls) == int(os.environ["TOY_KILL"]):
-            if "save" in name:
+        calls.extend([function] * any(name in str(arg) for arg in args))
+        if len(calls) == int(number):
+            if function in ("save_file", "save", "write_text"):
                 real(*args, **kwargs)
-                path = Path(args[1])
-                path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+                path = Path(args[0 if function == "write_text" else 1])
+                os.truncate(path, path.stat().st_size // 2)
+            if function == "rmtree":
+                for path in [path for path in Path(args[0]).rglob("*") if path.is_file()][::2]:
+                    path.unlink()
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*args, **kwargs)
 
@@ -124,10 +128,9 @@ if __name__ == "__main__":
         fill_disk(os.environ["TOY_FULL"])
     if "TOY_KILL" in os.environ:
         calls = []
-        for name, module, function in (("save_file", checkpoint, "save_file"), ("save", torch, "save"),
-                                       ("rename", os, "rename"), ("replace", os, "replace"),
-                                       ("rmtree", shutil, "rmtree")):  # fmt: skip
-            count_down(name, module, function, calls)
+        for module, function in ((checkpoint, "save_file"), (torch, "save"), (Path, "write_text"), (os, "rename"),
+                                 (os, "replace"), (shutil, "rmtree")):  # fmt: skip
+            count_down(module, function, calls)
     if "TOY_NAN" in os.environ:  # rank:call,call
         rank, steps = os.environ["TOY_NAN"].split(":")
         poison(rank, {int(step) for step in steps.split(",")})

@@ -251,7 +251,10 @@ def start_from_spatial(unet, source):
             source, subfolder=subfolder, use_safetensors=True, low_cpu_mem_usage=False
         )
 
-    spatial = load_pretrained("--init_unet", source, ("unet",), load).state_dict()
+    def build(folder):
+        return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder))
+
+    spatial = load_pretrained("--init_unet", source, ("unet",), load, build).state_dict()
     own = unet.state_dict()
     channels = spatial["conv_in.weight"].shape[1]
     if channels == unet.config.latent_channels:

@@ -11,6 +11,7 @@ caption. A real VAE, CLIP or T5 has to offer the same attributes and calls.
 
 import hashlib
 import json
+import math
 import re
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import get_timestep_embedding
-from safetensors import SafetensorError
+from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, CLIPTextModel, T5EncoderModel
 from transformers.utils.logging import disable_progress_bar
 
@@ -180,27 +181,66 @@ class EncoderError(ValueError):
 MAX_SIZE, MAX_LAYERS = 2**20, 256  # of any number in a config.json; of those that count layers, and of lists
 
 
+def check_config(config, name):
+    """Raises ValueError unless a model may be built from a part of a config.json, a dict or
+    list of that name: no absurd numbers, weights in the usual files, no code from elsewhere."""
+    if len(config) > MAX_LAYERS:
+        raise ValueError(f"its config.json lists {len(config)} {name}")
+    for key, value in config.items() if isinstance(config, dict) else [(name, x) for x in config]:
+        if key in ("quantization_config", "transformers_weights") and value is not None:
+            raise ValueError(f"its config.json has a {key}: only plain weights in the usual files are read")
+        # transformers would download and import an attention of the name "kernels-community/x"
+        if key.endswith("_implementation") and value not in (None, "eager", "sdpa"):
+            raise ValueError(f"its config.json says {key} = {value}: only eager and sdpa are built in")
+        if isinstance(value, (dict, list)):
+            check_config(value, key)
+        elif isinstance(value, (int, float)):
+            if not abs(value) <= (MAX_LAYERS if "layer" in key else MAX_SIZE):
+                raise ValueError(f"its config.json says {key} = {value}")
+
+
+def weight_files(folder, model):
+    """The safetensors files that diffusers or transformers, whichever `model` is of, read its weights from:
+    paths. Raises ValueError if one is missing, or an index names anything but safetensors files beside it."""
+    diffusers = isinstance(model, ModelMixin)
+    whole = folder / ("diffusion_pytorch_model.safetensors" if diffusers else "model.safetensors")
+    index = folder / f"{whole.name}.index.json"
+    names = {whole.name}
+    if index.is_file() and (diffusers or not whole.is_file()):  # the libraries differ where both are there
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    for name in sorted(names):
+        # Of another name it might be a pickle, with a separator a file of somebody else.
+        if not re.fullmatch(r"[^/\\]+\.safetensors", name):
+            raise ValueError(f"its {index.name} names {name}, which is no safetensors file beside it")
+        if not (folder / name).is_file():
+            raise ValueError(f"it holds no {name}")
+    return [folder / name for name in sorted(names)]
+
+
 def check_size(folder, build):
-    """Raises ValueError if `folder` describes more weights than its files hold, before memory is taken for them: a
-    config.json from elsewhere may say anything. build: function of the folder -> the module of its config.json."""
-
-    def check(name, value):
-        if len(value) > MAX_LAYERS:
-            raise ValueError(f"its config.json lists {len(value)} {name}")
-        for inner in value.items() if isinstance(value, dict) else [(name, x) for x in value]:
-            if isinstance(inner[1], (dict, list)):
-                check(*inner)
-            elif isinstance(inner[1], (int, float)):
-                if not abs(inner[1]) <= (MAX_LAYERS if "layer" in inner[0] else MAX_SIZE):
-                    raise ValueError(f"its config.json says {inner[0]} = {inner[1]}")
-
-    config = json.loads((folder / "config.json").read_text())
-    check("config", config if isinstance(config, dict) else dict(config=config))
+    """Raises ValueError unless the files of `folder` hold the weights that its config.json describes, before
+    memory is taken for them: both may come from elsewhere.
+    build: function of the folder -> the module of its config.json"""
+    check_config(dict(config=json.loads((folder / "config.json").read_text())), "config.json")
     with torch.device("meta"):
-        tensors = build(folder).state_dict().values()
-    held = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    if sum(tensor.numel() for tensor in tensors) > held:  # a number takes a byte at least
+        model = build(folder)
+    files, weights = weight_files(folder, model), model.state_dict()
+    # a number takes a byte at least
+    if sum(weight.numel() for weight in weights.values()) > sum(file.stat().st_size for file in files):
         raise ValueError("its config.json describes more weights than its safetensors files hold")
+    if not isinstance(model, ModelMixin):
+        return  # transformers fits other names too, as of a whole CLIP: `load_text` asks it what is missing
+    shapes = {}
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
+    # In a VAE of 2022 attention had other names; diffusers mends them unless there is an index.
+    if not list(folder.glob("*.safetensors.index.json")):
+        model._fix_state_dict_keys_on_load(shapes)
+    for name, weight in weights.items():  # diffusers would leave what is missing at random
+        if shapes.get(name) != weight.shape:
+            found = f"{shapes[name]} in" if name in shapes else "missing from"
+            raise ValueError(f"{name} is {found} its weights, {tuple(weight.shape)} in its config.json")
 
 
 def load_pretrained(flag, source, subfolders, load, build=None, config="config.json"):
@@ -216,20 +256,13 @@ def load_pretrained(flag, source, subfolders, load, build=None, config="config.j
             if local and build is not None:
                 check_size(Path(source) / subfolder, build)
             return load(source, subfolder=subfolder)
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            RuntimeError,
-            SafetensorError,
-        ) as error:
+        except Exception as error:  # what the libraries raise on the files of somebody else has no end
             first_error = first_error or error
     reason = " ".join(str(first_error or f"it holds no {config}").split())[:200]
     raise EncoderError(
-        f"{flag} {source} cannot be loaded: give a folder that save_pretrained wrote, with model.safetensors, or a "
-        f"hub id; `hf download {'ID' if local else source}` fetches one, after `hf auth login` if it is gated ({reason})."
+        f"{flag} {source} cannot be loaded: give a folder that save_pretrained wrote, with model.safetensors"
+        f"{'' if local else ', or a hub id'}; `hf download {'ID' if local else source}` fetches one, after "
+        f"`hf auth login` if it is gated ({reason})."
     ) from first_error
 
 
@@ -244,21 +277,26 @@ class PretrainedVAE:
 
     def __init__(self, source, device="cpu"):
         def load(source, subfolder):
-            return AutoencoderKL.from_pretrained(
+            vae = AutoencoderKL.from_pretrained(
                 source, subfolder=subfolder, use_safetensors=True, low_cpu_mem_usage=False
             )
+            scale, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
+            if not (scale and math.isfinite(scale) and math.isfinite(shift)):
+                raise ValueError(f"its config.json says scaling_factor = {scale}, shift_factor = {shift}")
+            return vae
 
         def build(folder):
             return AutoencoderKL.from_config(AutoencoderKL.load_config(folder))
 
         vae = load_pretrained("--vae", source, ("vae",), load, build)
         self.vae = vae.to(device).eval().requires_grad_(False)
+        self.scale, self.shift = float(vae.config.scaling_factor), float(vae.config.shift_factor or 0)
         self.source = str(source)
-        weights = hashlib.sha256()
+        state = hashlib.sha256(repr((self.scale, self.shift)).encode())
         for name, tensor in self.vae.state_dict().items():
-            weights.update(name.encode())
-            weights.update(tensor.contiguous().cpu().numpy().tobytes())
-        self.identity = "AutoencoderKL-" + weights.hexdigest()[:16]  # other weights, other latents
+            state.update(name.encode())
+            state.update(tensor.contiguous().cpu().numpy().tobytes())
+        self.identity = "AutoencoderKL-" + state.hexdigest()[:16]  # other weights or scale, other latents
 
     @property
     def latent_channels(self):
@@ -272,58 +310,60 @@ class PretrainedVAE:
     @torch.no_grad()
     def encode(self, frames):
         """frames uint8 (N, R, R, 3) -> posterior means, scaled: float32 (N, C, R/f, R/f)"""
-        shift, scale = self.vae.config.shift_factor or 0.0, self.vae.config.scaling_factor
         latents = []
         for part in frames.split(self.BATCH):
             x = part.to(self.vae.device).permute(0, 3, 1, 2).float() / 127.5 - 1  # (n, 3, R, R)
-            latents.append((self.vae.encode(x).latent_dist.mean - shift) * scale)
+            latents.append((self.vae.encode(x).latent_dist.mean - self.shift) * self.scale)
         return torch.cat(latents)
 
     @torch.no_grad()
     def decode(self, latents):
         """latents (N, C, h, w) -> frames uint8 (N, f h, f w, 3)"""
-        shift, scale = self.vae.config.shift_factor or 0.0, self.vae.config.scaling_factor
         frames = []
         for part in latents.float().split(self.BATCH):
-            x = self.vae.decode(part / scale + shift).sample  # (n, 3, R, R)
+            x = self.vae.decode(part / self.scale + self.shift).sample  # (n, 3, R, R)
             frames.append(((x + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1))
         return torch.cat(frames)
+
+
+def load_text(flag, source, subfolders, model_class, model_types, dtype=torch.float32):
+    """A model of transformers that reads text, and its tokenizer: (model, tokenizer). Raises EncoderError.
+
+    model_types: the types of config.json that `model_class` fits; of a whole CLIP it may be the text part."""
+
+    def read_config(source, subfolder):
+        config = AutoConfig.from_pretrained(source, subfolder=subfolder, trust_remote_code=False)
+        if config.model_type not in model_types:
+            raise ValueError(f"it is a {config.model_type} model")
+        return config if isinstance(config, model_class.config_class) else config.text_config
+
+    def load(source, subfolder):
+        read_config(source, subfolder)
+        model, report = model_class.from_pretrained(
+            source, subfolder=subfolder, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+        if report["missing_keys"]:
+            raise ValueError(f"weights are missing, such as {sorted(report['missing_keys'])[0]}")
+        return model, subfolder
+
+    def load_tokenizer(source, subfolder):
+        return AutoTokenizer.from_pretrained(source, subfolder=subfolder, trust_remote_code=False)
+
+    model, subfolder = load_pretrained(
+        flag, source, subfolders, load, build=lambda folder: model_class(read_config(folder, ""))
+    )
+    beside = (subfolder.replace("text_encoder", "tokenizer"),)
+    return model, load_pretrained(flag, source, beside, load_tokenizer, config="tokenizer_config.json")
 
 
 class PretrainedText:
     """A frozen text encoder with its tokenizer (transformers). Its subclasses are the paper's two."""
 
-    def _config(self, source, subfolder):
-        config = AutoConfig.from_pretrained(source, subfolder=subfolder, trust_remote_code=False)
-        if config.model_type not in self.MODEL_TYPES:
-            raise ValueError(f"it is a {config.model_type} model")
-        return config
-
     def __init__(self, source, device="cpu", dtype=torch.float32):
-        def load(source, subfolder):
-            self._config(source, subfolder)
-            model, report = self.MODEL.from_pretrained(
-                source, subfolder=subfolder, dtype=dtype, use_safetensors=True, output_loading_info=True
-            )
-            if report["missing_keys"]:
-                raise ValueError(f"weights are missing, such as {sorted(report['missing_keys'])[0]}")
-            return model, subfolder
-
-        def build(folder):
-            config = self._config(folder, "")
-            return self.MODEL(getattr(config, "text_config", config))
-
-        model, subfolder = load_pretrained(self.FLAG, source, self.SUBFOLDERS, load, build)
-        self.model = model.to(device).eval().requires_grad_(False)
-        self.tokenizer = load_pretrained(
-            self.FLAG,
-            source,
-            (subfolder.replace("text_encoder", "tokenizer"),),
-            lambda source, subfolder: AutoTokenizer.from_pretrained(
-                source, subfolder=subfolder, trust_remote_code=False
-            ),
-            config="tokenizer_config.json",
+        model, self.tokenizer = load_text(
+            self.FLAG, source, self.SUBFOLDERS, self.MODEL, self.MODEL_TYPES, dtype
         )
+        self.model = model.to(device).eval().requires_grad_(False)
         self.source, self.width = str(source), model.config.hidden_size
 
     @torch.no_grad()
@@ -395,7 +435,7 @@ class Encoders:
         if not named["vae"]:
             fitted = Path(folder) / "codec"
             check_size(fitted, lambda folder: PatchPCA.from_config(PatchPCA.load_config(folder)))
-            codec = PatchPCA.from_pretrained(fitted, low_cpu_mem_usage=False)
+            codec = PatchPCA.from_pretrained(fitted, low_cpu_mem_usage=False, use_safetensors=True)
         encoders = cls(codec, **named, device=device, dtype=dtype)
         expected = sources.get("codec_identity", encoders.codec.identity)
         if encoders.codec.identity != expected:

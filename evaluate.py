@@ -75,12 +75,19 @@ def spread(things, count):
     ]
 
 
-def word_table(folder):
-    """{file name: (colour, subject, motion)} of a folder that stickers.py drew, {} for another."""
+def word_table(folder, names):
+    """{file name: (colour, subject, motion)} of a folder that stickers.py drew; {} for another, such as one
+    without the words of all the stickers `names`."""
     if not (Path(folder) / "stickers.json").is_file():
         return {}
-    entries = [entry for _, entry in metadata_rows(Path(folder))]
-    return {e["file_name"]: tuple(e[a] for a in ("colour", "subject", "motion")) for e in entries}
+    table = {}
+    for _, entry in metadata_rows(Path(folder)):
+        entry = entry if isinstance(entry, dict) else {}
+        name, *words = (entry.get(key) for key in ("file_name", "subject", "colour", "motion"))
+        if isinstance(name, str) and tuple(words) in stickers.COMBINATIONS:
+            subject, colour, motion = words
+            table[name] = colour, subject, motion
+    return table if set(names) <= set(table) else {}
 
 
 def make_test_list(dataset, words, num_prompts, num_clips, ddu):
@@ -269,8 +276,15 @@ def parse_args():
     # fmt: on
     args = parser.parse_args()
     check_scale_flags(args)
-    if args.seed < 0 or (args.eta or 0) < 0 or args.num_workers < 0:
-        raise UsageError("--seed, --eta and --num_workers must not be negative.")
+    if args.seed < 0 or args.num_workers < 0:
+        raise UsageError("--seed and --num_workers must not be negative.")
+    if not 0 <= (args.eta or 0) <= 1:
+        raise UsageError(f"--eta {args.eta}: must lie in 0..1.")
+    for name in ("guidance_scale", "image_guidance_scale"):
+        if not abs(getattr(args, name) or 0) < sample.MAX_SCALE:
+            raise UsageError(
+                f"--{name} {getattr(args, name)}: must lie within -{sample.MAX_SCALE}..{sample.MAX_SCALE}."
+            )
     args.checkpoint = Path(args.checkpoint)
     inside = (args.checkpoint / "state.json").is_file()  # a checkpoint-N folder, which stays as it was saved
     beside = args.checkpoint.parent / f"evaluation-of-{args.checkpoint.name}"
@@ -280,12 +294,19 @@ def parse_args():
 
 
 def has_dual_masks(args):
-    """Whether the checkpoint was trained with dual masks."""
+    """Whether the checkpoint was trained with dual masks.
+    Raises UsageError if its state.json does not say."""
     if args.ddu:
         return args.ddu == "on"
     for folder in [args.checkpoint, *(path for _, path in reversed(list_checkpoints(args.checkpoint)))]:
         if (folder / "state.json").is_file():
-            return bool(json.loads((folder / "state.json").read_text())["schedule"]["ddu"])
+            try:
+                return bool(json.loads((folder / "state.json").read_text())["schedule"]["ddu"])
+            except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+                raise UsageError(
+                    f"{folder / 'state.json'} does not say whether the model was trained with dual masks: "
+                    "give --ddu."
+                ) from error
     return True
 
 
@@ -311,7 +332,7 @@ def evaluate(args):
     dataset = open_dataset(
         folder, found, encoders.codec, recorded["resolution"], args.cache_dir, args.num_workers
     )
-    ddu, words = has_dual_masks(args), word_table(folder)
+    ddu, words = has_dual_masks(args), word_table(folder, [clip.name for clip in dataset.clips])
     items = make_test_list(dataset, words, args.num_prompts, args.num_clips, ddu)
     if not items:
         raise UsageError(

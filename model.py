@@ -275,6 +275,8 @@ class DFGN(ModelMixin, ConfigMixin):
         super().__init__()
         if temporal not in ("sti", "conv3d"):
             raise ValueError(f"temporal is {temporal!r}: it must be 'sti' or 'conv3d'.")
+        if type(sti_gamma) is not int or sti_gamma < 1:
+            raise ValueError(f"sti_gamma is {sti_gamma!r}: it must be a whole number, at least 1.")
         widths, groups, emb_dim = block_out_channels, norm_num_groups, 4 * block_out_channels[0]
 
         def add_layer(block, in_width, width, attention):

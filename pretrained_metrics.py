@@ -25,8 +25,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
+from transformers import CLIPModel
 
 import media
+from encoders import load_text
 from metrics import frechet_distance, mean_se
 
 I3D_FRAMES = 16  # 8 frames, each twice
@@ -99,15 +101,10 @@ def fvd(path, made, real, device="cpu"):
 
 
 def clip_similarity(folder, captions, clips, device="cpu"):
-    """The mean cosine of a caption and the frames of its clip, for each pair: float (N,)."""
-    from transformers import AutoTokenizer, CLIPModel
-
-    try:
-        clip = CLIPModel.from_pretrained(folder, use_safetensors=True).to(device).eval()
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise MetricError(f"--clip_score {folder} cannot be loaded as a CLIPModel ({reason}).") from error
+    """The mean cosine of a caption and the frames of its clip, for each pair: float (N,).
+    Raises EncoderError."""
+    clip, tokenizer = load_text("--clip_score", folder, (), CLIPModel, ("clip",))
+    clip = clip.to(device).eval()
     side = clip.config.vision_config.image_size
     mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
     scores = []

@@ -1,11 +1,13 @@
 """The codecs and text encoders, built-in and pre-trained."""
 
+import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import CLIPConfig, CLIPModel, T5ForConditionalGeneration
 
 from encoders import (
     MAX_TOKENS,
@@ -130,6 +132,58 @@ def test_vae_identity_is_that_of_its_weights(pretrained, tmp_path):
     assert PretrainedVAE(shutil.copytree(vae, tmp_path / "a")).identity == codec.identity
     make_vae(tmp_path / "other")
     assert PretrainedVAE(tmp_path / "other").identity != codec.identity
+    for name, value in (("scaling_factor", 0.5), ("shift_factor", 0.1)):  # latents change with these too
+        scaled = shutil.copytree(vae, tmp_path / name)
+        config = json.loads((scaled / "config.json").read_text())
+        (scaled / "config.json").write_text(json.dumps(config | {name: value}))
+        assert PretrainedVAE(scaled).identity != codec.identity
+
+
+def test_a_vae_with_the_names_of_2022(pretrained, tmp_path):
+    codec, vae = pretrained[0].codec, pretrained[1][0]
+    old = shutil.copytree(vae, tmp_path / "old")
+    tensors = load_file(old / "diffusion_pytorch_model.safetensors")
+    names = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+    for new, name in names.items():
+        tensors = {key.replace(new, name): tensor for key, tensor in tensors.items()}
+    assert any(".proj_attn." in key for key in tensors)
+    save_file(tensors, old / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    assert PretrainedVAE(old).identity == codec.identity
+
+
+def test_weights_in_several_files(pretrained, tmp_path):
+    encoders, (vae, clip, t5) = pretrained
+    for part, folder, size in ((encoders.codec.vae, "vae", "20KB"), (encoders.t5.model, "t5", "10KB")):
+        shutil.copytree(dict(vae=vae, t5=t5)[folder], tmp_path / folder)
+        next((tmp_path / folder).glob("*.safetensors")).unlink()
+        part.save_pretrained(tmp_path / folder, max_shard_size=size)
+        assert len(list((tmp_path / folder).glob("*.safetensors"))) > 1
+    assert PretrainedVAE(tmp_path / "vae").identity == encoders.codec.identity
+    assert torch.equal(PretrainedT5(tmp_path / "t5")(["a red cat"])[0], encoders.t5(["a red cat"])[0])
+
+
+def test_text_encoders_in_the_files_of_whole_models(pretrained, tmp_path):
+    """A CLIP with its vision part, a T5 with its decoder."""
+    encoders, (_, clip, t5) = pretrained
+    text = encoders.clip.model.config
+    whole = CLIPModel(CLIPConfig(
+        text_config=text.to_dict(), projection_dim=8,
+        vision_config=dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                           image_size=32, patch_size=16),
+    ))  # fmt: skip
+    # a CLIPTextModel holds its parts as `text_model`, or itself
+    part = {key.removeprefix("text_model."): x for key, x in encoders.clip.model.state_dict().items()}
+    own = whole.text_model.state_dict()
+    whole.text_model.load_state_dict({key: part[key.removeprefix("text_model.")] for key in own})
+    shutil.copytree(clip / "tokenizer", tmp_path / "clip")
+    whole.save_pretrained(tmp_path / "clip")
+    assert torch.equal(PretrainedCLIP(tmp_path / "clip")(["a cat"])[0], encoders.clip(["a cat"])[0])
+
+    whole = T5ForConditionalGeneration(encoders.t5.model.config)
+    whole.load_state_dict(encoders.t5.model.state_dict(), strict=False)
+    shutil.copytree(t5, tmp_path / "t5")
+    whole.save_pretrained(tmp_path / "t5")
+    assert torch.equal(PretrainedT5(tmp_path / "t5")(["a cat"])[0], encoders.t5(["a cat"])[0])
 
 
 @pytest.mark.parametrize("name, width, model", [("clip", 32, "CLIPTextModel"), ("t5", 24, "T5EncoderModel")])

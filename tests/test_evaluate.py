@@ -20,7 +20,7 @@ import pretrained_metrics
 import sample
 import stickers
 from checkpoint import write_index, write_unet
-from encoders import Encoders, PatchPCA
+from encoders import EncoderError, Encoders, PatchPCA
 from model import DFGN, make_scheduler
 from tests.tiny_parts import LETTERS
 
@@ -388,6 +388,27 @@ def test_clip_similarity_with_a_tiny_clip(tmp_path):
     assert scores[0] == pytest.approx(np.mean(halves), abs=1e-5)
 
 
+def test_the_code_of_a_clip_is_not_run(tmp_path, monkeypatch):
+    folder = Path(make_clip(tmp_path / "clip"))
+    monkeypatch.setattr("builtins.input", lambda *question: "y")
+    (folder / "evil.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'run by it')!r})\n")
+    code = dict(auto_map=dict(AutoTokenizer=["evil.Tokenizer", None]), tokenizer_class="Tokenizer")
+    for name, entries in (("config.json", dict(model_type="evil")), ("tokenizer_config.json", code)):
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | entries))
+    with pytest.raises(EncoderError, match="--clip_score") as error:
+        pretrained_metrics.clip_similarity(folder, ["a red cat"], [flat(0, 100)])
+    assert "\n" not in str(error.value) and not (tmp_path / "run by it").exists()
+
+
+def test_a_clip_that_describes_more_than_it_holds(tmp_path):
+    folder = Path(make_clip(tmp_path / "clip"))
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"] |= dict(hidden_size=65536, intermediate_size=65536)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(EncoderError, match="more weights than"):
+        pretrained_metrics.clip_similarity(folder, ["a red cat"], [flat(0, 100)])
+
+
 def test_the_conditioners_own_clip_is_refused(tmp_path):
     args = Namespace(clip_score=str(tmp_path), i3d=None, vqa_command=None)
     with pytest.raises(pretrained_metrics.MetricError, match="conditioned with"):
@@ -477,6 +498,9 @@ EVALUATE, ABLATE = [evaluate, "--checkpoint"], [ablate, "--output_dir", "x"]
     ([*EVALUATE, ".", "--clip_score", "nowhere"], "--clip_score nowhere"),
     ([*EVALUATE, ".", "--vqa_command", "vqa"], "no {video} in it"),
     ([*EVALUATE, ".", "--num_prompts", "1"], "--num_prompts 1"),
+    ([*EVALUATE, ".", "--guidance_scale", "nan"], "--guidance_scale nan"),
+    ([*EVALUATE, ".", "--image_guidance_scale", "-1000"], "--image_guidance_scale -1000"),
+    ([*EVALUATE, ".", "--eta", "nan"], "--eta nan"),
     ([*EVALUATE, ".", "--fvd"], "unrecognized arguments: --fvd"),
     ([*EVALUATE, "."], "holds no model_index.json"),
     ([*ABLATE, "--jobs", "0"], "--jobs 0"),
@@ -492,6 +516,26 @@ def test_bad_input_is_one_sentence(words, said, tmp_path, monkeypatch, capsys):
     assert ended.value.code == 2
     assert said in " ".join(capsys.readouterr().err.split())
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_with_broken_words_is_one_without(tmp_path):
+    subject, colour, motion = stickers.COMBINATIONS[0]
+    entry = dict(file_name="a.gif", subject=subject, colour=colour, motion=motion)
+    (tmp_path / "stickers.json").write_text("{}")
+    for line in ({}, None, [], dict(entry, file_name=["a.gif"]), dict(entry, motion="standing")):
+        (tmp_path / "metadata.jsonl").write_text(json.dumps(line))
+        assert evaluate.word_table(tmp_path, ["a.gif"]) == {}
+    (tmp_path / "metadata.jsonl").write_text("{\n" + json.dumps(entry))
+    assert evaluate.word_table(tmp_path, ["a.gif"]) == {"a.gif": (colour, subject, motion)}
+    assert evaluate.word_table(tmp_path, ["a.gif", "b.gif"]) == {}  # b.gif has no entry
+
+
+@pytest.mark.parametrize("state", ["{}", "[]", "{", '{"schedule": 1}'])
+def test_a_state_without_a_word_on_dual_masks(tmp_path, state):
+    (tmp_path / "state.json").write_text(state)
+    with pytest.raises(evaluate.UsageError, match="give --ddu"):
+        evaluate.has_dual_masks(Namespace(ddu=None, checkpoint=tmp_path))
+    assert evaluate.has_dual_masks(Namespace(ddu="on", checkpoint=tmp_path))
 
 
 def test_a_missing_checkpoint_from_the_command_line(tmp_path):

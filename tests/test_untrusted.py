@@ -8,12 +8,12 @@ import struct
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import sample
 from encoders import EncoderError, Encoders, PretrainedCLIP, PretrainedT5, PretrainedVAE
 from tests.test_sample import checkpoint, parts  # noqa: F401 (fixtures)
-from tests.tiny_parts import make_clip, make_t5, make_vae
+from tests.tiny_parts import make_clip, make_parts, make_t5, make_vae
 
 HUGE = 10**9
 
@@ -24,6 +24,18 @@ def change(path, **entries):
 
 def write(*pieces):
     return lambda path: path.write_bytes(b"".join(pieces))
+
+
+def halve(path):
+    """Takes every second tensor out of a safetensors file, which stays as large."""
+    tensors = load_file(path)
+    junk = torch.zeros(sum(tensor.numel() for tensor in tensors.values()))
+    save_file({name: tensors[name] for name in sorted(tensors)[::2]} | dict(junk=junk), path)
+
+
+def bend(path):
+    """Gives the tensors of a safetensors file one dimension more."""
+    save_file({name: tensor[None] for name, tensor in load_file(path).items()}, path)
 
 
 def header(**tensors):
@@ -43,6 +55,11 @@ BROKEN = {
     "no groups": ("unet/config.json", dict(norm_num_groups=0), "cannot be read"),
     "negative": ("unet/config.json", dict(cross_attention_dim=-5), "cannot be read"),
     "side": ("unet/config.json", dict(prior_side=2**16), "more weights than"),
+    "no pooling": ("unet/config.json", dict(sti_gamma=0), "sti_gamma is 0"),
+    "pooling in words": ("unet/config.json", dict(sti_gamma="2"), "sti_gamma is '2'"),
+    "half a U-Net": ("unet/diffusion_pytorch_model.safetensors", halve, "is missing from its weights"),
+    "half a codec": ("codec/diffusion_pytorch_model.safetensors", halve, "is missing from its weights"),
+    "another shape": ("codec/diffusion_pytorch_model.safetensors", bend, "in its weights"),
     "another class": ("unet/config.json", dict(_class_name="UNet2DConditionModel"), "not a DFGN"),
     "no JSON": ("unet/config.json", write(b"{"), "cannot be read"),
     "a list": ("unet/config.json", write(b"[1, 2]"), "cannot be read"),
@@ -88,6 +105,33 @@ def test_a_pickle_in_the_place_of_weights_is_not_opened(checkpoint, tmp_path):  
     assert not (tmp_path / "run by the pickle").exists()
 
 
+@pytest.mark.parametrize("shard", [None, "weights.bin", "../weights.safetensors"])
+def test_weights_are_safetensors_of_the_same_folder(checkpoint, tmp_path, monkeypatch, shard):  # noqa: F811
+    """Neither a pickle under its usual name (None) nor what an index names elsewhere is opened."""
+    opened = []
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: opened.append(args))
+    run, (vae, clip, t5) = shutil.copytree(checkpoint, tmp_path / "run"), make_parts(tmp_path)
+    for folder, load in (
+        (run / "unet", lambda: sample.load(run)),
+        (run / "codec", lambda: Encoders.load(run, {})),
+        (vae, lambda: PretrainedVAE(vae)),
+        (clip / "text_encoder", lambda: PretrainedCLIP(clip)),
+        (t5, lambda: PretrainedT5(t5)),
+    ):
+        (weights,) = folder.glob("*.safetensors")
+        elsewhere = folder / (shard or weights.with_suffix(".bin").name)
+        tensors = load_file(weights)
+        put = save_file if elsewhere.suffix == ".safetensors" else torch.save
+        put(tensors, elsewhere)
+        weights.rename(folder / "other.safetensors")
+        if shard:
+            index = dict(metadata={}, weight_map={name: shard for name in tensors})
+            (folder / f"{weights.name}.index.json").write_text(json.dumps(index))
+        with pytest.raises(ValueError, match="no safetensors file beside it" if shard else "it holds no"):
+            load()
+        assert not opened
+
+
 def test_a_spatial_unet_is_no_model(checkpoint, tmp_path):  # noqa: F811
     folder = shutil.copytree(checkpoint, tmp_path / "copy")
     shutil.rmtree(folder / "unet")
@@ -111,6 +155,44 @@ def test_text_encoders_from_elsewhere(tmp_path, entries, words):
     with pytest.raises(EncoderError, match=words) as error:
         PretrainedCLIP(tmp_path)
     assert "\n" not in str(error.value) and not (tmp_path / "run by the model").exists()
+
+
+@pytest.mark.parametrize("make, load, entries, words", [
+    (make_vae, PretrainedVAE, dict(norm_num_groups=0), "cannot be loaded"),
+    (make_vae, PretrainedVAE, dict(block_out_channels=[]), "cannot be loaded"),
+    (make_vae, PretrainedVAE, dict(scaling_factor=None), "scaling_factor = None"),
+    (make_vae, PretrainedVAE, dict(scaling_factor=0), "scaling_factor = 0"),
+    (make_vae, PretrainedVAE, dict(shift_factor=float("inf")), "shift_factor = inf"),
+    (make_vae, PretrainedVAE, dict(quantization_config=dict(quant_method="torchao")), "quantization_config"),
+    (make_t5, PretrainedT5, dict(quantization_config=dict(quant_method="awq")), "quantization_config"),
+    (make_t5, PretrainedT5, dict(transformers_weights="adapter_model.bin"), "transformers_weights"),
+    (make_clip, PretrainedCLIP, dict(attn_implementation="flash_attention_2"), "attn_implementation"),
+    (make_clip, PretrainedCLIP, dict(_attn_implementation="kernels-community/x"), "attn_implementation"),
+    (make_clip, PretrainedCLIP, dict(text_config=dict(attn_implementation="a/b")), "attn_implementation"),
+    (make_clip, PretrainedCLIP, dict(num_attention_heads=0), "cannot be loaded"),
+    (make_clip, PretrainedCLIP, dict(eos_token_id="x"), "cannot be loaded"),
+])  # fmt: skip
+def test_configs_that_upset_the_libraries(tmp_path, make, load, entries, words):
+    make(tmp_path)
+    change(next(tmp_path.rglob("config.json")), **entries)
+    with pytest.raises(EncoderError, match=words) as error:
+        load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_of_a_missing_package(tmp_path):
+    make_clip(tmp_path)
+    change(tmp_path / "tokenizer" / "tokenizer_config.json", tokenizer_class="MarianTokenizer")
+    with pytest.raises(EncoderError, match="--clip"):
+        PretrainedCLIP(tmp_path)
+
+
+@pytest.mark.parametrize("harm, words", [(halve, "is missing from its weights"), (bend, "in its weights")])
+def test_a_vae_without_its_weights(tmp_path, harm, words):
+    make_vae(tmp_path)
+    harm(tmp_path / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(EncoderError, match=words):
+        PretrainedVAE(tmp_path)
 
 
 def test_a_tokenizer_runs_no_code(tmp_path):

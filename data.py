@@ -12,10 +12,12 @@ A batch is clips, tasks, k, rows, dropout, "#", timesteps and noise, drawn for (
 """
 
 import argparse
+import errno
 import os
 import sys
 from collections import Counter
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +35,7 @@ from masks import NUM_FRAMES
 
 HASH_PROBABILITY = 0.2  # that a word of a caption becomes "#" (section 3.2; the value is the released code's)
 NUM_TIMESTEPS = 1000  # diffusion steps (Table 6)
+LEAST_SIDE = 8  # pixels of --resolution: the smallest that a VAE encodes
 
 # ------------------------------------------------------------------------------------------------------------
 # Batches: everything random is drawn for (seed, step, index of the sample in the global batch)
@@ -166,13 +169,22 @@ def parse_args():
     add("--num_workers", type=int, default=os.cpu_count() or 1, help="decoding processes, 0 = this one alone")
     # fmt: on
     args = parser.parse_args()
-    args.resolution = args.resolution or (256 if args.encode else 96)
+    if args.resolution is None:
+        args.resolution = 256 if args.encode else 96
+    if not LEAST_SIDE <= args.resolution <= media.MAX_SIDE:
+        parser.error(f"--resolution {args.resolution}: must be {LEAST_SIDE} to {media.MAX_SIDE} pixels.")
+    if args.num_workers < 0:
+        parser.error(f"--num_workers {args.num_workers}: must not be negative.")
     if args.encode and not args.vae:
         parser.error(
             "--encode needs --vae: the built-in codec is fitted, and its latents encoded, by train.py."
         )
     if args.preview:
-        media.check_suffix(args.preview)
+        shown, place = media.printable(args.preview), Path(args.preview).parent
+        if not args.preview.lower().endswith(".png"):
+            parser.error(f"--preview {shown}: the sheet is a PNG, give it a name that ends in .png.")
+        if not os.access(place, os.W_OK | os.X_OK) or not place.is_dir():
+            parser.error(f"--preview {shown}: its folder cannot be written to, make it or choose another.")
     return args
 
 
@@ -184,7 +196,8 @@ def encode(args):
         raise DataError(f"--resolution {args.resolution}: must be a multiple of the VAE's {codec.factor}.")
     dataset = open_dataset(args.folder, stickers, codec, args.resolution, args.cache_dir or default_cache(),
                            args.num_workers)  # fmt: skip
-    print(f"{len(dataset.clips)} clips of {media.printable(args.folder)} are in {dataset.folder}")
+    source, place = map(media.printable, (args.folder, dataset.folder))
+    print(f"{len(dataset.clips)} clips of {source} are in {place}")
     return dataset
 
 
@@ -198,7 +211,7 @@ def inspect(args):
         if isinstance(clip, Clip):
             used.append(sticker)
             counts.append(clip.count)
-            if len(used) % max(1, len(stickers) // 24) == 0:
+            if (len(used) - 1) % max(1, len(stickers) // 24) == 0:  # the first one, and some two dozen more
                 shown.append((clip, sticker.caption or media.printable(sticker.name)))
         else:
             problems.append((sticker.name, clip))
@@ -213,7 +226,7 @@ def inspect(args):
     print("frames per clip: " + ", ".join(f"{c} x {n}" for n, c in sorted(Counter(counts).items())[:40]))
     if args.preview:
         preview(*zip(*shown), counts).save(args.preview)
-        print(f"wrote {args.preview}")
+        print(f"wrote {media.printable(args.preview)}")
 
 
 def main():
@@ -225,8 +238,16 @@ def main():
         if args.encode:
             encode(args)
     except (DataError, media.MediaError, EncoderError) as error:
-        print(f"data.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        message = error
+    except OSError as error:
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        name = media.printable(error.filename or "a file")
+        message = f"{name} cannot be used ({error.strerror}): make room or choose another place."
+    else:
+        return
+    print(f"data.py: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

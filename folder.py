@@ -4,6 +4,7 @@ A folder of stickers: which files, with which captions, and what becomes of one 
     scan_folder    captions from metadata.jsonl / metadata.csv, or NAME.txt beside NAME.gif; a tenth held out
     load_clip      one file -> frames, and its key frames for every k in 3..8
     load_clips     the same for many, in processes that may die or hang over a file: it alone is lost
+    read_picture   the first frame of one file, in such a process
 
 Files come from anywhere, so nothing in a folder but its having no sticker stops a run. Links to files are
 followed, wherever they lead (many data sets are links into a store), links to folders are not (they may go in
@@ -15,6 +16,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 import signal
 from collections import deque
 from functools import partial
@@ -37,6 +39,9 @@ HELD_OUT_SHARE, HELD_OUT_MOST = 0.1, 500  # of a user's folder, for validation
 MIN_FRAMES = LENGTHS[0]  # distinct frames that a clip needs
 MAX_CAPTION = 1000  # characters; the rest is cut: CLIP reads 77 tokens, and sheets show every line
 MAX_DEPTH = 100  # folders in folders
+MAX_METADATA_BYTES = 2**30  # of metadata.jsonl or .csv: a million stickers with captions of 1000 letters
+MAX_ENTRY = 2**20  # characters of one entry there: a longer one is not held in memory
+MAX_PROBLEMS = 1000  # entries that are named as unusable; the others are counted
 HANG_SECONDS = 60  # until a process is ended that decodes one file: twice media.MAX_SECONDS
 LOOK_AHEAD = 4  # files that each decoding process may be ahead of the reader: they wait in memory
 
@@ -70,54 +75,85 @@ def open_text(path, **options):
     return open(path, encoding="utf-8-sig", errors="surrogateescape", **options)
 
 
+class Lines:
+    """The lines of a text file, one by one. Whoever reads an entry first sets `left` to the characters it may
+    have: a line beyond them is skipped, and raises csv.Error."""
+
+    def __init__(self, file):
+        self.file, self.number, self.left = file, 0, MAX_ENTRY
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.number += 1
+        line = self.file.readline(MAX_ENTRY + 1)
+        self.left -= len(line)
+        if self.left >= 0 and line:
+            return line
+        while line and line[-1] not in "\r\n":
+            line = self.file.readline(MAX_ENTRY)
+        raise csv.Error if self.left < 0 else StopIteration
+
+
 def metadata_rows(folder):
-    """Yields (where, entry) for every entry of metadata.jsonl, else metadata.csv; entry is None if broken."""
-    jsonl, table = folder / "metadata.jsonl", folder / "metadata.csv"
-    if jsonl.is_file():
-        with open_text(jsonl) as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    try:
-                        entry = json.loads(line)
-                    except (ValueError, RecursionError):  # RecursionError: brackets in thousands of brackets
-                        entry = None
-                    yield f"{jsonl.name} line {number}", entry
-    elif table.is_file():
-        with open_text(table, newline="") as file:
-            rows, number = csv.DictReader(file), 1
+    """Yields (where, entry) for every entry of metadata.jsonl, else metadata.csv; entry is None if broken.
+    Raises DataError where the file is too large, OSError where it cannot be read."""
+    for name, newline, parse in (
+        ("metadata.jsonl", None, lambda lines: map(json.loads, filter(str.strip, lines))),
+        ("metadata.csv", "", csv.DictReader),
+    ):
+        path = folder / name
+        if not path.is_file():
+            continue
+        if path.stat().st_size > MAX_METADATA_BYTES:
+            raise DataError(f"{printable(path)} has more than {MAX_METADATA_BYTES // 2**20} MiB: shorten it.")
+        with open_text(path, newline=newline) as file:
+            entries = parse(lines := Lines(file))
             while True:
-                number += 1
+                lines.left = MAX_ENTRY
                 try:
-                    entry = next(rows)
+                    entry = next(entries)
                 except StopIteration:
-                    break
-                except csv.Error:  # a field of more than 128 KiB: an open quote, mostly
+                    return
+                # RecursionError: brackets in thousands of brackets. csv.Error: a field of more than 128 KiB
+                # (an open quote, mostly), or an entry beyond MAX_ENTRY.
+                except (ValueError, RecursionError, csv.Error):
                     entry = None
-                yield f"{table.name} row {number}", entry
+                yield f"{name} line {lines.number}", entry
 
 
 def read_metadata(folder, names):
     """The entries that metadata.jsonl or metadata.csv has for the files `names`.
 
-    Returns ({name: (caption, split)}, [(where, reason)]); raises DataError if it cannot be read at all.
+    Returns ({name: (caption, split or None)}, [(name or place, reason)]), the latter printable and at most
+    MAX_PROBLEMS, then how many more; raises DataError if it cannot be read at all.
     """
-    entries, problems = {}, []
+    entries, problems, more = {}, [], 0
     try:
         for where, entry in metadata_rows(folder):
             name = entry.get("file_name") if isinstance(entry, dict) else None
-            if not name or not isinstance(name, str):
-                problems.append((where, "has no usable file_name: each entry needs file_name and text"))
-                continue
-            path = os.path.normpath(name)
-            if os.path.isabs(path) or path.split(os.sep)[0] == os.pardir:
-                problems.append((name, f"{where} points outside of the folder"))
-            elif path not in names:
-                problems.append((name, f"{where} names it, but there is no such file among the stickers"))
+            usable = isinstance(name, str) and name
+            path = os.path.normpath(name) if usable else ""
+            if path in names:
+                split = entry.get("split")
+                caption = clean(entry.get("text")) or clean(entry.get("caption"))
+                entries[path] = caption, split if split in ("train", "validation") else None
+            elif len(problems) == MAX_PROBLEMS:
+                more += 1
+            elif not usable:
+                reason = f"each entry needs file_name and text, in at most {MAX_ENTRY:,} characters"
+                problems.append((where, f"has no usable file_name: {reason}"))
+            elif os.path.isabs(path) or path.split(os.sep)[0] == os.pardir:
+                problems.append((printable(name), f"{where} points outside of the folder"))
             else:
-                entries[path] = clean(entry.get("text")) or clean(entry.get("caption")), entry.get("split")
+                reason = f"{where} names it, but there is no such file among the stickers"
+                problems.append((printable(name), reason))
     except OSError as error:
         where = printable(error.filename or folder)
         raise DataError(f"{where} cannot be read ({error.strerror}): allow it or take it out.") from None
+    if more:
+        problems.append((where.split()[0], f"and {more} more of its entries, which cannot be used either"))
     return entries, problems
 
 
@@ -149,10 +185,10 @@ def scan_folder(folder):
     """Finds the stickers of a folder and its subfolders, with captions, in the order of their names.
 
     Returns (stickers, problems); problems are pairs (name, reason) for files and entries that cannot be
-    used, with names as they are (media.printable shows them). Nothing is decoded. A metadata entry may set
+    used, with names of files as they are (media.printable shows them). Nothing is decoded. An entry may set
     "split" to "train" or "validation"; otherwise the tenth of the files (at most 500) whose names hash lowest
-    is validation. Raises DataError if the folder is missing or holds no sticker file, or its metadata is kept
-    from being read.
+    is validation. Raises DataError if the folder is missing or holds no sticker file, or its metadata is too
+    large or kept from being read.
     """
     folder = Path(folder)
     if not os.path.isdir(folder):
@@ -180,8 +216,7 @@ def scan_folder(folder):
                     caption = clean(file.read(4 * MAX_CAPTION))
             except OSError as error:
                 problems.append((name, f"is used without its caption: {sidecar.name}: {error.strerror}"))
-        if split not in ("train", "validation"):
-            split = "validation" if name in held_out else "train"
+        split = split or ("validation" if name in held_out else "train")
         stickers.append(Sticker(path, name, caption, split))
     return stickers, problems
 
@@ -201,13 +236,11 @@ class Clip(NamedTuple):
 
 def load_clip(sticker, resolution):
     """Decodes one sticker. Returns a Clip, or the reason (str) for dropping it;
-    nothing that a file holds raises."""
+    nothing that a file holds raises, but for want of memory."""
     try:
         frames, _ = media.read_clip(sticker.path, resolution)
     except media.MediaError as error:
         return str(error)
-    except MemoryError:
-        return "its frames do not fit into memory"
     key_frames = extract_key_frames(thumbnails(frames))
     if not key_frames:
         return f"fewer than {MIN_FRAMES} distinct frames (it has {len(frames)} in all)"
@@ -219,24 +252,53 @@ def load_clip(sticker, resolution):
     return Clip(frames[wanted], key_frames, equal, len(frames))
 
 
+def attempt(work, item):
+    """work(item), or the reason (str) where that does not fit into memory."""
+    try:
+        return work(item)
+    except Exception as error:
+        if not media.out_of_memory(error):
+            raise
+        return media.NO_MEMORY
+
+
+memory_limit = resource.RLIM_INFINITY  # bytes that a decoding process may hold: begin_worker sets it
+
+
+def begin_worker():
+    """What a decoding process does first."""
+    global memory_limit
+    torch.set_num_threads(1)  # the others did not come along with the fork
+    memory_limit, _ = resource.getrlimit(resource.RLIMIT_DATA)  # mostly infinite
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux; elsewhere nothing tells what it holds already
+        held = int(re.search(r"VmData:\s+(\d+)", status.read_text())[1]) * 1024
+        most = held + media.MAX_MEMORY_BYTES
+        memory_limit = most if memory_limit == resource.RLIM_INFINITY else min(most, memory_limit)
+
+
 def run_in_worker(work, item):
     signal.alarm(2 * HANG_SECONDS)  # ends it even within C code: nobody else would, had the run been killed
-    result = work(item)
-    signal.alarm(0)
-    return result
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (memory_limit, before[1]))
+    try:
+        return attempt(work, item)
+    finally:  # the result lies within the limit, and may take as much again on its way through the pipe
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+        signal.alarm(0)
 
 
 def in_processes(work, items, num_workers):
     """Yields work(item) for each item, in order, from `num_workers` processes; where an item ends its process
-    (a crash, no memory) or takes longer than HANG_SECONDS, twice, the reason (str).
+    (a crash), takes longer than HANG_SECONDS or more than media.MAX_MEMORY_BYTES, twice, the reason (str).
 
-    It gets a second chance because the fault may be the machine's. What `work` raises is raised here.
+    It gets a second chance because the fault may be the machine's, or the memory have been in pieces after
+    other items. What else `work` raises is raised here.
     """
     todo, failed = deque(items), False  # failed: whether the first of `todo` has been tried before
     while todo:  # once, and again after each failure: the pool may be out of order
         # Forked, as torch's own loaders are: a fresh process would import torch first (7 s, 400 MB).
-        # One thread each: torch's others did not come along.
-        pool = ProcessPool(num_workers, initializer=torch.set_num_threads, initargs=[1], context=get_context("fork"))
+        pool = ProcessPool(num_workers, initializer=begin_worker, context=get_context("fork"))
         futures = deque()
         try:
             while todo:
@@ -245,6 +307,8 @@ def in_processes(work, items, num_workers):
                     for item in islice(todo, len(futures), LOOK_AHEAD * num_workers):
                         futures.append(pool.schedule(run_in_worker, (work, item), timeout=HANG_SECONDS))
                     result = futures[0].result(2 * HANG_SECONDS)  # longer than that it is the pool that hangs
+                    if isinstance(result, str) and media.NO_MEMORY in result:
+                        reason = result
                 except TimeoutError:
                     reason = f"decoding it took longer than {HANG_SECONDS} seconds"
                 except (ProcessExpired, RuntimeError) as error:
@@ -267,6 +331,16 @@ def in_processes(work, items, num_workers):
 def load_clips(stickers, resolution, num_workers):
     """Yields load_clip for each sticker, in order, from `num_workers` processes; a file may cost one of them:
     it alone is dropped (in_processes). With 0 this process decodes: then media.MAX_SECONDS, looked at between
-    frames, is the only limit of time, and a crash ends the run."""
+    frames, is the only limit of time, there is none of memory, and a crash ends the run."""
     load = partial(load_clip, resolution=resolution)
-    yield from in_processes(load, stickers, num_workers) if num_workers else map(load, stickers)
+    alone = map(partial(attempt, load), stickers)
+    yield from in_processes(load, stickers, num_workers) if num_workers else alone
+
+
+def read_picture(path, resolution):
+    """media.read_image in a decoding process, with the limits of time and memory of load_clips: the first frame
+    of a file from anywhere. Returns uint8 (resolution, resolution, 3); raises MediaError."""
+    (picture,) = in_processes(partial(media.read_image, resolution=resolution), [path], 1)
+    if isinstance(picture, str):  # the reason why there is none
+        raise media.MediaError(f"{printable(path)} cannot be decoded ({picture}); choose another picture.")
+    return picture

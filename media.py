@@ -15,6 +15,7 @@ residue of earlier frames in many APNGs.
 
 import io
 import os
+import re
 import textwrap
 import time
 import warnings
@@ -35,11 +36,13 @@ OUTPUTS = (".gif", ".webp", ".mp4", ".png")  # what write_clip knows
 MAX_BYTES = 64 * 2**20  # of the file
 MAX_SIDE = 4096  # pixels, of the canvas
 MAX_FRAMES = 1000
-MAX_PIXELS = 400_000_000  # frames x canvas: some ten seconds of decoding
+MAX_PIXELS = 400_000_000  # frames x the square around the canvas (on_white): some ten seconds of decoding
 MAX_SECONDS = 30  # of processor time, for a file: a busy machine refuses nothing that an idle one takes
+MAX_MEMORY_BYTES = 2**30  # that a decoding process takes (folder.py): 1000 frames of 256 x 256 take 400 MB
 DEFAULT_DELAY = 100.0  # milliseconds: what browsers make of a missing delay and of one of at most 10 ms
 WHITE = (255, 255, 255)
 TOO_LARGE = f"has a side that is not 1 to {MAX_SIDE} pixels long; resize it first"
+NO_MEMORY = "does not fit into memory; shorten or resize it first"
 
 Image.MAX_IMAGE_PIXELS = MAX_SIDE**2 // 2  # Pillow raises beyond twice that, before it allocates
 av.logging.set_level(av.logging.PANIC)  # FFmpeg would write to stderr; what matters comes as an exception
@@ -50,13 +53,29 @@ class MediaError(ValueError):
 
 
 def check_limits(width, height, count=1):
-    """Raises MediaError where the canvas, the frames so far, or their pixels are out of bounds."""
+    """Raises MediaError where the canvas, the frames so far, or their pixels are out of bounds.
+
+    What counts is the square around the canvas: a frame that is 4096 x 1 pixels costs what 4096 x 4096 do.
+    """
     if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
         raise MediaError(TOO_LARGE)
     if count > MAX_FRAMES:
         raise MediaError(f"has more than {MAX_FRAMES} frames; shorten it first")
-    if count * width * height > MAX_PIXELS:
-        raise MediaError(f"has more than {MAX_PIXELS:,} pixels in all frames; shorten or resize it first")
+    if count * max(width, height) ** 2 > MAX_PIXELS:
+        raise MediaError(
+            f"has more than {MAX_PIXELS:,} pixels in all frames, made square; shorten or resize it first"
+        )
+
+
+def check_time(start):
+    """Raises MediaError MAX_SECONDS of processor time after `start` (a time.thread_time())."""
+    if time.thread_time() - start > MAX_SECONDS:
+        raise MediaError(f"takes more than {MAX_SECONDS} seconds to decode; shorten or resize it first")
+
+
+def out_of_memory(error):
+    """Whether an exception says so: some of torch, FFmpeg and Pillow do it in words alone."""
+    return isinstance(error, MemoryError) or re.search("(allocate|out of) memory", str(error)) is not None
 
 
 def printable(text, most=500):
@@ -74,8 +93,9 @@ def printable(text, most=500):
 # In: two decoders, and what all formats share
 
 
-def pillow_pictures(data, form):
-    """Yields (RGBA picture, delay in milliseconds) for every frame; form is Pillow's name of the format."""
+def pillow_pictures(data, form, start):
+    """Yields (RGBA picture, delay in milliseconds) for every frame; form is Pillow's name of the format,
+    start that of check_time."""
     with Image.open(io.BytesIO(data), formats=(form,)) as file:
         width, height = file.size
         for count, frame in enumerate(ImageSequence.Iterator(file), 1):
@@ -88,11 +108,13 @@ def pillow_pictures(data, form):
             delay = float(frame.info.get("duration", 0))  # WebP: known only once the frame is decoded
             if form == "GIF":  # Pillow enlarges the canvas for what lies outside, browsers do not show it
                 picture = picture.crop((0, 0, width, height))
+            check_time(start)
             yield picture, delay if delay > 10 else DEFAULT_DELAY
 
 
-def ffmpeg_pictures(data, form):
-    """Yields (RGBA picture, delay in milliseconds) for every frame; form is FFmpeg's name of the format."""
+def ffmpeg_pictures(data, form, start):
+    """Yields (RGBA picture, delay in milliseconds) for every frame; form is FFmpeg's name of the format,
+    start that of check_time."""
     options = {
         "max_pixels": str(MAX_SIDE**2),  # FFmpeg then allocates no larger frames
         "max_fps": "99",
@@ -100,6 +122,7 @@ def ffmpeg_pictures(data, form):
     }  # APNG: what DEFAULT_DELAY says
     # From memory, since FFmpeg would take a path that contains a colon for an address of its own.
     with av.open(io.BytesIO(data), format=form, options=options) as container:
+        check_time(start)
         stream = next(iter(container.streams.video), None)
         decoder = stream and stream.codec_context
         if not decoder:
@@ -111,13 +134,14 @@ def ffmpeg_pictures(data, form):
             decoder = av.CodecContext.create(libvpx, "r")
         decoder.options = options
         decoder.thread_count = 1  # the callers run one process per core
-        frames = (
-            frame
-            for packet in container.demux(stream)
-            for frame in decoder.decode(packet if packet.size else None)
-        )  # None: the last ones
+
+        def decode():
+            for packet in container.demux(stream):
+                check_time(start)  # not at frames alone: a packet may hold one that is never shown
+                yield from decoder.decode(packet if packet.size else None)  # None: the last ones
+
         count = 0
-        for count, (frame, following) in enumerate(pairwise(chain(frames, [None])), 1):
+        for count, (frame, following) in enumerate(pairwise(chain(decode(), [None])), 1):
             check_limits(frame.width, frame.height, count)
             ticks = following.pts - frame.pts if following else frame.duration or 0  # until the next begins
             delay = 1000 * float(ticks * stream.time_base)
@@ -126,8 +150,9 @@ def ffmpeg_pictures(data, form):
             raise EOFError
 
 
-def pictures(path, stills):
-    """Yields (RGBA picture, delay in milliseconds) for every frame of a file; stills allows JPEG."""
+def pictures(path, stills, start):
+    """Yields (RGBA picture, delay in milliseconds) for every frame of a file; stills allows JPEG,
+    start is that of check_time."""
     if not path.is_file():
         raise MediaError("is not a file; check the name")
     if path.stat().st_size > MAX_BYTES:
@@ -153,7 +178,7 @@ def pictures(path, stills):
         raise MediaError(f"{what}; convert it or take it out")
     if not complete:  # the libraries forgive a missing end, which shortens the clip (a WebM: still so)
         raise EOFError
-    yield from decode(data, form)
+    yield from decode(data, form, start)
 
 
 def on_white(picture, resolution):
@@ -173,18 +198,14 @@ def on_white(picture, resolution):
 def decoded(path, resolution, stills=False):
     """Yields (frame (resolution, resolution, 3) uint8, delay in milliseconds) and no error but MediaError.
 
-    MAX_SECONDS is looked at between frames: only from outside of the process can a decoder be ended that is
-    lost within one (folder.load_clips does).
+    MAX_SECONDS is looked at between frames and packets: only from outside of the process can a decoder be
+    ended that is lost within one, or that takes all memory (folder.load_clips and folder.read_picture do).
     """
     name, start = printable(path), time.thread_time()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata
-            for picture, delay in pictures(Path(path), stills):
-                if time.thread_time() - start > MAX_SECONDS:
-                    raise MediaError(
-                        f"takes more than {MAX_SECONDS} seconds to decode; shorten or resize it first"
-                    )
+            for picture, delay in pictures(Path(path), stills, start):
                 yield on_white(picture, resolution), delay
     except MediaError as error:
         raise MediaError(f"{name} {error}.") from None
@@ -194,6 +215,8 @@ def decoded(path, resolution, stills=False):
     # IndexError, MemoryError, FFmpegError and more, none of it documented, and a folder of ten thousand files
     # must not stop at one. The error's own words stay in the sentence.
     except Exception as error:
+        if out_of_memory(error):
+            raise MediaError(f"{name} {NO_MEMORY}.") from None
         vague = isinstance(error, (EOFError, IndexError, UnidentifiedImageError))
         reason = "it is damaged or ends too early" if vague else getattr(error, "strerror", None) or error
         reason = printable(reason, 200)  # it may quote the file
@@ -212,7 +235,10 @@ def read_clip(path, resolution):
 
 
 def read_image(path, resolution):
-    """First frame of whatever read_clip reads, or a JPEG -> (resolution, resolution, 3) uint8. MediaError."""
+    """First frame of whatever read_clip reads, or a JPEG -> (resolution, resolution, 3) uint8. MediaError.
+
+    For a file that came from anywhere there is folder.read_picture: it bounds the memory, too.
+    """
     return next(decoded(path, resolution, stills=True))[0]
 
 

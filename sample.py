@@ -27,6 +27,7 @@ from tqdm import tqdm
 import masks
 import media
 from encoders import EncoderError, Encoders, check_size
+from folder import read_picture
 from model import DFGN, DTYPES, make_scheduler, precision
 
 # ------------------------------------------------------------------------------------------------------------
@@ -290,7 +291,7 @@ def main():
     try:
         unet, encoders, settings = load(args.checkpoint, device, args.vae, args.clip, args.t5)
         resolution = settings["resolution"]
-        pictures = {slot: media.read_image(file, resolution) for slot, file in args.image}
+        pictures = {slot: read_picture(file, resolution) for slot, file in args.image}
     except (CheckpointError, media.MediaError) as error:
         parser.error(str(error))
     if pictures and not masks.is_trained(pictures, args.num_frames):

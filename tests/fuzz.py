@@ -23,6 +23,7 @@ import zlib
 from functools import cache, partial
 from pathlib import Path
 
+import av
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
@@ -31,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import folder  # noqa: E402
 import media  # noqa: E402
-from tests.test_media import clip, write  # noqa: E402
+from tests.test_media import apng, chunk, clip, write  # noqa: E402
 
 SECONDS = media.MAX_SECONDS  # of one case; real: a process that hangs is ended after folder.HANG_SECONDS
 MEMORY = 512  # MiB that a decoding process may grow by
@@ -82,6 +83,32 @@ def good_files():
         file = io.BytesIO()
         picture.save(file, form, **options)
         files.append(file.getvalue())
+    return files
+
+
+def bombs():
+    """{name: bytes} of small files whose tables and texts make FFmpeg allocate before media.py sees anything:
+    1.7 GiB, 350 MiB and twice some 256 MiB, were the memory not limited."""
+    files, frames = {}, clip(4, 64)
+    with tempfile.TemporaryDirectory() as place:
+        write(Path(place, "a.mp4"), frames)
+        table = bytearray(Path(place, "a.mp4").read_bytes())
+        fragments = dict(movflags="frag_keyframe+empty_moov+default_base_moof")
+        with av.open(str(Path(place, "b.mp4")), "w", format="mp4", options=fragments) as container:
+            stream = container.add_stream("mpeg4", rate=8)
+            stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+            for frame in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode())
+        run = bytearray(Path(place, "b.mp4").read_bytes())
+    struct.pack_into(">II", table, table.find(b"stsz") + 8, 1, 30_000_000)  # samples of a byte each
+    struct.pack_into(">II", table, table.find(b"stsc") + 12, 1, 30_000_000)  # all of them in one chunk
+    struct.pack_into(">II", run, run.find(b"trun") + 4, 1, 10_000_000)  # samples of which nothing is said
+    files["table.mp4"], files["run.mp4"] = bytes(table), bytes(run)
+    packed = zlib.compress(b"x" * 2**28, 1)
+    patches = [(0, 0, np.full((8, 8, 3), value), 0, 0, 1, 10) for value in (1, 50, 90)]
+    for kind in (b"zTXt", b"iCCP"):
+        files[f"{kind.decode()}.png"] = apng(8, 8, 2, patches, chunk(kind, b"a\0\0" + packed))
     return files
 
 

@@ -1,5 +1,6 @@
 """Folders, captions, key frames, the latent cache, and the draws of a batch."""
 
+import errno
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -386,3 +388,66 @@ def test_hashed_words():
         data.HASH_PROBABILITY, abs=0.03
     )
     assert data.hash_words("", rng) == ""
+
+
+# --------------------------------------------------------------------------------------------------- data.py
+
+
+def run(monkeypatch, capsys, *flags):
+    """data.py with these flags. Returns (exit status, what it wrote to stderr)."""
+    monkeypatch.setattr(sys, "argv", ["data.py", *map(str, flags)])
+    try:
+        data.main()
+    except SystemExit as end:
+        return end.code, capsys.readouterr().err
+    return 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--num_workers", "-1"], "--num_workers -1: must not be negative."),
+    (["--resolution", "-5"], "--resolution -5: must be 8 to 4096 pixels."),
+    (["--resolution", "0"], "--resolution 0: must be 8 to 4096 pixels."),
+    (["--resolution", "1000000"], "--resolution 1000000: must be 8 to 4096 pixels."),
+    (["--preview", "a.mp4"], "--preview a.mp4: the sheet is a PNG, give it a name that ends in .png."),
+    (["--preview", "/nonexistent/a.png"], "/nonexistent/a.png: its folder cannot be written to, make it or"),
+    (["--preview", "/proc/a.png"], "/proc/a.png"),  # may be written to, says root, but cannot
+])  # fmt: skip
+def test_wrong_flags_are_one_sentence(folder, monkeypatch, capsys, flags, words):
+    status, written = run(monkeypatch, capsys, folder, "--num_workers", 0, *flags)
+    assert status == 2 and words in written and written.endswith(".\n") and "Traceback" not in written
+
+
+def test_one_usable_file_of_many_is_shown(folder, tmp_path, monkeypatch, capsys):
+    for path in sorted(folder.rglob("*.gif"))[1:]:
+        path.unlink()
+    for i in range(47):
+        (folder / f"x{i}.gif").write_text("no sticker")
+    sheet = tmp_path / "sheet.PNG"
+    assert run(monkeypatch, capsys, folder, "--num_workers", 0, "--preview", sheet) == (0, "")
+    assert Image.open(sheet).format == "PNG"
+
+
+def test_a_place_that_cannot_be_used_is_one_sentence(folder, monkeypatch, capsys):
+    monkeypatch.setattr(data, "PretrainedVAE", lambda *_: PatchPCA(patch_size=8, latent_channels=6))
+    flags = [folder, "--encode", "--vae", "x", "--resolution", 16, "--num_workers", 0]
+    status, written = run(monkeypatch, capsys, *flags, "--cache_dir", "/proc/x")
+    assert status == 2 and written.startswith("data.py: /proc/x") and written.count("\n") == 1
+    assert written.endswith("make room or choose another place.\n")
+    for number in (errno.ENOSPC, errno.EDQUOT):
+        monkeypatch.setattr(data, "open_dataset", Mock(side_effect=OSError(number, "it is full")))
+        status, written = run(monkeypatch, capsys, *flags)
+        assert status == 2 and "data.py: a file cannot be used (it is full): make room" in written
+    monkeypatch.setattr(data, "open_dataset", Mock(side_effect=OSError("a fault of ours")))
+    with pytest.raises(OSError, match="a fault of ours"):
+        run(monkeypatch, capsys, *flags)
+
+
+def test_a_folder_whose_name_is_no_utf8(folder, tmp_path, monkeypatch, capfd):
+    odd = folder.rename(tmp_path / os.fsdecode(b"odd \xff"))
+    assert run(monkeypatch, capfd, odd, "--num_workers", 0, "--preview", odd / "a.png") == (0, "")
+    (odd / "metadata.jsonl").unlink()
+    shutil.rmtree(odd / "deeper")
+    for path in odd.glob("*.gif"):
+        path.write_text("no sticker")
+    status, written = run(monkeypatch, capfd, odd, "--num_workers", 0)
+    assert status == 2 and r"odd \udcff holds no usable sticker" in written

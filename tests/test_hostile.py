@@ -6,16 +6,20 @@ import json
 import multiprocessing
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pebble
 import pytest
+import torch
 from PIL import Image
 
 import cache
@@ -102,6 +106,135 @@ def test_a_file_that_takes_long_is_refused_between_frames(tmp_path, monkeypatch,
     assert next(now) <= media.MAX_SECONDS + 20  # at once, not at the end
     monkeypatch.setattr(media.time, "thread_time", lambda: 0)
     assert len(media.read_clip(tmp_path / ("a" + suffix), 8)[0]) == 8
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Memory and time
+
+
+def grown(path):
+    """load_clip, and the MiB by which the process had grown at most."""
+    before = fuzz.memory_at_start(os.getpid())
+    return folder.load_clip(sticker(path), 16), fuzz.memory("VmHWM") - before
+
+
+def test_small_files_do_not_take_all_memory(place, monkeypatch):
+    monkeypatch.setattr(media, "MAX_MEMORY_BYTES", 2**27)  # forked processes inherit it
+    paths = []
+    for name, content in fuzz.bombs().items():
+        (place / name).write_bytes(content)
+        assert len(content) < 2**21
+        paths += [place / name, place / "good.gif"]
+    results = list(in_processes(grown, paths, 1))
+    refused = 0
+    for path, result in zip(paths, results):
+        loaded, most = (result, 0) if isinstance(result, str) else result
+        assert most < 160, f"{path.name}: {most} MiB"
+        assert isinstance(loaded, Clip if path.name == "good.gif" else Clip | str)
+        refused += isinstance(loaded, str) and media.NO_MEMORY in loaded and "run.mp4" in loaded
+    assert refused == 1
+    assert resource.getrlimit(resource.RLIMIT_DATA)[0] == resource.RLIM_INFINITY  # of this process: as it was
+
+
+def hungry(kind):
+    if kind == "numpy":
+        return np.ones(2**29, np.uint8)
+    if kind == "torch":
+        return torch.ones(2**29, dtype=torch.uint8)
+    if kind == "python":
+        return bytes(2**29)
+    if kind == "result":  # fits, but not twice: on its way it is pickled
+        return np.ones(2**27 * 3 // 4, np.uint8)
+    return kind
+
+
+def test_what_does_not_fit_into_memory_costs_one_item(monkeypatch, capfd):
+    monkeypatch.setattr(media, "MAX_MEMORY_BYTES", 2**27)
+    results = list(in_processes(hungry, ["numpy", 1, "torch", 2, "python", 3, "result", 4], 1))
+    assert results[:6] == [media.NO_MEMORY, 1, media.NO_MEMORY, 2, media.NO_MEMORY, 3]
+    assert len(results[6]) == 2**27 * 3 // 4 and results[7] == 4
+    assert not capfd.readouterr().err
+
+
+def full(path):
+    """Has no memory left for any file at the first try."""
+    if not path.exists():
+        path.touch()
+        raise MemoryError
+    return path.name
+
+
+def test_what_does_not_fit_is_tried_again_in_another_process(tmp_path):
+    """What other files left behind in the process is not to decide about this one."""
+    assert list(in_processes(full, [tmp_path / "a", tmp_path / "b"], 1)) == ["a", "b"]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_no_memory_without_processes_is_a_reason_too(place, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(folder, "thumbnails", fail)
+    assert list(load_clips(scan_folder(place)[0], 16, 0)) == [media.NO_MEMORY]
+    monkeypatch.setattr(media, "on_white", fail)
+    with pytest.raises(media.MediaError, match="good.gif does not fit into memory; shorten or resize it"):
+        media.read_clip(place / "good.gif", 16)
+
+
+def test_read_picture_is_read_image_in_a_process(place, monkeypatch):
+    Image.new("RGB", (8, 8), (9, 99, 200)).save(place / "photo.jpg")
+    for name in ("good.gif", "photo.jpg"):
+        picture = folder.read_picture(place / name, 16)
+        assert picture.dtype == np.uint8 and np.array_equal(picture, media.read_image(place / name, 16))
+    (place / "text.gif").write_text("no sticker")
+    with pytest.raises(media.MediaError, match="text.gif is no GIF.*take it out.$"):
+        folder.read_picture(place / "text.gif", 16)
+    monkeypatch.setattr(media, "on_white", lambda *_: bytes(2**31))
+    with pytest.raises(media.MediaError, match="photo.jpg does not fit into memory; shorten"):
+        folder.read_picture(place / "photo.jpg", 16)
+
+
+@pytest.mark.parametrize("end, reason", [("crash", "process died"), ("hang", "longer than 0.5 seconds")])
+def test_a_picture_that_ends_its_process_is_one_sentence(place, monkeypatch, end, reason):
+    monkeypatch.setattr(folder, "HANG_SECONDS", 0.5)
+    monkeypatch.setattr(folder.signal, "alarm", lambda seconds: None)
+    monkeypatch.setattr(pebble.CONSTS, "term_timeout", 0.2)
+    monkeypatch.setattr(media, "decoded", lambda *_, **__: iter([fate(end)]))
+    with pytest.raises(media.MediaError) as error:
+        folder.read_picture(place / "good.gif", 16)
+    sentence = str(error.value)
+    assert fuzz.is_sentence(sentence) and "good.gif cannot be decoded" in sentence and reason in sentence
+
+
+def test_the_clock_is_looked_at_where_no_frame_comes_out(tmp_path, monkeypatch):
+    """A packet may hold a frame that is never shown."""
+    write(tmp_path / "a.webm", clip())
+    content, looks = (tmp_path / "a.webm").read_bytes(), []
+    monkeypatch.setattr(media, "check_time", looks.append)
+
+    class Mute:
+        width = height = 64
+        name, decode = "mute", staticmethod(lambda packet: [])
+
+    class Container:
+        def __init__(self, *_, **__):
+            self.streams = self
+
+        video = property(lambda self: [SimpleNamespace(codec_context=Mute(), metadata={})])
+
+        def demux(self, stream):
+            return [SimpleNamespace(size=1)] * 8
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(media.av, "open", Container)
+    with pytest.raises(EOFError):
+        list(media.ffmpeg_pictures(content, "matroska", 0))
+    assert len(looks) == 1 + 8  # after the header, and at each packet
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -273,7 +406,7 @@ def test_what_may_not_be_read_is_named(place):
 
 def test_metadata_that_cannot_be_read_is_one_sentence(place, monkeypatch):
     (place / "metadata.jsonl").write_text("{}")
-    monkeypatch.setattr(folder, "open_text", lambda path: open(place / "nothing"))
+    monkeypatch.setattr(folder, "open_text", lambda path, **_: open(place / "nothing"))
     with pytest.raises(DataError, match="nothing cannot be read .No such file"):
         scan_folder(place)
 
@@ -363,7 +496,51 @@ def test_names_that_metadata_may_not_use(place):
     reasons = named(problems)
     assert len(problems) == len(rows) + len(unusable) + 4 + len(broken)
     for name, reason in rows:
-        assert reason in reasons[name]
+        assert reason in reasons[media.printable(name)]
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
+def test_metadata_beyond_its_limit_is_refused_unread(place, name):
+    with open(place / name, "wb") as file:
+        file.truncate(folder.MAX_METADATA_BYTES + 1)  # sparse
+    start = time.perf_counter()
+    with pytest.raises(DataError, match=f"{name} has more than 1024 MiB: shorten it.$"):
+        scan_folder(place)
+    assert time.perf_counter() - start < 1
+
+
+def test_an_entry_beyond_its_limit_is_not_held(place, monkeypatch):
+    """Neither a line without an end, nor a table's row of very many quoted lines."""
+    monkeypatch.setattr(folder, "MAX_ENTRY", 200)
+    line, table = json.dumps(dict(file_name="good.gif", text="a caption")), "file_name,text\ngood.gif,a caption"
+    endless, quoted = line[:-1] + " " * 10**7 + "}", "good.gif," + '"\n",' * 10**5 + "end"
+    for name, good, long in (
+        ("metadata.jsonl", line, endless),
+        ("metadata.csv", table, endless),
+        ("metadata.csv", table, quoted),
+    ):
+        before = [f"{long}\n{good}"] * (long is endless)  # what follows a broken quote is anybody's guess
+        for text in (*before, f"{good}\n{long}", f"{good}\r\n{long}\r\n{long}"):
+            (place / name).write_text(text, newline="")
+            tracemalloc.start()
+            (found,), problems = scan_folder(place)
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            assert found.caption == "a caption" and 1 <= len(named(problems)) and peak < 2**20
+            assert "in at most 200 characters" in problems[0][1] and problems[0][0].startswith(name)
+        (place / name).unlink()
+
+
+def test_problems_of_metadata_are_named_up_to_a_number(place):
+    count = folder.MAX_PROBLEMS + 50
+    lines = [json.dumps(dict(file_name=f"{i}" + "x\n" * 10**3, text="x")) for i in range(count)]
+    good = json.dumps(dict(file_name="good.gif", text="a caption", split="x" * 10**5))
+    (place / "metadata.jsonl").write_text("\n".join([*lines, good]))
+    (found,), problems = scan_folder(place)
+    assert found.caption == "a caption" and found.split == "train"
+    assert len(problems) == folder.MAX_PROBLEMS + 1 and named(problems)
+    assert all(name.isprintable() and len(name) < 1100 for name, _ in problems)
+    assert problems[-1] == ("metadata.jsonl", "and 50 more of its entries, which cannot be used either")
 
 
 @pytest.mark.parametrize("key", ["text", "caption", "split"])
@@ -463,7 +640,7 @@ def test_nothing_of_a_file_reaches_the_terminal(tmp_path, monkeypatch):
     """The words of a decoder's error may be those of the file."""
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
 
-    def fail(data, form):
+    def fail(data, form, start):
         raise OSError("bad chunk \x1b[2J\n\udcff" + "x" * 10**6)
 
     monkeypatch.setattr(media, "pillow_pictures", fail)

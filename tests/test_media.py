@@ -442,6 +442,17 @@ def test_a_huge_patch_is_refused(tmp_path, side, disposal):
     assert "a side that is not 1 to 4096 pixels" in refused(tmp_path / "patch.gif")
 
 
+def test_pixels_are_those_of_the_square_around_the_canvas(tmp_path, monkeypatch):
+    """A long thin canvas costs as much as its square: 2 KB of 4096 x 1 pixels took 7 seconds."""
+    patches = [(0, 0, np.full((1, 1), i % 4), 0, 0, 5) for i in range(10)]
+    for size in ((200, 1), (1, 200)):
+        (tmp_path / "thin.gif").write_bytes(gif(*size, patches))
+        monkeypatch.setattr(media, "MAX_PIXELS", 10 * 200 * 200)
+        assert len(media.read_clip(tmp_path / "thin.gif", 8)[0]) == 10
+        monkeypatch.setattr(media, "MAX_PIXELS", 10 * 200 * 200 - 1)
+        assert "399,999 pixels in all frames, made square" in refused(tmp_path / "thin.gif")
+
+
 @pytest.mark.parametrize("suffix", [".gif", ".webp", ".png", ".mp4", ".webm"])
 def test_too_many_frames_pixels_or_bytes(tmp_path, suffix, monkeypatch):
     path = tmp_path / ("a" + suffix)

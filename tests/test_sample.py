@@ -15,6 +15,7 @@ import sample
 from checkpoint import write_index, write_unet
 from encoders import Encoders, PatchPCA
 from model import DFGN, make_scheduler
+from tests.fuzz import bombs, memory
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = dict(resolution=16, mixed_precision="no", guidance_scale=3.0, image_guidance_scale=1.5)
@@ -225,6 +226,12 @@ def test_bad_flags_get_one_sentence(checkpoint, tmp_path, monkeypatch, capsys, a
     monkeypatch.chdir(tmp_path)
     picture(tmp_path / "a.png")
     refused(monkeypatch, capsys, ["--checkpoint", str(checkpoint), *arguments], words)
+
+
+def test_a_picture_that_takes_all_memory_is_refused(checkpoint, tmp_path, monkeypatch, capsys):
+    (tmp_path / "bomb.mp4").write_bytes(bombs()["table.mp4"])
+    refused(monkeypatch, capsys, ["--checkpoint", str(checkpoint), "--image", f"0:{tmp_path / 'bomb.mp4'}"], "bomb.mp4")
+    assert memory("VmHWM") - memory("VmRSS") < 1024  # MiB
 
 
 def refused(monkeypatch, capsys, arguments, words):

@@ -129,7 +129,7 @@ def test_small_files_do_not_take_all_memory(place, monkeypatch):
     refused = 0
     for path, result in zip(paths, results):
         loaded, most = (result, 0) if isinstance(result, str) else result
-        assert most < 160, f"{path.name}: {most} MiB"
+        assert most < 220, f"{path.name}: {most} MiB"  # what is mapped from files counts too
         assert isinstance(loaded, Clip if path.name == "good.gif" else Clip | str)
         refused += isinstance(loaded, str) and media.NO_MEMORY in loaded and "run.mp4" in loaded
     assert refused == 1

@@ -40,7 +40,7 @@ from cache import digest_files, open_dataset
 from checkpoint import (
     SaveError,
     alone_in,
-    find_damage,
+    choose_checkpoint,
     list_checkpoints,
     load_checkpoint,
     read_log,
@@ -90,45 +90,7 @@ def make_reporter(args):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Stopping and going on
-
-
-def choose_checkpoint(args, say):
-    """The checkpoint that --resume_from_checkpoint asks for, None for a fresh start. A damaged one is never used:
-    `latest` then takes the one before it. Raises UsageError."""
-    checkpoints = [path for _, path in list_checkpoints(args.output_dir)]
-    finished = [name for name in ("model_index.json", "README.md") if (args.output_dir / name).exists()]
-    if finished and not checkpoints:
-        raise UsageError(f"--output_dir {args.output_dir} holds {finished[0]} and no checkpoint to go on from: choose "
-                         "another folder, so that nothing in it is overwritten.")  # fmt: skip
-    if args.resume_from_checkpoint == "latest":
-        for path in reversed(checkpoints):
-            damage = find_damage(path)
-            if damage is None:
-                return path
-            say(f"{path} is damaged ({damage}): trying the one before it")
-        if checkpoints:
-            raise UsageError(f"--output_dir {args.output_dir}: all its checkpoints are damaged: "
-                             "start anew in another folder.")  # fmt: skip
-        return None
-    if args.resume_from_checkpoint:
-        path = Path(args.resume_from_checkpoint)
-        if not (path / "state.json").is_file():
-            raise UsageError(
-                f"--resume_from_checkpoint {path} is no checkpoint: give latest or a checkpoint-N folder."
-            )
-        if checkpoints and path.resolve().parent != args.output_dir.resolve():
-            raise UsageError(f"--resume_from_checkpoint {path} is of another run than --output_dir {args.output_dir} "
-                             "holds: choose another --output_dir.")  # fmt: skip
-        if damage := find_damage(path):
-            raise UsageError(
-                f"--resume_from_checkpoint {path} is damaged ({damage}): give another, or latest."
-            )
-        return path
-    if checkpoints or (args.output_dir / "log.jsonl").exists():
-        raise UsageError(f"--output_dir {args.output_dir} already holds a run: continue it with "
-                         "--resume_from_checkpoint latest, or choose another folder.")  # fmt: skip
-    return None
+# Stopping
 
 
 @contextmanager

@@ -64,7 +64,7 @@ def draw_folder(root):
     return folder
 
 
-def run(out, folder, case):
+def run(out, folder, case, save_every=1):
     """Trains to the end. Returns what was drawn: {(step, samples): digest}."""
     world, drawn, draw_batch = int(os.environ.get("WORLD_SIZE", 1)), {}, train.data.draw_batch
 
@@ -79,7 +79,7 @@ def run(out, folder, case):
     flags = dict(data=folder, cache_dir=folder.parent / "cache", output_dir=out, max_train_steps=STEPS,
                  train_batch_size=GLOBAL_BATCH // accumulation // world, gradient_accumulation_steps=accumulation,
                  mixed_precision=case["mixed_precision"], curriculum=case["curriculum"], num_workers=0, validation_steps=0,
-                 checkpointing_steps=1, checkpoints_total_limit=0, validation_prompts="a red heart",
+                 checkpointing_steps=save_every, checkpoints_total_limit=0, validation_prompts="a red heart",
                  resume_from_checkpoint="latest")  # fmt: skip
     sys.argv = [
         "train.py",
@@ -135,7 +135,7 @@ def differences(case, root, folder, unbroken):
             name for name in names if name.startswith("checkpoint-") and int(name[11:]) > case["stop"]
         })  # as if killed before the next save: finished parts and later lines of the log lie about  # fmt: skip
     wait(root, f"{case} is laid out")
-    again = run(out, folder, case)
+    again = run(out, folder, case, save_every=STEPS)
     wrong = [] if again and all(drawn[key] == digest for key, digest in again.items()) else ["draws"]
     wrong += [] if min(again)[0] == case["stop"] else ["first step"]
     if main_process:

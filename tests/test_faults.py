@@ -284,8 +284,8 @@ def test_an_error_is_said_once_on_each_machine(run, capsys, monkeypatch, local_r
 def test_damaged_latents_are_encoded_again(run, tmp_path):  # noqa: F811
     cache = tmp_path / "cache"
     whole = weights(run("a", cache_dir=cache, max_train_steps=1))
-    for name, pattern, damage in (("b", "*.npy", truncate), ("c", "*.npz", truncate), ("d", "*.npz", lambda p: p.write_bytes(b""))):
-        damage(next(cache.glob(f"latents-*/{pattern}")))
+    for name, pattern in (("b", "*.npy"), ("c", "*.npz")):
+        truncate(next(cache.glob(f"latents-*/{pattern}")))
         assert_same_weights(whole, weights(run(name, cache_dir=cache, max_train_steps=1)), rtol=0, atol=0)
 
 
@@ -414,7 +414,7 @@ def test_a_difference_would_be_seen(run, matrix_parts, monkeypatch):  # noqa: F8
 # --------------------------------------------------------------------------------------------- killed anywhere
 
 
-def test_killed_inside_a_save_it_ends_as_if_it_had_not_been(folder, cache, trained, tmp_path):  # noqa: F811
+def test_killed_inside_a_save_it_ends_as_if_it_had_not_been(folder, cache, trained, run, tmp_path):  # noqa: F811
     """The second save kills the process halfway through a file; the whole search, over all writing, renaming and
     removing calls, is tests/kill.py."""
     out = tmp_path / "run"
@@ -423,8 +423,7 @@ def test_killed_inside_a_save_it_ends_as_if_it_had_not_been(folder, cache, train
     assert process.wait(timeout=200) == -signal.SIGKILL
     ((step, path),) = checkpoint.list_checkpoints(out)
     assert step == 3 and checkpoint.find_damage(path) is None and (out / "checkpoint-6.tmp" / "unet").exists()
-    process = start(out, folder, cache, **more)
-    assert process.wait(timeout=200) == 0, process.communicate()[1][-2000:]
+    run("run", resume_from_checkpoint="latest")
     assert_same_weights(weights(trained), weights(out), rtol=0, atol=0)
     assert not list(out.glob("*.tmp")) and [e["loss"] for e in log(out)] == [e["loss"] for e in log(trained)]
 

@@ -366,6 +366,7 @@ def test_asked_to_stop_it_saves_before_it_draws(run, monkeypatch, tmp_path):  # 
     assert [step for step, _ in saved] == [2]
 
 
+@pytest.mark.slow
 def test_a_full_disk_and_a_request_to_stop_leave_no_rank_waiting(folder, cache, tmp_path):  # noqa: F811
     """The other rank holds a part of the weights, and must not wait for one that gave up. torchrun passes the signal
     on, and leaves its ranks time to save."""

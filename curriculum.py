@@ -16,8 +16,8 @@ import math
 
 import numpy as np
 
-TASKS = ("interpolation", "prediction", "generation")  # in the paper's order of difficulty
-LENGTHS = (3, 4, 5, 6, 7, 8)  # k, the number of valid frames
+from masks import LENGTHS, TASKS
+
 STRATEGIES = ("none", "linear", "dcl")
 
 STATIC_START = np.array([0.5, 0.2, 0.3])  # P(task) at the first step of the training ...

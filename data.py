@@ -13,10 +13,13 @@ A batch is clips, tasks, k, rows, dropout, "#", timesteps and noise, drawn for (
 
 import argparse
 import errno
+import hashlib
 import os
 import sys
+import time
 from collections import Counter
-from functools import lru_cache
+from contextlib import closing
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,16 +29,283 @@ from PIL import Image
 from tqdm import tqdm
 
 import masks
-import media
-from cache import default_cache, open_dataset
-from curriculum import LENGTHS, TASKS
-from encoders import EncoderError, PretrainedVAE
-from folder import Clip, DataError, load_clips, scan_folder
-from masks import NUM_FRAMES
+from masks import LENGTHS, NUM_FRAMES, TASKS
+from support import media
+from support.cache import CACHE_VERSION, claim, digest_files, forget_cached, read_index
+from support.common import default_cache, printable
+from support.encoders import EncoderError, PretrainedVAE
+from support.folder import DataError, scan_folder
+from support.workers import attempt, in_processes
 
+MIN_FRAMES = LENGTHS[0]  # distinct frames that a clip needs
+SLOTS = LENGTHS[-1]  # frames of the longest list
 HASH_PROBABILITY = 0.2  # that a word of a caption becomes "#" (section 3.2; the value is the released code's)
 NUM_TIMESTEPS = 1000  # diffusion steps (Table 6)
 LEAST_SIDE = 8  # pixels of --resolution: the smallest that a VAE encodes
+
+# ------------------------------------------------------------------------------------------------------------
+# Key frames
+
+THUMBNAIL = 32
+
+
+def thumbnails(frames):
+    """frames uint8 (N, R, R, 3) -> uint8 (N, 32 * 32 * 3), one feature vector per frame"""
+    size, box = (THUMBNAIL, THUMBNAIL), Image.Resampling.BOX
+    small = [np.asarray(Image.fromarray(f).resize(size, box, reducing_gap=1.0)) for f in frames]
+    return np.stack(small).reshape(len(frames), -1)
+
+
+def product(a, b):
+    """Matrix product by torch: processes that decode side by side hold it to a thread each, numpy's would take all cores."""
+    return (torch.from_numpy(a) @ torch.from_numpy(b)).numpy()
+
+
+def kmeans(gram, k, rng, restarts=6, iterations=50):
+    """Lloyd's k-means with k-means++ starts, on inner products alone: the clips are short and their features
+    long, so the N x N Gram matrix holds all that is needed. All R restarts advance together. An empty cluster takes
+    the frame farthest from its centroid.
+
+    gram: float64 (N, N) inner products of the features; at least k of them distinct
+    Returns (assignment int (N,), squared distances float (N, k) to the centroids)
+    of the best of `restarts` runs.
+    """
+    n, runs = len(gram), np.arange(restarts)
+    norms = np.diag(gram)
+    pairwise = np.maximum(norms[:, None] + norms[None] - 2 * gram, 0)  # (N, N) squared distances
+
+    def to_centroids(assignment):
+        member = np.eye(k)[assignment]  # (R, N, k)
+        share = member / member.sum(axis=1, keepdims=True)
+        inner = product(gram, share)
+        return (
+            norms[:, None] - 2 * inner + (inner * share).sum(axis=1, keepdims=True)
+        )  # |x|^2 - 2 x c + |c|^2
+
+    centers = [rng.integers(n, size=restarts)]  # k times (R,)
+    nearest = pairwise[centers[0]]  # (R, N)
+    while len(centers) < k:  # greedy k-means++: the best of three centers drawn by their squared distance
+        total = nearest.cumsum(axis=1)
+        drawn = rng.random((restarts, 3)) * total[:, -1:]
+        candidates = (total[:, None] <= drawn[..., None]).sum(axis=2).clip(max=n - 1)  # (R, 3)
+        reduced = np.minimum(nearest[:, None], pairwise[candidates])  # (R, 3, N)
+        best = reduced.sum(axis=2).argmin(axis=1)
+        centers.append(candidates[runs, best])
+        nearest = reduced[runs, best]
+    assignment = pairwise[np.stack(centers, axis=1)].argmin(axis=1)  # (R, N)
+    for _ in range(iterations):
+        distances = to_centroids(assignment)  # (R, N, k)
+        new = distances.argmin(axis=2)
+        for run in np.flatnonzero((new[..., None] == np.arange(k)).any(axis=1).sum(axis=1) < k):
+            for cluster in np.flatnonzero(np.bincount(new[run], minlength=k) == 0):
+                stays = np.bincount(new[run], minlength=k)[new[run]] == 1  # the only member of its cluster
+                far = np.where(stays, -np.inf, distances[run, np.arange(n), new[run]])
+                new[run, far.argmax()] = cluster
+        if (new == assignment).all():
+            break
+        assignment = new
+    distances = to_centroids(assignment)
+    inertia = np.take_along_axis(distances, assignment[..., None], axis=2).sum(axis=(1, 2))
+    best = inertia.argmin()
+    return assignment[best], distances[best]
+
+
+def extract_key_frames(features, lengths=LENGTHS, seed=0):
+    """Clustering-based frame extraction for every k that the clip allows (section 4.2).
+
+    features: (N, D), one vector per frame
+    lengths: values of k, ascending
+    Returns {k: int array (k,)}: for each k of `lengths` up to the number of distinct frames, the frame nearest the
+    centroid of each of k clusters, in the order of time; empty where even the first k is beyond it.
+    """
+    distinct = len({feature.tobytes() for feature in features})
+    x = features.astype(np.float64)
+    x = x - x.mean(axis=0)
+    gram = product(x, x.T)
+    key_frames = {}
+    for k in lengths:
+        if k > distinct:
+            break
+        assignment, distances = kmeans(gram, k, np.random.default_rng((seed, k)))
+        masked = np.where(assignment[:, None] == np.arange(k), distances, np.inf)  # (N, k)
+        key_frames[k] = np.sort(masked.argmin(axis=0))
+    return key_frames
+
+
+def equal_frames(count):
+    """Indices of NUM_FRAMES equally spaced frames of `count` (the ablation without dual masks)."""
+    return np.linspace(0, count - 1, NUM_FRAMES).round().astype(int)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One sticker
+
+
+class Clip(NamedTuple):
+    """The frames of one sticker that training can ask for."""
+
+    pixels: np.ndarray  # uint8 (M, R, R, 3), M <= 41
+    key_frames: dict  # {k: positions in `pixels`}
+    equal: np.ndarray  # 8 positions in `pixels`, or None for a clip of fewer than 8 frames
+    count: int  # frames in the file
+
+
+def load_clip(sticker, resolution):
+    """Decodes one sticker. Returns a Clip, or the reason (str) for dropping it;
+    nothing that a file holds raises, but for want of memory."""
+    try:
+        frames, _ = media.read_clip(sticker.path, resolution)
+    except media.MediaError as error:
+        return str(error)
+    key_frames = extract_key_frames(thumbnails(frames))
+    if not key_frames:
+        return f"fewer than {MIN_FRAMES} distinct frames (it has {len(frames)} in all)"
+    equal = equal_frames(len(frames)) if len(frames) >= NUM_FRAMES else None
+    wanted = np.unique(np.concatenate([*key_frames.values(), *([] if equal is None else [equal])]))
+    place = {frame: i for i, frame in enumerate(wanted)}
+    key_frames = {k: np.array([place[f] for f in indices]) for k, indices in key_frames.items()}
+    equal = None if equal is None else np.array([place[f] for f in equal])
+    return Clip(frames[wanted], key_frames, equal, len(frames))
+
+
+def load_clips(stickers, resolution, num_workers):
+    """Yields load_clip for each sticker, in order, from `num_workers` processes; a file may cost one of them:
+    it alone is dropped (in_processes). With 0 this process decodes: then media.MAX_SECONDS, looked at between
+    frames, is the only limit of time, there is none of memory, and a crash ends the run."""
+    load = partial(load_clip, resolution=resolution)
+    alone = map(partial(attempt, load), stickers)
+    yield from in_processes(load, stickers, num_workers) if num_workers else alone
+
+
+class CachedClip(NamedTuple):
+    """One clip of the cache."""
+
+    name: str
+    caption: str
+    split: str  # "train" or "validation"
+    count: int  # frames in the file
+    shard: int
+    start: int  # first row in its shard
+    places: (
+        np.ndarray
+    )  # int8 (7, 8): rows of the key frames for k = 3..8, then of the equally spaced frames; -1 = none
+
+    @property
+    def longest(self):
+        """The largest k that the clip allows."""
+        return int((self.places[:-1, 0] >= 0).sum()) + LENGTHS[0] - 1
+
+    @property
+    def has_equal(self):
+        """Whether it has 8 equally spaced frames."""
+        return self.places[-1, 0] >= 0
+
+
+class LatentDataset:
+    """The clips of one folder with their latents.
+
+    clips: list of CachedClip, in the order of the folder
+    identity: changes with any file of the folder, the codec or the resolution
+    dropped: [(name, reason)]
+    """
+
+    def __init__(self, folder, stickers, digests):
+        self.folder, self.clips, self.dropped, self.shards = folder, [], [], []
+        names = [f"{sticker.name!r} {digest}" for sticker, digest in zip(stickers, digests)]
+        self.identity = hashlib.sha256("\n".join([folder.name, *names]).encode()).hexdigest()[:20]
+        places, where, reasons = {}, {}, {}
+        for index in sorted(folder.glob("*.npz")):
+            if (arrays := read_index(index)) is None:
+                continue
+            number = len(self.shards)
+            self.shards.append(index.with_suffix(".npy"))
+            for digest, start, count, table in zip(
+                *(arrays[n] for n in ("digest", "start", "count", "places"))
+            ):
+                where[str(digest)], places[str(digest)] = (int(count), number, int(start)), table
+            reasons.update(zip(arrays["dropped"].tolist(), arrays["reason"].tolist()))
+        for sticker, digest in zip(stickers, digests):
+            if digest in where:
+                labels = sticker.name, sticker.caption, sticker.split
+                self.clips.append(CachedClip(*labels, *where[digest], places[digest]))
+            else:
+                self.dropped.append((sticker.name, reasons[digest]))
+        self.latents = {}  # shard number -> memory map, opened when first read
+
+    def split(self, name, ddu=True):
+        """The clips of "train" or "validation".
+        Without dual masks (`ddu`) clips of fewer than 8 frames are dropped."""
+        return [clip for clip in self.clips if clip.split == name and (ddu or clip.has_equal)]
+
+    def read(self, clip, k=None):
+        """The k key frames of a clip, or with k None its equally spaced ones:
+        latents float32 (k | 8, C, h, w)."""
+        if clip.shard not in self.latents:
+            self.latents[clip.shard] = np.load(self.shards[clip.shard], mmap_mode="r")
+        rows = clip.places[-1] if k is None else clip.places[k - LENGTHS[0], :k]
+        return np.asarray(self.latents[clip.shard][clip.start + rows.astype(int)], dtype=np.float32)
+
+
+def write_shard(folder, digests, clips, codec):
+    """Encodes `clips` (of load_clip, in the order of `digests`) into a shard of `folder`."""
+    latents, index = [], dict(digest=[], start=[], count=[], places=[], dropped=[], reason=[])
+    rows = 0
+    for digest, clip in zip(digests, clips):
+        if not isinstance(clip, Clip):
+            index["dropped"].append(digest)
+            index["reason"].append(clip)
+            continue
+        latents.append(codec.encode(torch.from_numpy(clip.pixels)).half().cpu().numpy())
+        places = np.full((len(LENGTHS) + 1, SLOTS), -1, np.int8)
+        for k, frames in clip.key_frames.items():
+            places[k - LENGTHS[0], :k] = frames
+        if clip.equal is not None:
+            places[-1] = clip.equal
+        for name, value in (("digest", digest), ("start", rows), ("count", clip.count), ("places", places)):
+            index[name].append(value)
+        rows += len(latents[-1])
+    name = hashlib.sha256("".join(digests).encode()).hexdigest()[:20]
+    frames = np.concatenate(latents) if latents else np.zeros((0, 1, 1, 1), np.float16)
+    for suffix, save in (
+        (".npy", lambda file: np.save(file, frames)),
+        (".npz", lambda file: np.savez(file, **{n: np.array(v) for n, v in index.items()})),
+    ):
+        writing = folder / f"{name}{suffix}.tmp"
+        with open(writing, "wb") as file:
+            save(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(writing, folder / f"{name}{suffix}")
+
+
+def open_dataset(folder, stickers, codec, resolution, cache_dir, num_workers=0):
+    """The latents of the stickers of `folder` under this codec; what is missing is encoded first, shared with
+    whatever other processes do the same. Captions and splits are those of `stickers`: they may change without
+    making a latent stale. Raises DataError if no file is usable."""
+    key = hashlib.sha256(f"{CACHE_VERSION} {codec.identity} {resolution}".encode()).hexdigest()
+    place = Path(cache_dir) / f"latents-{key[:20]}"
+    digests = digest_files(folder, stickers, cache_dir)
+    missing, seen = dict(zip(digests, stickers)), set()  # {digest: sticker}; equal files are encoded once
+    forget_cached(missing, place, seen)
+    total = len(missing)
+    with tqdm(
+        desc="encoding stickers", total=total, unit="file", disable=not (total and sys.stderr.isatty())
+    ) as bar:
+        while missing:
+            with claim(place, missing, seen) as mine:
+                bar.update(total - len(missing) - bar.n)  # what the others have done meanwhile
+                clips = load_clips([missing[digest] for digest in mine], resolution, num_workers)
+                if mine:
+                    with closing(clips):  # no decoding process stays when the encoder or the disk fails
+                        write_shard(place, mine, (clip for clip in clips if bar.update() or True), codec)
+            if not mine:
+                time.sleep(0.2)  # until the others are done, or dead
+            forget_cached(missing, place, seen)
+    dataset = LatentDataset(place, stickers, digests)
+    if not dataset.clips:
+        raise DataError("none of the stickers can be used: `python data.py FOLDER` says why for each file.")
+    return dataset
+
 
 # ------------------------------------------------------------------------------------------------------------
 # Batches: everything random is drawn for (seed, step, index of the sample in the global batch)
@@ -105,8 +375,13 @@ def fit_codec(codec, stickers, resolution, num_workers, most_clips=384, frames_p
     chosen = (
         [train[i] for i in np.unique(np.linspace(0, len(train) - 1, most_clips).astype(int))] if train else []
     )
-    loaded = tqdm(load_clips(chosen, resolution, num_workers), "fitting the codec", len(chosen), unit="file",
-                  disable=not sys.stderr.isatty())  # fmt: skip
+    loaded = tqdm(
+        load_clips(chosen, resolution, num_workers),
+        "fitting the codec",
+        len(chosen),
+        unit="file",
+        disable=not sys.stderr.isatty(),
+    )
     clips = [clip for clip in loaded if isinstance(clip, Clip)]
     if not clips:
         raise DataError("none of the stickers can be used: `python data.py FOLDER` says why for each file.")
@@ -180,7 +455,7 @@ def parse_args():
             "--encode needs --vae: the built-in codec is fitted, and its latents encoded, by train.py."
         )
     if args.preview:
-        shown, place = media.printable(args.preview), Path(args.preview).parent
+        shown, place = printable(args.preview), Path(args.preview).parent
         if not args.preview.lower().endswith(".png"):
             parser.error(f"--preview {shown}: the sheet is a PNG, give it a name that ends in .png.")
         if not os.access(place, os.W_OK | os.X_OK) or not place.is_dir():
@@ -194,8 +469,9 @@ def encode(args):
     codec = PretrainedVAE(args.vae, "cuda" if torch.cuda.is_available() else "cpu")
     if args.resolution % codec.factor:
         raise DataError(f"--resolution {args.resolution}: must be a multiple of the VAE's {codec.factor}.")
-    dataset = open_dataset(args.folder, stickers, codec, args.resolution, args.cache_dir or default_cache(),
-                           args.num_workers)  # fmt: skip
+    dataset = open_dataset(
+        args.folder, stickers, codec, args.resolution, args.cache_dir or default_cache(), args.num_workers
+    )
     source, place = map(media.printable, (args.folder, dataset.folder))
     print(f"{len(dataset.clips)} clips of {source} are in {place}")
     return dataset
@@ -205,28 +481,35 @@ def inspect(args):
     """Decodes a folder, says what is used and what is dropped, and draws the preview."""
     stickers, problems = scan_folder(args.folder)
     used, shown, counts = [], [], []
-    clips = tqdm(load_clips(stickers, args.resolution, args.num_workers), "reading stickers", len(stickers),
-                 unit="file", disable=not sys.stderr.isatty())  # fmt: skip
+    clips = tqdm(
+        load_clips(stickers, args.resolution, args.num_workers),
+        "reading stickers",
+        len(stickers),
+        unit="file",
+        disable=not sys.stderr.isatty(),
+    )
     for sticker, clip in zip(stickers, clips):
         if isinstance(clip, Clip):
             used.append(sticker)
             counts.append(clip.count)
             if (len(used) - 1) % max(1, len(stickers) // 24) == 0:  # the first one, and some two dozen more
-                shown.append((clip, sticker.caption or media.printable(sticker.name)))
+                shown.append((clip, sticker.caption or printable(sticker.name)))
         else:
             problems.append((sticker.name, clip))
 
     for name, reason in problems:
-        print(f"dropped {media.printable(name)}: {reason}")
-    print(f"{media.printable(args.folder)}: {len(used)} stickers used, {len(problems)} dropped, "
-          f"{sum(s.split == 'validation' for s in used)} of the used held out for validation, "
-          f"{sum(not s.caption for s in used)} without a caption")  # fmt: skip
+        print(f"dropped {printable(name)}: {reason}")
+    print(
+        f"{printable(args.folder)}: {len(used)} stickers used, {len(problems)} dropped, "
+        f"{sum(s.split == 'validation' for s in used)} of the used held out for validation, "
+        f"{sum(not s.caption for s in used)} without a caption"
+    )
     if not used:
-        raise DataError(f"{media.printable(args.folder)} holds no usable sticker: the reasons are above.")
+        raise DataError(f"{printable(args.folder)} holds no usable sticker: the reasons are above.")
     print("frames per clip: " + ", ".join(f"{c} x {n}" for n, c in sorted(Counter(counts).items())[:40]))
     if args.preview:
         preview(*zip(*shown), counts).save(args.preview)
-        print(f"wrote {media.printable(args.preview)}")
+        print(f"wrote {printable(args.preview)}")
 
 
 def main():
@@ -242,7 +525,7 @@ def main():
     except OSError as error:
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        name = media.printable(error.filename or "a file")
+        name = printable(error.filename or "a file")
         message = f"{name} cannot be used ({error.strerror}): make room or choose another place."
     else:
         return

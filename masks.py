@@ -13,6 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 NUM_FRAMES = 8  # frame slots of a clip; k of them, 3 <= k <= 8, hold a frame
+LENGTHS = (3, 4, 5, 6, 7, 8)  # the values of k
+TASKS = ("interpolation", "prediction", "generation")  # in the paper's order of difficulty
 
 # ------------------------------------------------------------------------------------------------------------
 # Table 7: one row, one way of hiding frames and text

@@ -14,7 +14,6 @@ layer, H x W the height and width of a layer, L text tokens.
 """
 
 import os
-from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 import torch.nn as nn
@@ -26,10 +25,10 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_timest
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from prior import GaussianPrior
+from support.machine import as_weights, same_attention
+from support.prior import GaussianPrior
 
 # oneDNN, which computes on the CPU, keeps one kernel per operation and shape. The number of frames in a batch differs
 # from step to step: of the 1024 kernels that it keeps by default most are gone before they are asked for again.
@@ -214,12 +213,6 @@ class Conv3D(nn.Module):
 # The U-Net
 
 
-def as_weights(norm, inputs):
-    """A hook: LayerNorm computes in the type of its weights, in single precision as a rule. So does autocast on a GPU, but
-    on a CPU it would sum the gradients of weights and biases in bf16, which loses digits with every frame."""
-    return (inputs[0].to(norm.weight.dtype),)
-
-
 class Block(nn.Module):
     """The layers of one resolution, under the names that diffusers' 2D conditional U-Net gives them, so that
     a Stable Diffusion 2.x checkpoint fits: resnets, attentions, downsamplers, upsamplers. `temporal` is
@@ -286,14 +279,16 @@ class DFGN(ModelMixin, ConfigMixin):
                 )
             )
             if attention:
-                block.attentions.append(Transformer2DModel(
-                    num_attention_heads=width // head_width,
-                    attention_head_dim=head_width,
-                    in_channels=width,
-                    cross_attention_dim=cross_attention_dim,
-                    norm_num_groups=groups,
-                    use_linear_projection=True,
-                ))  # fmt: skip
+                block.attentions.append(
+                    Transformer2DModel(
+                        num_attention_heads=width // head_width,
+                        attention_head_dim=head_width,
+                        in_channels=width,
+                        cross_attention_dim=cross_attention_dim,
+                        norm_num_groups=groups,
+                        use_linear_projection=True,
+                    )
+                )
                 block.temporal.append(
                     STI(width, sti_heads, sti_head_width, sti_gamma, groups)
                     if temporal == "sti"
@@ -461,33 +456,13 @@ class DFGN(ModelMixin, ConfigMixin):
 # Named sizes. Latent channels and text widths come from the encoders; STI is that of Table 6 at every size.
 #   tiny   two CPU cores, minutes          small   one consumer GPU          full   the paper's 0.96B
 
-COLUMNS = ("block_out_channels", "attention_levels", "layers_per_block", "head_width", "cross_attention_dim",
-           "norm_num_groups")  # fmt: skip
-ROWS = {
-    "tiny":  ((96, 192),              (False, True),              1, 32,  256,  8),
-    "small": ((128, 256, 512, 512),   (True, True, True, False),  2, 64,  512, 32),
-    "full":  ((320, 640, 1280, 1280), (True, True, True, False),  2, 64, 1024, 32),
+SIZES = {
+    name: dict(zip(("block_out_channels", "attention_levels", "layers_per_block", "head_width",
+                    "cross_attention_dim", "norm_num_groups"), row))
+    for name, row in {
+        "toy":   ((16, 32),               (True, True),               1,  8,   16,  4),
+        "tiny":  ((96, 192),              (False, True),              1, 32,  256,  8),
+        "small": ((128, 256, 512, 512),   (True, True, True, False),  2, 64,  512, 32),
+        "full":  ((320, 640, 1280, 1280), (True, True, True, False),  2, 64, 1024, 32),
+    }.items()
 }  # fmt: skip
-SIZES = {name: dict(zip(COLUMNS, row)) for name, row in ROWS.items()}
-
-
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by --mixed_precision
-
-
-def same_attention():
-    """Contexts for gradient checkpointing: the backward pass runs outside `precision`, and must recompute with the
-    same attention kernel (autocast is carried over by torch itself)."""
-    again = nullcontext() if torch.backends.cuda.flash_sdp_enabled() else sdpa_kernel(SDPBackend.MATH)
-    return nullcontext(), again
-
-
-@contextmanager
-def precision(device_type, mixed_precision):
-    """The context to run the network in. mixed_precision: "no", "fp16" or "bf16"."""
-    with ExitStack() as stack:
-        if mixed_precision != "no":
-            stack.enter_context(torch.autocast(device_type, DTYPES[mixed_precision]))
-        # For sequences as short as those of `tiny`, plain matrix products beat the CPU's flash attention backwards.
-        if device_type == "cpu" and torch.is_grad_enabled():
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        yield

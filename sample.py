@@ -25,10 +25,12 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 import masks
-import media
-from encoders import EncoderError, Encoders, check_size
-from folder import read_picture
-from model import DFGN, DTYPES, make_scheduler, precision
+from model import DFGN, make_scheduler
+from support import media
+from support.common import UserError
+from support.encoders import EncoderError, Encoders, check_size
+from support.machine import DTYPES, precision
+from support.workers import read_picture
 
 # ------------------------------------------------------------------------------------------------------------
 # Diffusion
@@ -122,6 +124,47 @@ def generate(
     return encoders.codec.decode(clean.flatten(0, 1)).unflatten(0, clean.shape[:2]).cpu().numpy()
 
 
+def validation_sheet(unet, encoders, dataset, clips, prompts, args):
+    """Samples the sheet: for held-out clips the real frames above interpolated, predicted and image-to-video
+    ones (given frames framed), then a row per prompt. Returns (PIL.Image, {prompt: frames})."""
+    settings = dict(
+        seed=args.seed,
+        mixed_precision=args.mixed_precision,
+        image_guidance_scale=args.image_guidance_scale,
+        guidance_scale=args.guidance_scale,
+    )
+    rows, labels, marks = [], [], []
+    tasks = (
+        [("interpolation", "I3"), ("prediction", "P1"), ("image and text to video", "G1")] if args.ddu else []
+    )
+    for i, (task, name) in enumerate(tasks):
+        row = next(row for row in masks.TABLE7 if row.name == name)
+        candidates = [clip for clip in clips if clip.longest == masks.NUM_FRAMES] or clips
+        if not candidates:
+            continue
+        clip = candidates[i % len(candidates)]
+        k = clip.longest
+        if row not in masks.admissible_rows(row.task, k):
+            continue
+        latents = torch.from_numpy(dataset.read(clip, k))  # (k, C, h, w)
+        given = torch.from_numpy(masks.condition_mask(row, k)[:k])
+        frames = generate(unet, encoders, [clip.caption], latents[None], given[None], **settings)[0]
+        rows += [encoders.codec.decode(latents.to(unet.device)).cpu().numpy(), frames]
+        labels += [f"real: {clip.caption or clip.name}", f"{task} ({name})"]
+        marks += [[False] * k, given.tolist()]
+
+    samples = {}
+    if prompts:
+        side = args.resolution // encoders.codec.factor
+        nothing = torch.zeros(len(prompts), masks.NUM_FRAMES, encoders.codec.latent_channels, side, side)
+        none_given = torch.zeros(len(prompts), masks.NUM_FRAMES, dtype=torch.bool)
+        samples = dict(zip(prompts, generate(unet, encoders, prompts, nothing, none_given, **settings)))
+        rows += samples.values()
+        labels += samples.keys()
+        marks += [[False] * masks.NUM_FRAMES] * len(samples)
+    return media.sheet(rows, labels, marks=marks), samples
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The finished folder
 
@@ -129,7 +172,7 @@ def generate(
 MAX_SCALE = 1000  # of guidance: beyond it nothing is left of a picture
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be used, in one sentence."""
 
 
@@ -148,7 +191,9 @@ def check_sides(resolution, codec, prior_side):
     """Raises ValueError unless frames of that resolution have latents, and latents the side that the U-Net expects."""
     side, rest = divmod(resolution, codec.factor)
     if rest or side < 1 or prior_side not in (None, side):
-        raise ValueError(f"model_index.json says resolution = {resolution}, which its codec or U-Net is not made for")
+        raise ValueError(
+            f"model_index.json says resolution = {resolution}, which its codec or U-Net is not made for"
+        )
 
 
 def load(folder, device="cpu", vae=None, clip=None, t5=None):
@@ -195,9 +240,11 @@ def load(folder, device="cpu", vae=None, clip=None, t5=None):
     ) as error:  # missing, damaged, of another size, or from elsewhere
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"--checkpoint {folder} cannot be read, use another one ({reason}).") from error
-    for what, wanted, found in (("latent channels", unet.config.latent_channels, encoders.codec.latent_channels),
-                                ("CLIP channels", unet.config.clip_dim, encoders.clip.width),
-                                ("T5 channels", unet.config.t5_dim, encoders.t5.width)):  # fmt: skip
+    for what, wanted, found in (
+        ("latent channels", unet.config.latent_channels, encoders.codec.latent_channels),
+        ("CLIP channels", unet.config.clip_dim, encoders.clip.width),
+        ("T5 channels", unet.config.t5_dim, encoders.t5.width),
+    ):
         if wanted != found:
             raise CheckpointError(
                 f"--checkpoint {folder}: its U-Net works on {wanted} {what}, its encoders give {found}: "
@@ -229,9 +276,15 @@ def parse_args():
         )
     parser.add_argument("--prompt", default="", help="what the sticker shows")
     parser.add_argument("--negative_prompt", default="", help="what it should not show")
-    parser.add_argument("--image", nargs="+", action="extend", type=parse_image, default=[],
-                        metavar="SLOT:FILE", help="given frames: picture files and the frames, "
-                        "counted from 0, where they stand")  # fmt: skip
+    parser.add_argument(
+        "--image",
+        nargs="+",
+        action="extend",
+        type=parse_image,
+        default=[],
+        metavar="SLOT:FILE",
+        help="given frames: picture files and the frames, counted from 0, where they stand",
+    )
     parser.add_argument(
         "--num_frames", type=int, default=masks.NUM_FRAMES, help="frames of the sticker, 3 to 8 (default 8)"
     )
@@ -242,14 +295,21 @@ def parse_args():
     parser.add_argument(
         "--guidance_scale", type=float, help="text guidance; 1 = none (default: as the checkpoint records)"
     )
-    parser.add_argument("--image_guidance_scale", type=float, help="guidance by given frames; 1 = none "
-                        "(default: as the checkpoint records)")  # fmt: skip
+    parser.add_argument(
+        "--image_guidance_scale",
+        type=float,
+        help="guidance by given frames; 1 = none (default: as the checkpoint records)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="another seed, another sticker (default 0)")
     parser.add_argument("--num_samples", type=int, default=1, help="stickers to make (default 1)")
     parser.add_argument("--fps", type=float, default=8.0, help="frames per second of the file (default 8)")
-    parser.add_argument("--output", default="sticker.gif", help=".gif, .webp, .mp4, or .png for a sheet "
-                        "(default sticker.gif); several samples get numbered names, "
-                        "or one row each of the sheet")  # fmt: skip
+    parser.add_argument(
+        "--output",
+        default="sticker.gif",
+        help=".gif, .webp, .mp4, or .png for a sheet "
+        "(default sticker.gif); several samples get numbered names, "
+        "or one row each of the sheet",
+    )
     args = parser.parse_args()
 
     slots = [slot for slot, _ in args.image]
@@ -295,8 +355,11 @@ def main():
     except (CheckpointError, media.MediaError) as error:
         parser.error(str(error))
     if pictures and not masks.is_trained(pictures, args.num_frames):
-        print(f"sample.py: warning: no row of Table 7 shows frames {sorted(pictures)} of {args.num_frames}: "
-              "the model was not trained on this pattern and may do worse.", file=sys.stderr)  # fmt: skip
+        print(
+            f"sample.py: warning: no row of Table 7 shows frames {sorted(pictures)} of {args.num_frames}: "
+            "the model was not trained on this pattern and may do worse.",
+            file=sys.stderr,
+        )
 
     side = resolution // encoders.codec.factor
     given = torch.zeros(args.num_frames, encoders.codec.latent_channels, side, side)

@@ -34,28 +34,32 @@ from tqdm import tqdm
 
 import data
 import masks
-import media
-import stickers
-from cache import digest_files, open_dataset
-from checkpoint import (
+from curriculum import Curriculum
+from data import open_dataset
+from masks import TASKS
+from model import DFGN, SIZES, loss_weights, make_scheduler
+from sample import validation_sheet
+from support import media, stickers
+from support.cache import digest_files
+from support.checkpoint import (
     SaveError,
     alone_in,
     choose_checkpoint,
     list_checkpoints,
     load_checkpoint,
-    read_log,
     save_checkpoint,
-    start_from_spatial,
     sweep,
     write_finished,
 )
-from curriculum import TASKS, Curriculum
-from encoders import EncoderError, Encoders, PatchPCA
-from folder import DataError, scan_folder
-from model import DFGN, DTYPES, SIZES, loss_weights, make_scheduler, precision
-from optim import MAX_GRAD_NORM, Average, compile_layers, make_optimizer, shard, with_average
-from options import SCHEDULE_FLAGS, UsageError, check_resolution, check_schedule, parse_args
-from pictures import model_card, plot_progress, validation_sheet
+from support.common import UserError, printable
+from support.encoders import Encoders, PatchPCA
+from support.folder import DataError, scan_folder
+from support.log import make_reporter, model_card, read_log
+from support.machine import DTYPES, compile_layers, precision, stop_requests
+from support.optim import MAX_GRAD_NORM, Average, make_optimizer, shard, with_average
+from support.options import SCHEDULE_FLAGS, check_resolution, check_schedule, parse_args
+from support.pictures import plot_progress
+from support.pretrained import EncoderError, start_from_spatial
 
 LOG_EVERY = 10  # steps
 MAX_BAD_STEPS = 20  # in a row; fp16 needs some at its start, until the loss scale has come down
@@ -65,51 +69,8 @@ VALIDATION_SAMPLES = 64  # held-out samples behind the validation loss
 # Other places for the log
 
 
-def make_reporter(args):
-    """A function that sends one entry of log.jsonl to TensorBoard or Weights & Biases too."""
-    try:
-        if args.report_to == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            writer = SummaryWriter(args.output_dir / "tensorboard")
-            return lambda entry: [
-                writer.add_scalar(name, value, entry["step"]) for name, value in entry.items()
-            ]
-        if args.report_to == "wandb":
-            import wandb
-
-            run = wandb.init(
-                project="rdtf", dir=args.output_dir, config={k: str(v) for k, v in vars(args).items()}
-            )
-            return lambda entry: run.log(entry, step=entry["step"])
-    except ImportError as error:
-        raise UsageError(
-            f"--report_to {args.report_to} needs a package: pip install {args.report_to}"
-        ) from error
-    return lambda entry: None
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Stopping
-
-
-@contextmanager
-def stop_requests():
-    """Yields a list that collects SIGTERM and SIGINT (Ctrl-C) instead of dying of them. A second Ctrl-C exits at
-    once, with status 130."""
-    asked = []
-
-    def note(number, _):
-        if number == signal.SIGINT and signal.SIGINT in asked:
-            os._exit(128 + number)
-        asked.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -125,8 +86,10 @@ def train(args, on_exit):
     """Trains as `args` (parse_args) say. What `on_exit`, an ExitStack, holds is undone however the run ends: the
     handlers of its signals."""
     # ---- processes: one, or those of torchrun
-    world, rank, local_rank = (int(os.environ.get(name, default)) for name, default in
-                               (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))  # fmt: skip
+    world, rank, local_rank = (
+        int(os.environ.get(name, default))
+        for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
+    )
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -140,8 +103,13 @@ def train(args, on_exit):
         # 135712). On several machines the count differs, and an environment variable helps instead (see README).
         one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(world)
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_machine else "0"
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world,
-                                store=dist.PrefixStore(f"restart-{restart}", store), timeout=patience)  # fmt: skip
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            rank=rank,
+            world_size=world,
+            store=dist.PrefixStore(f"restart-{restart}", store),
+            timeout=patience,
+        )
     main_process = rank == 0
 
     def say(text):
@@ -158,8 +126,10 @@ def train(args, on_exit):
         try:
             on_exit.enter_context(alone_in(args.output_dir))
         except BlockingIOError as error:
-            raise UsageError(f"--output_dir {args.output_dir} is in use by a run that has not ended: end it, or choose "
-                             "another folder.") from error  # fmt: skip
+            raise UserError(
+                f"--output_dir {args.output_dir} is in use by a run that has not ended: end it, or choose "
+                "another folder."
+            ) from error
     resume = choose_checkpoint(args, say) if main_process else None
     if world > 1:
         dist.broadcast_object_list(chosen := [resume])
@@ -180,7 +150,7 @@ def train(args, on_exit):
         try:
             stickers.draw_stickers(folder)
         except ValueError as error:
-            raise UsageError(str(error)) from error
+            raise UserError(str(error)) from error
     barrier()
     found, problems = scan_folder(folder)
 
@@ -208,11 +178,11 @@ def train(args, on_exit):
     dataset = open_dataset(folder, found, encoders.codec, args.resolution, args.cache_dir, workers)
     clips, held_out = dataset.split("train", args.ddu), dataset.split("validation", args.ddu)
     if not clips:
-        raise UsageError(f"--data {folder}: no clip is left to train on; `python data.py {folder}` says why.")
+        raise UserError(f"--data {folder}: no clip is left to train on; `python data.py {folder}` says why.")
     problems += dataset.dropped
     say(f"{folder}: {len(clips)} clips to train on, {len(held_out)} held out, {len(problems)} dropped")
     for name, reason in problems[:20]:
-        say(f"  dropped {media.printable(name)}: {reason}")
+        say(f"  dropped {printable(name)}: {reason}")
     if len(problems) > 20:
         say(f"  and {len(problems) - 20} more: `python data.py {folder}` lists them")
     if not any(clip.caption for clip in clips):
@@ -258,7 +228,7 @@ def train(args, on_exit):
     try:
         optimizer = make_optimizer(unet, args.learning_rate, args.use_8bit_adam, args.low_memory)
     except ImportError as error:
-        raise UsageError("--use_8bit_adam and --low_memory need a package: pip install torchao") from error
+        raise UserError("--use_8bit_adam and --low_memory need a package: pip install torchao") from error
     lr_schedule = get_scheduler(
         args.lr_scheduler,
         optimizer,
@@ -275,8 +245,10 @@ def train(args, on_exit):
             tensors, state = load_checkpoint(resume, unet, average, optimizer)
         except (ValueError, KeyError, OSError, RuntimeError, UnpicklingError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise UsageError(f"{resume} cannot be resumed, optimizer.pt or weights do not fit: start from another "
-                             f"({reason}).") from error  # fmt: skip
+            raise UserError(
+                f"{resume} cannot be resumed, optimizer.pt or weights do not fit: start from another "
+                f"({reason})."
+            ) from error
         lr_schedule.load_state_dict(tensors["lr_schedule"])
         scaler.load_state_dict(tensors["scaler"])
         curriculum.load_state_dict(state["curriculum"])
@@ -286,29 +258,43 @@ def train(args, on_exit):
             say(f"warning: the stickers in {folder} have changed since: the run goes on with the new ones")
     weights_of = loss_weights(float(unet.prior.std) if unet.config.prior_side else None).to(device)
     if main_process:  # what was logged after the checkpoint will be logged again
-        kept = [entry for entry in (read_log(log_path) if resume is not None else []) if entry["step"] <= step]
+        kept = [
+            entry for entry in (read_log(log_path) if resume is not None else []) if entry["step"] <= step
+        ]
         writing = log_path.with_suffix(".tmp")
         writing.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
         os.replace(writing, log_path)
 
     network = unet
     if world > 1 and not args.shard:
-        network = DistributedDataParallel(unet, device_ids=[local_rank] if device.type == "cuda" else None,
-                                          gradient_as_bucket_view=True, broadcast_buffers=False)  # fmt: skip
-    say(f"{args.preset}: {sum(p.numel() for p in unet.parameters()) / 1e6:.1f}M parameters "
+        network = DistributedDataParallel(
+            unet,
+            device_ids=[local_rank] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+            broadcast_buffers=False,
+        )
+    say(
+        f"{args.preset}: {sum(p.numel() for p in unet.parameters()) / 1e6:.1f}M parameters "
         f"on {world} x {device.type}, {args.mixed_precision}, "
-        f"{global_batch} clips per step, {args.max_train_steps} steps")  # fmt: skip
+        f"{global_batch} clips per step, {args.max_train_steps} steps"
+    )
 
-    settings = dict(preset=args.preset, resolution=args.resolution, mixed_precision=args.mixed_precision,
-                    guidance_scale=args.guidance_scale,
-                    image_guidance_scale=args.image_guidance_scale)  # fmt: skip
+    settings = dict(
+        preset=args.preset,
+        resolution=args.resolution,
+        mixed_precision=args.mixed_precision,
+        guidance_scale=args.guidance_scale,
+        image_guidance_scale=args.image_guidance_scale,
+    )
 
     def noise_loss(batch):
         """Eq. 1 under both masks: (B,)"""
-        batch = batch._replace(**{
-            name: getattr(batch, name).to(device, non_blocking=True)
-            for name in ("latents", "noise", "timesteps", "given", "valid")
-        })  # fmt: skip
+        batch = batch._replace(
+            **{
+                name: getattr(batch, name).to(device, non_blocking=True)
+                for name in ("latents", "noise", "timesteps", "given", "valid")
+            }
+        )
         noisy = scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
         with precision(device.type, args.mixed_precision):
             text = encoders.text(batch.captions, device)
@@ -327,10 +313,15 @@ def train(args, on_exit):
             scheduler,
             settings=dict(settings, step=step),
             tensors=dict(lr_schedule=lr_schedule.state_dict(), scaler=scaler.state_dict()),
-            state=dict(schedule=schedule, latents=dataset.identity, curriculum=curriculum.state_dict(),
-                       skipped=skipped, bad_in_row=bad_in_row),
+            state=dict(
+                schedule=schedule,
+                latents=dataset.identity,
+                curriculum=curriculum.state_dict(),
+                skipped=skipped,
+                bad_in_row=bad_in_row,
+            ),
             main_process=main_process,
-        )  # fmt: skip
+        )
 
     @contextmanager
     def forgiven():
@@ -432,10 +423,15 @@ def train(args, on_exit):
         bar.update()
         if bad_in_row == MAX_BAD_STEPS:
             kept = [found for found in list_checkpoints(args.output_dir) if found[0] < step]
-            raise UsageError(f"{MAX_BAD_STEPS} steps in a row, up to step {step}, gave a loss or gradients that are no "
-                             "numbers: lower --learning_rate, or use --mixed_precision bf16 or no. "
-                             + (f"The last good checkpoint is {kept[-1][1]}." if kept
-                                else "No checkpoint had been saved yet."))  # fmt: skip
+            raise UserError(
+                f"{MAX_BAD_STEPS} steps in a row, up to step {step}, gave a loss or gradients that are no "
+                "numbers: lower --learning_rate, or use --mixed_precision bf16 or no. "
+                + (
+                    f"The last good checkpoint is {kept[-1][1]}."
+                    if kept
+                    else "No checkpoint had been saved yet."
+                )
+            )
 
         # ---- look, write the log, save: in this order, so that whatever is saved has been logged. Asked to stop, it
         # saves first: who asked may not wait for a sheet.
@@ -447,11 +443,19 @@ def train(args, on_exit):
             validation = validate()
         if main_process and good and (validates or step % LOG_EVERY == 0):
             terms, seconds = curriculum.terms, time.perf_counter() - started
-            entry = dict(step=step, loss=loss, learning_rate=learning_rate, grad_norm=grad_norm, skipped=skipped,
-                         clips_per_second=round((step - since) * global_batch / seconds, 2),
-                         **{f"p_{task}": p for task, p in zip(TASKS, probabilities.sum(axis=1).tolist())},
-                         mean_k=mean_k, p_term=terms["p"], i_term=terms["i"],
-                         d_term=terms["d"])  # fmt: skip
+            entry = dict(
+                step=step,
+                loss=loss,
+                learning_rate=learning_rate,
+                grad_norm=grad_norm,
+                skipped=skipped,
+                clips_per_second=round((step - since) * global_batch / seconds, 2),
+                **{f"p_{task}": p for task, p in zip(TASKS, probabilities.sum(axis=1).tolist())},
+                mean_k=mean_k,
+                p_term=terms["p"],
+                i_term=terms["i"],
+                d_term=terms["d"],
+            )
             bar.set_postfix(loss=f"{loss:.4f}")
             if validates and validation is not None:
                 entry["validation_loss"] = validation
@@ -463,23 +467,35 @@ def train(args, on_exit):
                     plot_progress(log_path, args.output_dir / "progress.png")
             started, since = time.perf_counter(), step
         due |= step % args.checkpointing_steps == 0
-        if not stop and (last_step or (due and good)):  # what was saved before bad steps makes no room for them
+        if not stop and (
+            last_step or (due and good)
+        ):  # what was saved before bad steps makes no room for them
             save()
             due = False
         if stop and not last_step:
             if world > 1:
                 dist.destroy_process_group()
             if main_process and not (args.output_dir / f"checkpoint-{step}" / "files.json").exists():
-                raise UsageError(f"stopped after step {step}, as asked, which could not be saved: "
-                                 "--resume_from_checkpoint latest goes on from the checkpoint before.")  # fmt: skip
+                raise UserError(
+                    f"stopped after step {step}, as asked, which could not be saved: "
+                    "--resume_from_checkpoint latest goes on from the checkpoint before."
+                )
             say(f"stopped after step {step}, as asked; --resume_from_checkpoint latest goes on")
             sys.exit(128 + (asked[0] if asked else signal.SIGTERM))
     bar.close()
 
     # ---- the finished model
     summary = f"{len(clips)} clips to train on, {len(held_out)} held out, {len(problems)} dropped"
-    write_finished(args.output_dir, unet, average, encoders, scheduler, dict(settings, step=step),
-                   model_card(unet, args, encoders.sources(), summary, global_batch, step), main_process)  # fmt: skip
+    write_finished(
+        args.output_dir,
+        unet,
+        average,
+        encoders,
+        scheduler,
+        dict(settings, step=step),
+        model_card(unet, args, encoders.sources(), summary, global_batch, step),
+        main_process,
+    )
     if main_process:
         say(f"wrote {args.output_dir}: the model, validation-{step}.png, sample.gif and progress.png")
     barrier()
@@ -494,7 +510,7 @@ def main():
             return train(parse_args(), on_exit)
     except KeyboardInterrupt:  # before the first step
         sys.exit(128 + signal.SIGINT)
-    except (UsageError, SaveError, DataError, EncoderError, media.MediaError) as error:
+    except (UserError, SaveError, DataError, EncoderError, media.MediaError) as error:
         message = str(error)
     except OSError as error:
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 import curriculum
-from curriculum import LENGTHS, TASKS, Curriculum
+from curriculum import Curriculum
+from masks import LENGTHS, TASKS
 
 HOSTILE = {
     "zeros": [0.0] * 50,

@@ -11,21 +11,20 @@ from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
+import keyframes
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
 
-import cache
 import data
-import keyframes
 import masks
-import media
-from cache import open_dataset
-from curriculum import LENGTHS, Curriculum
-from encoders import PatchPCA
-from folder import DataError, load_clip, load_clips, scan_folder
-from masks import NUM_FRAMES
+from curriculum import Curriculum
+from data import open_dataset
+from masks import LENGTHS, NUM_FRAMES
+from support import cache, media
+from support.encoders import PatchPCA
+from support.folder import DataError, load_clip, load_clips, scan_folder
 
 ROOT = Path(__file__).parents[1]
 UNIFORM = Curriculum("none", 1).probabilities(0)
@@ -268,7 +267,9 @@ def test_an_interrupted_build_goes_on_where_it_stopped(folder, tmp_path, monkeyp
 BUILD = """
 import sys, time
 from pathlib import Path
-import cache, encoders, folder
+from support import cache
+from support import encoders
+from support import folder
 cache.SHARD_CLIPS = 2
 root, codec = Path(sys.argv[1]), encoders.PatchPCA.from_pretrained(sys.argv[2], low_cpu_mem_usage=False)
 encode = encoders.PatchPCA.encode
@@ -403,15 +404,21 @@ def run(monkeypatch, capsys, *flags):
     return 0, capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--num_workers", "-1"], "--num_workers -1: must not be negative."),
-    (["--resolution", "-5"], "--resolution -5: must be 8 to 4096 pixels."),
-    (["--resolution", "0"], "--resolution 0: must be 8 to 4096 pixels."),
-    (["--resolution", "1000000"], "--resolution 1000000: must be 8 to 4096 pixels."),
-    (["--preview", "a.mp4"], "--preview a.mp4: the sheet is a PNG, give it a name that ends in .png."),
-    (["--preview", "/nonexistent/a.png"], "/nonexistent/a.png: its folder cannot be written to, make it or"),
-    (["--preview", "/proc/a.png"], "/proc/a.png"),  # may be written to, says root, but cannot
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--num_workers", "-1"], "--num_workers -1: must not be negative."),
+        (["--resolution", "-5"], "--resolution -5: must be 8 to 4096 pixels."),
+        (["--resolution", "0"], "--resolution 0: must be 8 to 4096 pixels."),
+        (["--resolution", "1000000"], "--resolution 1000000: must be 8 to 4096 pixels."),
+        (["--preview", "a.mp4"], "--preview a.mp4: the sheet is a PNG, give it a name that ends in .png."),
+        (
+            ["--preview", "/nonexistent/a.png"],
+            "/nonexistent/a.png: its folder cannot be written to, make it or",
+        ),
+        (["--preview", "/proc/a.png"], "/proc/a.png"),  # may be written to, says root, but cannot
+    ],
+)
 def test_wrong_flags_are_one_sentence(folder, monkeypatch, capsys, flags, words):
     status, written = run(monkeypatch, capsys, folder, "--num_workers", 0, *flags)
     assert status == 2 and words in written and written.endswith(".\n") and "Traceback" not in written

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, T5ForConditionalGeneration
 
-from encoders import (
+from support.encoders import (
     MAX_TOKENS,
     EncoderError,
     Encoders,
@@ -166,11 +166,20 @@ def test_text_encoders_in_the_files_of_whole_models(pretrained, tmp_path):
     """A CLIP with its vision part, a T5 with its decoder."""
     encoders, (_, clip, t5) = pretrained
     text = encoders.clip.model.config
-    whole = CLIPModel(CLIPConfig(
-        text_config=text.to_dict(), projection_dim=8,
-        vision_config=dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-                           image_size=32, patch_size=16),
-    ))  # fmt: skip
+    whole = CLIPModel(
+        CLIPConfig(
+            text_config=text.to_dict(),
+            projection_dim=8,
+            vision_config=dict(
+                hidden_size=16,
+                intermediate_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                image_size=32,
+                patch_size=16,
+            ),
+        )
+    )
     # a CLIPTextModel holds its parts as `text_model`, or itself
     part = {key.removeprefix("text_model."): x for key, x in encoders.clip.model.state_dict().items()}
     own = whole.text_model.state_dict()
@@ -221,10 +230,14 @@ def test_what_cannot_be_loaded_gets_one_sentence(pretrained, tmp_path, monkeypat
     tensors = load_file(partial / "model.safetensors")
     tensors.pop("encoder.final_layer_norm.weight")
     save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-    for part, source, word in ((PretrainedVAE, broken, "--vae"), (PretrainedVAE, t5, "--vae"),
-                               (PretrainedVAE, tmp_path / "empty", "config.json"),
-                               (PretrainedCLIP, t5, "it is a t5 model"), (PretrainedT5, partial, "final_layer_norm"),
-                               (PretrainedT5, "nobody/has-this", "hf download nobody/has-this")):  # fmt: skip
+    for part, source, word in (
+        (PretrainedVAE, broken, "--vae"),
+        (PretrainedVAE, t5, "--vae"),
+        (PretrainedVAE, tmp_path / "empty", "config.json"),
+        (PretrainedCLIP, t5, "it is a t5 model"),
+        (PretrainedT5, partial, "final_layer_norm"),
+        (PretrainedT5, "nobody/has-this", "hf download nobody/has-this"),
+    ):
         with pytest.raises(EncoderError, match=word) as error:
             part(source)
         assert str(source) in str(error.value) and "\n" not in str(error.value)

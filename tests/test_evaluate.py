@@ -11,17 +11,13 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
-import ablate
-import evaluate
-import heldout
-import judge
-import metrics
-import pretrained_metrics
 import sample
-import stickers
-from checkpoint import write_index, write_unet
-from encoders import EncoderError, Encoders, PatchPCA
+from lab import ablate, evaluate, heldout, judge, metrics, pretrained_metrics
 from model import DFGN, make_scheduler
+from support import stickers
+from support.checkpoint import write_index, write_unet
+from support.encoders import Encoders, PatchPCA
+from support.pretrained import EncoderError
 from tests.tiny_parts import LETTERS
 
 ROOT = Path(__file__).parents[1]
@@ -226,9 +222,19 @@ def run(tmp_path_factory):
     codec = PatchPCA(patch_size=4, latent_channels=6)
     codec.fit(torch.from_numpy(frames).flatten(0, 1))
     torch.manual_seed(0)
-    unet = DFGN(latent_channels=6, block_out_channels=(16, 32), attention_levels=(True, True),
-                layers_per_block=1, head_width=8, cross_attention_dim=16, clip_dim=256, t5_dim=256,
-                norm_num_groups=4, sti_heads=2, sti_head_width=8)  # fmt: skip
+    unet = DFGN(
+        latent_channels=6,
+        block_out_channels=(16, 32),
+        attention_levels=(True, True),
+        layers_per_block=1,
+        head_width=8,
+        cross_attention_dim=16,
+        clip_dim=256,
+        t5_dim=256,
+        norm_num_groups=4,
+        sti_heads=2,
+        sti_head_width=8,
+    )
     write_unet(root / "run" / "unet", unet, unet.state_dict())
     settings = dict(resolution=16, mixed_precision="no", guidance_scale=3.0, image_guidance_scale=1.5)
     write_index(root / "run", Encoders(codec), make_scheduler(), settings)
@@ -274,7 +280,7 @@ def test_interrupted_evaluation_ends_as_the_unbroken_one(call, tmp_path, monkeyp
     assert len(calls) == 5 + 2  # two text batches and one for each other task; nothing was sampled twice
     for name in ("report.json", "report.html"):
         assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes()
-    with pytest.raises(evaluate.UsageError, match="another loss_draws"):
+    with pytest.raises(evaluate.UserError, match="another loss_draws"):
         call(tmp_path / "broken", "--loss_draws", 7)
 
     # what the report says
@@ -312,8 +318,10 @@ def test_order_of_difficulty_is_counted_draw_by_draw():
     cells = {("text", 8): 1.0}
     cells |= {(t, k): level(t, k) for t in heldout.TASKS for k in heldout.LENGTHS}
     cells["prediction", 5] = 0.5  # one that is out of order
-    arrays = {cell: dict(loss=v + timestep / 100, unknown=v + timestep / 100, timestep=timestep)
-              for cell, v in cells.items()}  # fmt: skip
+    arrays = {
+        cell: dict(loss=v + timestep / 100, unknown=v + timestep / 100, timestep=timestep)
+        for cell, v in cells.items()
+    }
     entry = heldout.summarize_loss(arrays, 1.0)["Eq. 1"]
     wrong = [(c["easier"], c["harder"]) for c in entry["order of tasks"] if not c["holds"]]
     assert wrong == [(["interpolation", 5], ["prediction", 5])]  # timesteps differ by far more, and drop out
@@ -366,11 +374,24 @@ def make_clip(folder):
     tokens = [*LETTERS, *(letter + "</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77).save_pretrained(folder)
-    text = CLIPTextConfig(vocab_size=len(tokens), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-                          num_attention_heads=2, bos_token_id=len(tokens) - 2, eos_token_id=len(tokens) - 1,
-                          pad_token_id=len(tokens) - 1)  # fmt: skip
-    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-                              num_attention_heads=2, image_size=32, patch_size=16)  # fmt: skip
+    text = CLIPTextConfig(
+        vocab_size=len(tokens),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        bos_token_id=len(tokens) - 2,
+        eos_token_id=len(tokens) - 1,
+        pad_token_id=len(tokens) - 1,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=16,
+    )
     torch.manual_seed(0)
     config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=8)
     CLIPModel(config).save_pretrained(folder)
@@ -441,9 +462,13 @@ def fake_report(value, dual=True):
 
 
 def test_ablation_table_by_hand():
-    reports = {("none", 0): fake_report(1.0), ("none", 1): fake_report(3.0),
-               ("dcl", 0): fake_report(2.0), ("dcl", 1): fake_report(5.0),
-               ("sti", 0): fake_report(9.0, dual=False)}  # fmt: skip
+    reports = {
+        ("none", 0): fake_report(1.0),
+        ("none", 1): fake_report(3.0),
+        ("dcl", 0): fake_report(2.0),
+        ("dcl", 1): fake_report(5.0),
+        ("sti", 0): fake_report(9.0, dual=False),
+    }
     result = ablate.summarize(reports, {key: [] for key in reports})
     none = result["rows"]["none"]["metrics"]
     assert none["loss, text only"] == dict(mean=2.0, std=pytest.approx(2**0.5), count=2)
@@ -482,7 +507,7 @@ def test_finished_runs_of_an_ablation_are_not_repeated(tmp_path, monkeypatch):
     assert all("latest" in flags for name, flags in called if name == "train.py")
     assert "dcl" in called[2][1] and (tmp_path / "a" / "ablation.md").is_file()
     monkeypatch.setattr(sys, "argv", [*argv, "--max_train_steps", "7"])
-    with pytest.raises(evaluate.UsageError, match="--max_train_steps is 7"):
+    with pytest.raises(evaluate.UserError, match="--max_train_steps is 7"):
         ablate.ablate(ablate.parse_args())
 
 
@@ -492,21 +517,24 @@ def test_finished_runs_of_an_ablation_are_not_repeated(tmp_path, monkeypatch):
 EVALUATE, ABLATE = [evaluate, "--checkpoint"], [ablate, "--output_dir", "x"]
 
 
-@pytest.mark.parametrize("words, said", [
-    ([*EVALUATE, "nowhere"], "is not a folder"),
-    ([*EVALUATE, ".", "--i3d", "nowhere.pt"], "--i3d nowhere.pt is not a file"),
-    ([*EVALUATE, ".", "--clip_score", "nowhere"], "--clip_score nowhere"),
-    ([*EVALUATE, ".", "--vqa_command", "vqa"], "no {video} in it"),
-    ([*EVALUATE, ".", "--num_prompts", "1"], "--num_prompts 1"),
-    ([*EVALUATE, ".", "--guidance_scale", "nan"], "--guidance_scale nan"),
-    ([*EVALUATE, ".", "--image_guidance_scale", "-1000"], "--image_guidance_scale -1000"),
-    ([*EVALUATE, ".", "--eta", "nan"], "--eta nan"),
-    ([*EVALUATE, ".", "--fvd"], "unrecognized arguments: --fvd"),
-    ([*EVALUATE, "."], "holds no model_index.json"),
-    ([*ABLATE, "--jobs", "0"], "--jobs 0"),
-    ([*ABLATE, "--data", "nowhere"], "--data nowhere is not a folder"),
-    ([*ABLATE, "--rows", "best"], "invalid choice: 'best'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ([*EVALUATE, "nowhere"], "is not a folder"),
+        ([*EVALUATE, ".", "--i3d", "nowhere.pt"], "--i3d nowhere.pt is not a file"),
+        ([*EVALUATE, ".", "--clip_score", "nowhere"], "--clip_score nowhere"),
+        ([*EVALUATE, ".", "--vqa_command", "vqa"], "no {video} in it"),
+        ([*EVALUATE, ".", "--num_prompts", "1"], "--num_prompts 1"),
+        ([*EVALUATE, ".", "--guidance_scale", "nan"], "--guidance_scale nan"),
+        ([*EVALUATE, ".", "--image_guidance_scale", "-1000"], "--image_guidance_scale -1000"),
+        ([*EVALUATE, ".", "--eta", "nan"], "--eta nan"),
+        ([*EVALUATE, ".", "--fvd"], "unrecognized arguments: --fvd"),
+        ([*EVALUATE, "."], "holds no model_index.json"),
+        ([*ABLATE, "--jobs", "0"], "--jobs 0"),
+        ([*ABLATE, "--data", "nowhere"], "--data nowhere is not a folder"),
+        ([*ABLATE, "--rows", "best"], "invalid choice: 'best'"),
+    ],
+)
 def test_bad_input_is_one_sentence(words, said, tmp_path, monkeypatch, capsys):
     program, *flags = words
     monkeypatch.chdir(tmp_path)
@@ -533,7 +561,7 @@ def test_a_folder_with_broken_words_is_one_without(tmp_path):
 @pytest.mark.parametrize("state", ["{}", "[]", "{", '{"schedule": 1}'])
 def test_a_state_without_a_word_on_dual_masks(tmp_path, state):
     (tmp_path / "state.json").write_text(state)
-    with pytest.raises(evaluate.UsageError, match="give --ddu"):
+    with pytest.raises(evaluate.UserError, match="give --ddu"):
         evaluate.has_dual_masks(Namespace(ddu=None, checkpoint=tmp_path))
     assert evaluate.has_dual_masks(Namespace(ddu="on", checkpoint=tmp_path))
 

@@ -10,16 +10,19 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.training_utils import EMAModel
 
-import bench
 import sample
-from model import STI, Conv3D, FrameConv, Frames, as_weights, precision
-from optim import ADAM, Average, make_optimizer
+from lab import bench
+from model import STI, Conv3D, FrameConv, Frames
+from support.machine import as_weights, precision
+from support.optim import ADAM, Average, make_optimizer
 from tests.test_model import first, random_dfgn, random_inputs
 
 
 def outputs_and_gradients(unet, mixed_precision="no", ours=True, valid=None):
     unet.zero_grad()
-    context = precision("cpu", mixed_precision) if ours else torch.autocast("cpu", enabled=mixed_precision != "no")
+    context = (
+        precision("cpu", mixed_precision) if ours else torch.autocast("cpu", enabled=mixed_precision != "no")
+    )
     with context:
         out = unet(*random_inputs(), valid)
     out.float().square().mean().backward()
@@ -72,11 +75,18 @@ def test_adamw_and_averages_over_all_weights_at_once():
     others = [p for name, p in plain.named_parameters() if not name.endswith("alpha")]
     optimizers = (
         make_optimizer(fast, 1e-3),
-        torch.optim.AdamW([{"params": others}, {"params": gates, "lr": 3e-2, "weight_decay": 0.0}], lr=1e-3,
-                          foreach=False, fused=False, **ADAM),
-    )  # fmt: skip
-    average, ema = Average(fast), EMAModel(plain.parameters(), decay=0.9999, use_ema_warmup=True, power=0.75,
-                                           foreach=False)  # fmt: skip
+        torch.optim.AdamW(
+            [{"params": others}, {"params": gates, "lr": 3e-2, "weight_decay": 0.0}],
+            lr=1e-3,
+            foreach=False,
+            fused=False,
+            **ADAM,
+        ),
+    )
+    average, ema = (
+        Average(fast),
+        EMAModel(plain.parameters(), decay=0.9999, use_ema_warmup=True, power=0.75, foreach=False),
+    )
     for _ in range(3):
         for unet, optimizer in zip((fast, plain), optimizers):
             outputs_and_gradients(unet)
@@ -121,23 +131,44 @@ def test_gradients_of_layer_norm_in_half_precision():
 
 def some_frames(device):
     """Four frames of one clip, two of another."""
-    return dict(frames=Frames(torch.tensor([[True] * 4, [True] * 2 + [False] * 2], device=device), 2, 4, device))
+    return dict(
+        frames=Frames(torch.tensor([[True] * 4, [True] * 2 + [False] * 2], device=device), 2, 4, device)
+    )
 
 
 def some_text(device):
     mask = torch.arange(5, device=device) < torch.arange(1, 7, device=device)[:, None].clamp(max=5)
-    return dict(encoder_hidden_states=torch.randn(6, 5, 16, device=device), encoder_attention_mask=mask, return_dict=False)
+    return dict(
+        encoder_hidden_states=torch.randn(6, 5, 16, device=device),
+        encoder_attention_mask=mask,
+        return_dict=False,
+    )
 
 
 @pytest.mark.skipif(not (torch.cuda.is_available() or shutil.which("g++")), reason="no compiler")
-@pytest.mark.parametrize("make, conditions", [
-    (lambda: ResnetBlock2D(in_channels=32, out_channels=32, temb_channels=16, groups=4),
-     lambda device: dict(temb=torch.randn(6, 16, device=device))),
-    (lambda: Transformer2DModel(num_attention_heads=2, attention_head_dim=16, in_channels=32, cross_attention_dim=16,
-                                norm_num_groups=4, use_linear_projection=True), some_text),
-    (lambda: STI(32, heads=2, head_width=8, groups=4), some_frames),
-    (lambda: Conv3D(32, groups=4), some_frames),
-], ids=["residual layer", "transformer", "STI", "Conv3D"])  # fmt: skip
+@pytest.mark.parametrize(
+    "make, conditions",
+    [
+        (
+            lambda: ResnetBlock2D(in_channels=32, out_channels=32, temb_channels=16, groups=4),
+            lambda device: dict(temb=torch.randn(6, 16, device=device)),
+        ),
+        (
+            lambda: Transformer2DModel(
+                num_attention_heads=2,
+                attention_head_dim=16,
+                in_channels=32,
+                cross_attention_dim=16,
+                norm_num_groups=4,
+                use_linear_projection=True,
+            ),
+            some_text,
+        ),
+        (lambda: STI(32, heads=2, head_width=8, groups=4), some_frames),
+        (lambda: Conv3D(32, groups=4), some_frames),
+    ],
+    ids=["residual layer", "transformer", "STI", "Conv3D"],
+)
 def test_compiled_layers(make, conditions):
     """bf16 and channels_last under torch.compile: gradients of GroupNorm's weights were wrong there in some releases
     (pytorch issue 140913)."""
@@ -159,8 +190,11 @@ def test_compiled_layers(make, conditions):
             out = call(h, **conditions)
         out = out[0] if isinstance(out, tuple) else out
         out.float().square().mean().backward()
-        return {"output": out.detach().float(), "h": h.grad.clone(),
-                **{name: p.grad.clone() for name, p in layer.named_parameters()}}  # fmt: skip
+        return {
+            "output": out.detach().float(),
+            "h": h.grad.clone(),
+            **{name: p.grad.clone() for name, p in layer.named_parameters()},
+        }
 
     plain = run(layer)
     with patch.object(torch._dynamo.config, "suppress_errors", False):

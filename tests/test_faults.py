@@ -13,10 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-import checkpoint
 import masks
 import train
-from tests import matrix
+from support import checkpoint
+from tests.stress import matrix
 from tests.test_train import (  # noqa: F401 (fixtures)
     assert_same_weights,
     cache,
@@ -64,7 +64,10 @@ def state(out, step):
 
 @pytest.mark.parametrize("flags", [dict(), dict(mixed_precision="fp16")], ids=["fp32", "fp16"])
 def test_a_step_whose_loss_is_no_number_is_skipped(run, monkeypatch, tmp_path, flags):  # noqa: F811
-    flags, out = dict(flags, max_train_steps=4, checkpointing_steps=1, resume_from_checkpoint="latest"), tmp_path / "a"
+    flags, out = (
+        dict(flags, max_train_steps=4, checkpointing_steps=1, resume_from_checkpoint="latest"),
+        tmp_path / "a",
+    )
     with monkeypatch.context() as patch, pytest.raises(SystemExit):  # asked to stop it saves even then
         poison(patch, lambda call: call == 3 and not signal.raise_signal(signal.SIGTERM))
         run("a", **flags)
@@ -75,8 +78,10 @@ def test_a_step_whose_loss_is_no_number_is_skipped(run, monkeypatch, tmp_path, f
     assert state(out, 2)["curriculum"] == state(out, 3)["curriculum"]
     assert state(out, 4)["skipped"] == 1 and log(out)[-1]["skipped"] == 1
     assert all(tensor.isfinite().all() for tensor in weights(out).values())
-    assert any(not torch.equal(a, b) for a, b in zip(weights(out / "checkpoint-3").values(),
-                                                     weights(out / "checkpoint-4").values()))  # fmt: skip
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(weights(out / "checkpoint-3").values(), weights(out / "checkpoint-4").values())
+    )
 
 
 def test_too_many_of_them_stop_the_run(run, capsys, monkeypatch, tmp_path):  # noqa: F811
@@ -106,16 +111,37 @@ def test_a_large_loss_is_no_fault(run, monkeypatch):  # noqa: F811
 
 def start(out, folder, cache, launcher=(sys.executable,), *switches, env=None, **more):  # noqa: F811
     """A toy run in a process of its own."""
-    flags = dict(dict(data=folder, cache_dir=cache, output_dir=out, max_train_steps=12, train_batch_size=4,
-                      mixed_precision="no", num_workers=0, validation_steps=0, checkpointing_steps=4,
-                      checkpoints_total_limit=0, validation_prompts="a red heart"), **more)  # fmt: skip
+    flags = dict(
+        dict(
+            data=folder,
+            cache_dir=cache,
+            output_dir=out,
+            max_train_steps=12,
+            train_batch_size=4,
+            mixed_precision="no",
+            num_workers=0,
+            validation_steps=0,
+            checkpointing_steps=4,
+            checkpoints_total_limit=0,
+            validation_prompts="a red heart",
+        ),
+        **more,
+    )
     words = [*launcher, "tests/toy_train.py", *switches, *flags_of(flags)]
-    return subprocess.Popen([str(word) for word in words], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, env={**os.environ, "TOY_NO_PICTURES": "1", **(env or {})})  # fmt: skip
+    return subprocess.Popen(
+        [str(word) for word in words],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "TOY_NO_PICTURES": "1", **(env or {})},
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_asked_to_stop_it_saves_and_goes_on_as_if_nothing_had_been(trained, run, capsys, monkeypatch, tmp_path, number):  # noqa: F811
+def test_asked_to_stop_it_saves_and_goes_on_as_if_nothing_had_been(
+    trained, run, capsys, monkeypatch, tmp_path, number
+):  # noqa: F811
     handler = signal.getsignal(number)
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
         at_each_loss(patch, lambda call: (call == 2 and signal.raise_signal(number)) or 1.0)
@@ -146,7 +172,9 @@ def test_what_was_just_saved_is_never_the_one_that_goes(trained, run, monkeypatc
 
 def test_a_second_ctrl_c_ends_it_at_once(run, monkeypatch, tmp_path):  # noqa: F811
     monkeypatch.setattr(train.os, "_exit", sys.exit)  # which the tests survive
-    at_each_loss(monkeypatch, lambda call: signal.raise_signal(signal.SIGINT) or signal.raise_signal(signal.SIGINT))
+    at_each_loss(
+        monkeypatch, lambda call: signal.raise_signal(signal.SIGINT) or signal.raise_signal(signal.SIGINT)
+    )
     with pytest.raises(SystemExit) as stop:
         run("a")
     assert stop.value.code == 130 and not checkpoint.list_checkpoints(tmp_path / "a")
@@ -165,8 +193,11 @@ def flip(path):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("damage", [truncate, flip, Path.unlink, lambda path: path.write_bytes(b"")],
-                         ids=["truncated", "flipped", "missing", "empty"])  # fmt: skip
+@pytest.mark.parametrize(
+    "damage",
+    [truncate, flip, Path.unlink, lambda path: path.write_bytes(b"")],
+    ids=["truncated", "flipped", "missing", "empty"],
+)
 @pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model.safetensors", "optimizer.pt", "state.json"])
 def test_damage_is_found(trained, tmp_path, damage, name):
     copy = shutil.copytree(trained / "checkpoint-6", tmp_path / "copy")
@@ -224,7 +255,9 @@ def test_a_file_that_cannot_be_read_is_named(trained, tmp_path, monkeypatch):
 
 def test_an_old_checkpoint_that_cannot_be_removed_is_no_fault(trained, run, tmp_path):  # noqa: F811
     (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "checkpoint-3").symlink_to(shutil.copytree(trained / "checkpoint-3", tmp_path / "elsewhere"))
+    (tmp_path / "a" / "checkpoint-3").symlink_to(
+        shutil.copytree(trained / "checkpoint-3", tmp_path / "elsewhere")
+    )
     out = run("a", resume_from_checkpoint="latest", checkpoints_total_limit=1)
     assert [step for step, _ in checkpoint.list_checkpoints(out)] == [6] and (tmp_path / "elsewhere").exists()
 
@@ -243,8 +276,12 @@ def test_sweeping_takes_what_is_ours_alone(tmp_path):
 def test_two_runs_do_not_share_a_folder(run, capsys, tmp_path):  # noqa: F811
     (tmp_path / "a").mkdir()
     hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); input()"
-    other = subprocess.Popen([sys.executable, "-c", hold, tmp_path / "a" / ".lock"], stdin=subprocess.PIPE,
-                             stdout=subprocess.PIPE, text=True)  # fmt: skip
+    other = subprocess.Popen(
+        [sys.executable, "-c", hold, tmp_path / "a" / ".lock"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert other.stdout.readline() == "held\n"
     refused(run, capsys, "is in use by a run that has not ended")
     other.kill()
@@ -296,7 +333,9 @@ def test_a_log_that_was_cut_short_is_read_as_far_as_it_goes(trained, run, tmp_pa
     whole = '{"step": 2, "loss": 0.5}\n'
     (out / "log.jsonl").write_text(whole + end)
     run("a", resume_from_checkpoint="latest")
-    assert [entry["step"] for entry in log(out)] == [2, 6] and (out / "log.jsonl").read_text().startswith(whole)
+    assert [entry["step"] for entry in log(out)] == [2, 6] and (out / "log.jsonl").read_text().startswith(
+        whole
+    )
 
 
 def test_a_pickle_is_refused(trained, run, capsys, tmp_path):  # noqa: F811
@@ -358,8 +397,13 @@ def test_asked_to_stop_with_a_full_disk_it_says_so(run, capsys, monkeypatch):  #
 
 def test_asked_to_stop_it_saves_before_it_draws(run, monkeypatch, tmp_path):  # noqa: F811
     saved = []
-    monkeypatch.setattr(train, "validation_sheet", lambda *args: saved.extend(checkpoint.list_checkpoints(tmp_path / "a"))
-                        or NO_PICTURES["validation_sheet"]())  # fmt: skip
+    monkeypatch.setattr(
+        train,
+        "validation_sheet",
+        lambda *args: (
+            saved.extend(checkpoint.list_checkpoints(tmp_path / "a")) or NO_PICTURES["validation_sheet"]()
+        ),
+    )
     at_each_loss(monkeypatch, lambda call: (call == 2 and signal.raise_signal(signal.SIGTERM)) or 1.0)
     with pytest.raises(SystemExit):
         run("a", validation_steps=2)
@@ -371,8 +415,18 @@ def test_a_full_disk_and_a_request_to_stop_leave_no_rank_waiting(folder, cache, 
     """The other rank holds a part of the weights, and must not wait for one that gave up. torchrun passes the signal
     on, and leaves its ranks time to save."""
     out = tmp_path / "run"
-    process = start(out, folder, cache, TORCHRUN, "--shard", env=dict(TOY_FULL="checkpoint-2"), max_train_steps=10_000,
-                    train_batch_size=2, checkpointing_steps=2, checkpoints_total_limit=1)  # fmt: skip
+    process = start(
+        out,
+        folder,
+        cache,
+        TORCHRUN,
+        "--shard",
+        env=dict(TOY_FULL="checkpoint-2"),
+        max_train_steps=10_000,
+        train_batch_size=2,
+        checkpointing_steps=2,
+        checkpoints_total_limit=1,
+    )
     while process.poll() is None and not ((out / "log.jsonl").is_file() and log(out)):
         time.sleep(0.05)
     process.terminate()
@@ -380,7 +434,9 @@ def test_a_full_disk_and_a_request_to_stop_leave_no_rank_waiting(folder, cache, 
     assert process.returncode == 1, errors[-2000:]  # that of torchrun; its ranks ended with 143
     ((step, newest),) = checkpoint.list_checkpoints(out)
     assert "checkpoint-2 could not be written" in said and f"stopped after step {step}, as asked" in said
-    assert checkpoint.find_damage(newest) is None and not list(out.glob("*.tmp")) and "forcefully" not in errors
+    assert (
+        checkpoint.find_damage(newest) is None and not list(out.glob("*.tmp")) and "forcefully" not in errors
+    )
 
 
 # ------------------------------------------------------------------------------------------------ exact resume
@@ -432,9 +488,17 @@ def test_killed_inside_a_save_it_ends_as_if_it_had_not_been(folder, cache, train
 def start_two_ranks(root, folder, cache, **env):  # noqa: F811
     """Two ranks, one of which has no number at step 3. Returns what it printed."""
     root.mkdir(exist_ok=True)
-    process = start(root / "run", folder, cache, [*TORCHRUN, "--max-restarts", 1],
-                    env=dict(env, TOY_NAN="1:3", TOY_CURRICULUM=str(root)), max_train_steps=8, train_batch_size=2,
-                    checkpointing_steps=1, resume_from_checkpoint="latest")  # fmt: skip
+    process = start(
+        root / "run",
+        folder,
+        cache,
+        [*TORCHRUN, "--max-restarts", 1],
+        env=dict(env, TOY_NAN="1:3", TOY_CURRICULUM=str(root)),
+        max_train_steps=8,
+        train_batch_size=2,
+        checkpointing_steps=1,
+        resume_from_checkpoint="latest",
+    )
     said, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors[-2000:]
     return said

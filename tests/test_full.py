@@ -11,22 +11,31 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-import media
 import sample
-import stickers
 import train as train_script
-from checkpoint import start_from_spatial
-from encoders import MAX_TOKENS, EncoderError
 from masks import NUM_FRAMES
 from model import DFGN
-from optim import Average, make_optimizer
+from support import media, stickers
+from support.checkpoint import start_from_spatial
+from support.encoders import MAX_TOKENS, EncoderError
+from support.optim import Average, make_optimizer
 from tests.test_train import assert_same_weights, command, flags_of, log, weights
 from tests.tiny_parts import make_parts, make_unet
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-SMALL = dict(latent_channels=4, block_out_channels=(16, 32), attention_levels=(True, True), layers_per_block=1,
-             head_width=8, cross_attention_dim=32, clip_dim=32, t5_dim=24, norm_num_groups=4, sti_heads=2,
-             sti_head_width=8)  # fmt: skip
+SMALL = dict(
+    latent_channels=4,
+    block_out_channels=(16, 32),
+    attention_levels=(True, True),
+    layers_per_block=1,
+    head_width=8,
+    cross_attention_dim=32,
+    clip_dim=32,
+    t5_dim=24,
+    norm_num_groups=4,
+    sti_heads=2,
+    sti_head_width=8,
+)
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +49,21 @@ def made(tmp_path_factory):
 
 def train(made, name, launcher=(sys.executable,), **more):
     root, data, parts = made
-    flags = dict(parts, data=data, cache_dir=root / "cache", output_dir=root / name, max_train_steps=4,
-                 mixed_precision="no", num_workers=0, validation_steps=0, checkpointing_steps=2,
-                 checkpoints_total_limit=0, validation_prompts="a red heart", train_batch_size=4, learning_rate=1e-3)  # fmt: skip
+    flags = dict(
+        parts,
+        data=data,
+        cache_dir=root / "cache",
+        output_dir=root / name,
+        max_train_steps=4,
+        mixed_precision="no",
+        num_workers=0,
+        validation_steps=0,
+        checkpointing_steps=2,
+        checkpoints_total_limit=0,
+        validation_prompts="a red heart",
+        train_batch_size=4,
+        learning_rate=1e-3,
+    )
     switches = [f"--{name}" for name, value in more.items() if value is True]
     values = {name: value for name, value in more.items() if value is not True}
     said = command(*launcher, "tests/toy_train.py", *flags_of(dict(flags, **values)), *switches)
@@ -60,8 +81,20 @@ def assert_nearly_same_weights(a, b):
 
 def test_encode_train_resume_and_sample_with_pre_trained_parts(made):
     root, data, parts = made
-    said = command(sys.executable, "data.py", data, "--encode", "--vae", parts["vae"], "--resolution", 32,
-                   "--cache_dir", root / "cache", "--num_workers", 0)  # fmt: skip
+    said = command(
+        sys.executable,
+        "data.py",
+        data,
+        "--encode",
+        "--vae",
+        parts["vae"],
+        "--resolution",
+        32,
+        "--cache_dir",
+        root / "cache",
+        "--num_workers",
+        0,
+    )
     assert "24 clips" in said
     before = {path: path.stat().st_mtime_ns for path in root.glob("cache/latents-*/*.np?")}
     one, _ = train(made, "one")
@@ -86,8 +119,19 @@ def test_encode_train_resume_and_sample_with_pre_trained_parts(made):
         "a.gif": [],
         "b.gif": ["--vae", parts["vae"], "--image", f"0:{data / '00000.gif'}"],
     }.items():
-        command(sys.executable, "sample.py", "--checkpoint", one, "--prompt", "a red heart", "--num_inference_steps",
-                2, "--output", root / output, *more)  # fmt: skip
+        command(
+            sys.executable,
+            "sample.py",
+            "--checkpoint",
+            one,
+            "--prompt",
+            "a red heart",
+            "--num_inference_steps",
+            2,
+            "--output",
+            root / output,
+            *more,
+        )
         assert (root / output).stat().st_size > 200
 
 
@@ -107,8 +151,10 @@ def test_two_ranks_sharded_or_not_are_one_process(made):
             ]
             assert shapes[0] == shapes[1]
 
-    for name, source, launcher, flags in (("from-shards", "sharded", (sys.executable,), {}),
-                                          ("to-shards", "single", TORCHRUN, dict(shard=True, train_batch_size=2))):  # fmt: skip
+    for name, source, launcher, flags in (
+        ("from-shards", "sharded", (sys.executable,), {}),
+        ("to-shards", "single", TORCHRUN, dict(shard=True, train_batch_size=2)),
+    ):
         (root / name).mkdir()
         shutil.copytree(root / source / "checkpoint-2", root / name / "checkpoint-2")
         shutil.copy(root / source / "log.jsonl", root / name)
@@ -120,9 +166,16 @@ def test_two_ranks_sharded_or_not_are_one_process(made):
     shape = (1, NUM_FRAMES, 4, 4, 4)
     clips = []
     for seed in (0, 1):
-        frames = sample.generate(unet, encoders, ["a red heart"], torch.zeros(shape),
-                                 torch.zeros(shape[:2], dtype=torch.bool), num_inference_steps=3, seed=seed,
-                                 guidance_scale=settings["guidance_scale"])[0]  # fmt: skip
+        frames = sample.generate(
+            unet,
+            encoders,
+            ["a red heart"],
+            torch.zeros(shape),
+            torch.zeros(shape[:2], dtype=torch.bool),
+            num_inference_steps=3,
+            seed=seed,
+            guidance_scale=settings["guidance_scale"],
+        )[0]
         media.write_clip(root / "one.gif", frames, fps=8)
         clips.append(media.read_clip(root / "one.gif", 32)[0].astype(int))
     theirs = media.read_clip(root / "sharded" / "sample.gif", 32)[0].astype(int)
@@ -132,7 +185,7 @@ def test_two_ranks_sharded_or_not_are_one_process(made):
 
 HALVES = """
 import os, torch, torch.distributed as dist
-import optim
+from support import optim
 from model import DFGN
 from tests.test_full import SMALL
 dist.init_process_group("gloo")
@@ -155,8 +208,12 @@ print("shares", held / whole, moments / (2 * whole), averaged / whole, flush=Tru
 def test_each_rank_holds_half(tmp_path):
     script = tmp_path / "halves.py"
     script.write_text(f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n" + HALVES)
-    shares = [float(x) for line in command(*TORCHRUN, script).splitlines() if "shares" in line
-              for x in line.split("shares")[1].split()]  # fmt: skip
+    shares = [
+        float(x)
+        for line in command(*TORCHRUN, script).splitlines()
+        if "shares" in line
+        for x in line.split("shares")[1].split()
+    ]
     assert len(shares) == 6 and all(0.47 < share < 0.53 for share in shares)
 
 
@@ -246,8 +303,12 @@ def test_8_bit_adam_learns_as_adam_does(low_memory):
 
 def test_flags_that_do_not_go_together(made, monkeypatch, capsys):
     root, data, _ = made
-    for flags, word in ((["--shard"], "torchrun"), (["--low_memory", "--mixed_precision", "fp16"], "--low_memory"),
-                        (["--vae", root], "--vae"), (["--init_unet", root], "--init_unet")):  # fmt: skip
+    for flags, word in (
+        (["--shard"], "torchrun"),
+        (["--low_memory", "--mixed_precision", "fp16"], "--low_memory"),
+        (["--vae", root], "--vae"),
+        (["--init_unet", root], "--init_unet"),
+    ):
         words = [
             "--data",
             data,
@@ -265,7 +326,7 @@ def test_flags_that_do_not_go_together(made, monkeypatch, capsys):
 
 
 def test_text_is_cut_at_77_tokens(made):
-    from encoders import PretrainedCLIP
+    from support.encoders import PretrainedCLIP
 
     states, mask = PretrainedCLIP(made[2]["clip"])(["a " * 1000])
     assert states.shape[1] == MAX_TOKENS and mask.all()

@@ -22,12 +22,11 @@ import pytest
 import torch
 from PIL import Image
 
-import cache
 import data
-import folder
-import media
-from encoders import PatchPCA
-from folder import MAX_CAPTION, Clip, DataError, in_processes, load_clips, scan_folder
+from support import cache, folder, media
+from support.common import printable
+from support.encoders import PatchPCA
+from support.folder import MAX_CAPTION, Clip, DataError, in_processes, load_clips, scan_folder
 from tests import fuzz
 from tests.test_media import clip, write
 
@@ -49,7 +48,7 @@ def sticker(path):
 def named(problems):
     """{name: reason}, after a check that each can be printed in any terminal."""
     for name, reason in problems:
-        line = f"{media.printable(name)}: {reason}"
+        line = f"{printable(name)}: {reason}"
         assert line.isprintable() and line.encode() and len(line) < 1000
     return dict(problems)
 
@@ -259,8 +258,10 @@ def fate(item):
     return item
 
 
-@pytest.mark.parametrize("end, workers", [("crash", 1), ("crash", 2), ("killed", 2), ("exit", 1),
-                                          ("exit as if all were well", 1), ("hang", 2)])  # fmt: skip
+@pytest.mark.parametrize(
+    "end, workers",
+    [("crash", 1), ("crash", 2), ("killed", 2), ("exit", 1), ("exit as if all were well", 1), ("hang", 2)],
+)
 def test_a_process_that_ends_costs_one_item(monkeypatch, end, workers):
     monkeypatch.setattr(folder, "HANG_SECONDS", 0.5)
     monkeypatch.setattr(folder.signal, "alarm", lambda seconds: None)  # it counts whole seconds
@@ -333,7 +334,11 @@ def test_no_process_stays_when_the_encoder_fails(place, tmp_path, monkeypatch):
 
 
 RUN = """
-import os, sys, time, folder, media
+import os
+import sys
+import time
+from support import folder
+from support import media
 
 def slow(path, resolution):
     os.write(1, f"{os.getpid()}\\n".encode())
@@ -382,7 +387,10 @@ def test_links_folders_and_unreadable_files(place, tmp_path):
     (place / "metadata.jsonl").write_text('{"file_name": "link.gif", "text": "from a store"}')
     stickers, problems = scan_folder(place)
     assert {s.name: s.caption for s in stickers} == {
-        "folder.gif/inside.gif": "", "good.gif": "", "link.gif": "from a store"}  # fmt: skip
+        "folder.gif/inside.gif": "",
+        "good.gif": "",
+        "link.gif": "from a store",
+    }
     names = named(problems)
     assert set(names) == {"loop.gif", "dangling.webp", "pipe.png", "/".join("d" * folder.MAX_DEPTH)}
     assert all(isinstance(loaded, Clip) for loaded in load_clips(stickers, 16, 0))
@@ -462,11 +470,11 @@ def test_a_terminal_that_knows_ascii_alone(place, monkeypatch):
 
 def test_printable_keeps_what_can_be_read_and_escapes_the_rest():
     assert (
-        media.printable("caf\u00e9 \u732b \u0645 \U0001f431 a\\b.gif")
+        printable("caf\u00e9 \u732b \u0645 \U0001f431 a\\b.gif")
         == "caf\u00e9 \u732b \u0645 \U0001f431 a\\b.gif"
     )
-    assert media.printable("a\n\x1b[0m\udcff\u202e\u2028") == r"a\n\x1b[0m\udcff\u202e\u2028"
-    assert len(media.printable("\0" * 10**6)) < 4 * 600
+    assert printable("a\n\x1b[0m\udcff\u202e\u2028") == r"a\n\x1b[0m\udcff\u202e\u2028"
+    assert len(printable("\0" * 10**6)) < 4 * 600
 
 
 def test_names_that_metadata_may_not_use(place):
@@ -496,7 +504,7 @@ def test_names_that_metadata_may_not_use(place):
     reasons = named(problems)
     assert len(problems) == len(rows) + len(unusable) + 4 + len(broken)
     for name, reason in rows:
-        assert reason in reasons[media.printable(name)]
+        assert reason in reasons[printable(name)]
 
 
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
@@ -512,7 +520,10 @@ def test_metadata_beyond_its_limit_is_refused_unread(place, name):
 def test_an_entry_beyond_its_limit_is_not_held(place, monkeypatch):
     """Neither a line without an end, nor a table's row of very many quoted lines."""
     monkeypatch.setattr(folder, "MAX_ENTRY", 200)
-    line, table = json.dumps(dict(file_name="good.gif", text="a caption")), "file_name,text\ngood.gif,a caption"
+    line, table = (
+        json.dumps(dict(file_name="good.gif", text="a caption")),
+        "file_name,text\ngood.gif,a caption",
+    )
     endless, quoted = line[:-1] + " " * 10**7 + "}", "good.gif," + '"\n",' * 10**5 + "end"
     for name, good, long in (
         ("metadata.jsonl", line, endless),
@@ -585,8 +596,10 @@ def test_metadata_names_files_whose_names_are_no_utf8(place):
     assert found.caption == "a caption ?" and not problems
 
 
-@pytest.mark.parametrize("row", [b"nul\0.gif,x", b"good.gif", b'"' + b"a" * 200_000 + b'",x', b"a" * 200_000,
-                                 b',,,,', b"../a.gif,x"])  # fmt: skip
+@pytest.mark.parametrize(
+    "row",
+    [b"nul\0.gif,x", b"good.gif", b'"' + b"a" * 200_000 + b'",x', b"a" * 200_000, b",,,,", b"../a.gif,x"],
+)
 def test_tables_with_broken_rows(place, row):
     (place / "metadata.csv").write_bytes(b"file_name,text\n" + row + b"\ngood.gif,a caption,and,more\n")
     (found,), problems = scan_folder(place)

@@ -5,10 +5,11 @@ import pytest
 import torch
 
 import masks
-from curriculum import LENGTHS, TASKS
 from masks import (
+    LENGTHS,
     NUM_FRAMES,
     TABLE7,
+    TASKS,
     admissible_rows,
     condition_mask,
     draw_dropout,
@@ -30,9 +31,18 @@ PAPER = {  # Table 7 as printed, and the text-only row that the text names
     "G0": ("generation", "00000000"),
 }
 # PAPER.md's table of given / unknown frames inside the first k = 3..8 frames
-GIVEN = {"I1": (1, 2, 2, 3, 3, 4), "I2": (2, 2, 3, 3, 4, 4), "I3": (1, 2, 2, 2, 3, 3),
-         "P1": (3, 4, 5, 5, 5, 5), "P2": (1, 2, 3, 4, 5, 6),
-         "G1": (1,) * 6, "G2": (1,) * 6, "G3": (1,) * 6, "G4": (1,) * 6, "G0": (0,) * 6}  # fmt: skip
+GIVEN = {
+    "I1": (1, 2, 2, 3, 3, 4),
+    "I2": (2, 2, 3, 3, 4, 4),
+    "I3": (1, 2, 2, 2, 3, 3),
+    "P1": (3, 4, 5, 5, 5, 5),
+    "P2": (1, 2, 3, 4, 5, 6),
+    "G1": (1,) * 6,
+    "G2": (1,) * 6,
+    "G3": (1,) * 6,
+    "G4": (1,) * 6,
+    "G0": (0,) * 6,
+}
 
 
 def test_table7_row_by_row():

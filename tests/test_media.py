@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import media
+from support import media
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 

@@ -4,11 +4,22 @@ import pytest
 import torch
 
 from masks import NUM_FRAMES
-from model import DFGN, SIZES, STI, Conv3D, Frames, loss_weights, make_scheduler, precision
+from model import DFGN, SIZES, STI, Conv3D, Frames, loss_weights, make_scheduler
+from support.machine import precision
 
-TINY = dict(latent_channels=4, block_out_channels=(32, 64), attention_levels=(True, True), layers_per_block=1,
-            head_width=16, cross_attention_dim=24, clip_dim=10, t5_dim=12, norm_num_groups=8,
-            sti_heads=2, sti_head_width=8)  # fmt: skip
+TINY = dict(
+    latent_channels=4,
+    block_out_channels=(32, 64),
+    attention_levels=(True, True),
+    layers_per_block=1,
+    head_width=16,
+    cross_attention_dim=24,
+    clip_dim=10,
+    t5_dim=12,
+    norm_num_groups=8,
+    sti_heads=2,
+    sti_head_width=8,
+)
 
 
 def random_dfgn(temporal="sti", alpha=1.0, **changes):
@@ -27,8 +38,12 @@ def random_inputs(slots=NUM_FRAMES, size=(6, 6), batch=2, seed=0):
     g = torch.Generator().manual_seed(seed)
     noisy = torch.randn(batch, slots, 4, *size, generator=g)
     given = torch.randn(batch, slots, 4, *size, generator=g)
-    text = (torch.randn(batch, 5, 10, generator=g), torch.ones(batch, 5, dtype=torch.bool),
-            torch.randn(batch, 7, 12, generator=g), torch.ones(batch, 7, dtype=torch.bool))  # fmt: skip
+    text = (
+        torch.randn(batch, 5, 10, generator=g),
+        torch.ones(batch, 5, dtype=torch.bool),
+        torch.randn(batch, 7, 12, generator=g),
+        torch.ones(batch, 7, dtype=torch.bool),
+    )
     return noisy, given, torch.tensor([3, 700])[:batch], text
 
 
@@ -146,9 +161,13 @@ def test_spatial_part_has_the_names_of_stable_diffusion():
 
     with torch.device("meta"):
         ours = DFGN(**SIZES["full"])
-        theirs = UNet2DConditionModel(block_out_channels=(320, 640, 1280, 1280),
-                                      attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024,
-                                      use_linear_projection=True, in_channels=8)  # fmt: skip
+        theirs = UNet2DConditionModel(
+            block_out_channels=(320, 640, 1280, 1280),
+            attention_head_dim=(5, 10, 20, 20),
+            cross_attention_dim=1024,
+            use_linear_projection=True,
+            in_channels=8,
+        )
     shapes = {
         name: p.shape
         for name, p in ours.named_parameters()

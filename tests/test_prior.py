@@ -5,10 +5,9 @@ import math
 import pytest
 import torch
 
-from curriculum import LENGTHS
-from masks import NUM_FRAMES
+from masks import LENGTHS, NUM_FRAMES
 from model import DFGN, make_scheduler
-from prior import WAVES, GaussianPrior
+from support.prior import WAVES, GaussianPrior
 from tests.test_model import TINY, random_inputs
 
 C, SIDE, TEXT = 2, 3, 5

@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-import media
 import sample
-from checkpoint import write_index, write_unet
-from encoders import Encoders, PatchPCA
 from model import DFGN, make_scheduler
-from tests.fuzz import bombs, memory
+from support import media
+from support.checkpoint import write_index, write_unet
+from support.encoders import Encoders, PatchPCA
+from tests.stress.fuzz import bombs, memory
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = dict(resolution=16, mixed_precision="no", guidance_scale=3.0, image_guidance_scale=1.5)
@@ -38,9 +38,19 @@ def parts():
     )
     encoders = Encoders(codec)
     torch.manual_seed(0)
-    unet = DFGN(latent_channels=6, block_out_channels=(16, 32), attention_levels=(True, True),
-                layers_per_block=1, head_width=8, cross_attention_dim=16, clip_dim=256, t5_dim=256,
-                norm_num_groups=4, sti_heads=2, sti_head_width=8)  # fmt: skip
+    unet = DFGN(
+        latent_channels=6,
+        block_out_channels=(16, 32),
+        attention_levels=(True, True),
+        layers_per_block=1,
+        head_width=8,
+        cross_attention_dim=16,
+        clip_dim=256,
+        t5_dim=256,
+        norm_num_groups=4,
+        sti_heads=2,
+        sti_head_width=8,
+    )
     for parameter in unet.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return unet.eval(), encoders
@@ -102,7 +112,12 @@ def test_passes_of_each_task():
         "nothing": sample.guidance_weights(False, False, 1.5, 7.5),
     }
     assert {name: len(weights) for name, weights in passes.items()} == {
-        "text and image": 3, "text alone": 2, "image alone": 2, "scales of one": 1, "nothing": 1}  # fmt: skip
+        "text and image": 3,
+        "text alone": 2,
+        "image alone": 2,
+        "scales of one": 1,
+        "nothing": 1,
+    }
     for weights in passes.values():
         assert sum(weights.values()) == pytest.approx(1)
     assert passes["text alone"][False, True] == 7.5 and passes["image alone"][True, False] == 1.5
@@ -120,10 +135,20 @@ def test_schedule_is_that_of_latent_diffusion():
 # --------------------------------------------------------------------------------------------------- sampling
 
 
-@pytest.mark.parametrize("slots, is_given, prompt", [
-    (8, [], "a heart"), (8, [0], "a heart"), (8, [2], ""), (8, [0, 3, 6], "a heart"), (4, [0, 3], "a heart"),
-    (8, [0, 1, 2, 3, 4], "a heart"), (8, [2, 3, 4, 5, 6, 7], "a heart"), (3, [0], "a heart"), (8, [], ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "slots, is_given, prompt",
+    [
+        (8, [], "a heart"),
+        (8, [0], "a heart"),
+        (8, [2], ""),
+        (8, [0, 3, 6], "a heart"),
+        (4, [0, 3], "a heart"),
+        (8, [0, 1, 2, 3, 4], "a heart"),
+        (8, [2, 3, 4, 5, 6, 7], "a heart"),
+        (3, [0], "a heart"),
+        (8, [], ""),
+    ],
+)
 def test_every_task_from_one_network(parts, slots, is_given, prompt):
     z, mask = given(parts, slots, is_given)
     frames = sample.generate(*parts, [prompt], z, mask, num_inference_steps=3)
@@ -143,9 +168,20 @@ def test_a_sample_depends_on_its_seed_and_not_on_the_batch(parts):
 
 def test_sampling_starts_from_a_clip_of_the_gaussian(monkeypatch):
     """The noisiest step still shows strong modes: noise alone would pull them towards zero."""
-    unet = DFGN(latent_channels=6, block_out_channels=(16, 32), attention_levels=(True, True), layers_per_block=1,
-                head_width=8, cross_attention_dim=16, clip_dim=256, t5_dim=256, norm_num_groups=4, sti_heads=2,
-                sti_head_width=8, prior_side=4)  # fmt: skip
+    unet = DFGN(
+        latent_channels=6,
+        block_out_channels=(16, 32),
+        attention_levels=(True, True),
+        layers_per_block=1,
+        head_width=8,
+        cross_attention_dim=16,
+        clip_dim=256,
+        t5_dim=256,
+        norm_num_groups=4,
+        sti_heads=2,
+        sti_head_width=8,
+        prior_side=4,
+    )
     encoders, batch = Encoders(PatchPCA(patch_size=4, latent_channels=6)), 64
     monkeypatch.setattr("model.LATENT_ERROR", 1e9)  # of the network, whose part is none then
     monkeypatch.setattr(encoders.codec, "decode", lambda latents: latents)
@@ -155,9 +191,13 @@ def test_sampling_starts_from_a_clip_of_the_gaussian(monkeypatch):
     unet.prior.variance[:] = 1e-3
     unet.prior.variance[:, 0] = 96  # so its standard deviation is 1
     nothing, none = given([unet], 4, (), batch)
-    clips = sample.generate(unet, encoders, [""] * batch, nothing, none, num_inference_steps=20, guidance_scale=1.0)
+    clips = sample.generate(
+        unet, encoders, [""] * batch, nothing, none, num_inference_steps=20, guidance_scale=1.0
+    )
     means = clips.astype(float).mean(axis=(1, 2, 3, 4))
-    assert means.mean() == pytest.approx(4, abs=0.3) and means.std() == pytest.approx(0.5, abs=0.15)  # 4 frames each
+    assert means.mean() == pytest.approx(4, abs=0.3) and means.std() == pytest.approx(
+        0.5, abs=0.15
+    )  # 4 frames each
 
 
 def test_slots_that_are_not_given_are_ignored_and_given_ones_are_not(parts):
@@ -196,9 +236,21 @@ def picture(path, colour="red"):
 
 def test_command_line(checkpoint, tmp_path):
     red, blue = picture(tmp_path / "a.png"), picture(tmp_path / "b.png", "blue")
-    result = run("--checkpoint", checkpoint, "--prompt", "a heart", "--image", f"0:{red}", f"7:{blue}",
-                 "--num_samples", 2, "--num_inference_steps", 2,
-                 "--output", tmp_path / "new" / "x.gif")  # fmt: skip
+    result = run(
+        "--checkpoint",
+        checkpoint,
+        "--prompt",
+        "a heart",
+        "--image",
+        f"0:{red}",
+        f"7:{blue}",
+        "--num_samples",
+        2,
+        "--num_inference_steps",
+        2,
+        "--output",
+        tmp_path / "new" / "x.gif",
+    )
     assert result.returncode == 0, result.stderr
     assert "not trained on this pattern" in result.stderr
     for i in range(2):
@@ -206,22 +258,28 @@ def test_command_line(checkpoint, tmp_path):
         assert durations.sum() == pytest.approx(1000, abs=50)  # 8 frames, 8 a second
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["--image", "9:a.png"], "--image 9:a.png"),
-    (["--image", "a.png"], "SLOT:FILE"),
-    (["--image", "0:absent.png"], "absent.png"),
-    (["--image", "0:a.png", "0:a.png"], "more than once"),
-    (["--prompt", "x", "--output", "x.bmp"], ".bmp"),
-    (["--prompt", "x", "--num_frames", "2"], "--num_frames 2"),
-    (["--prompt", "x", "--num_inference_steps", "0"], "--num_inference_steps 0"),
-    (["--prompt", "x", "--fps", "inf"], "--fps inf"),
-    (["--prompt", "x", "--fps", "1e-6"], "--fps 1e-06"),
-    (["--prompt", "x", "--eta", "nan"], "--eta nan"),
-    (["--prompt", "x", "--guidance_scale", "nan"], "--guidance_scale nan"),
-    (["--prompt", "x", "--image_guidance_scale", "1e9"], "--image_guidance_scale"),
-    (["--prompt", "x", "--num_inference_steps", "1", "--output", "a.png/a.gif"], "a.png/a.gif cannot be written"),
-    ([], "--prompt"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--image", "9:a.png"], "--image 9:a.png"),
+        (["--image", "a.png"], "SLOT:FILE"),
+        (["--image", "0:absent.png"], "absent.png"),
+        (["--image", "0:a.png", "0:a.png"], "more than once"),
+        (["--prompt", "x", "--output", "x.bmp"], ".bmp"),
+        (["--prompt", "x", "--num_frames", "2"], "--num_frames 2"),
+        (["--prompt", "x", "--num_inference_steps", "0"], "--num_inference_steps 0"),
+        (["--prompt", "x", "--fps", "inf"], "--fps inf"),
+        (["--prompt", "x", "--fps", "1e-6"], "--fps 1e-06"),
+        (["--prompt", "x", "--eta", "nan"], "--eta nan"),
+        (["--prompt", "x", "--guidance_scale", "nan"], "--guidance_scale nan"),
+        (["--prompt", "x", "--image_guidance_scale", "1e9"], "--image_guidance_scale"),
+        (
+            ["--prompt", "x", "--num_inference_steps", "1", "--output", "a.png/a.gif"],
+            "a.png/a.gif cannot be written",
+        ),
+        ([], "--prompt"),
+    ],
+)
 def test_bad_flags_get_one_sentence(checkpoint, tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(tmp_path)
     picture(tmp_path / "a.png")
@@ -231,7 +289,12 @@ def test_bad_flags_get_one_sentence(checkpoint, tmp_path, monkeypatch, capsys, a
 def test_a_picture_that_takes_all_memory_is_refused(checkpoint, tmp_path, monkeypatch, capsys):
     (tmp_path / "bomb.mp4").write_bytes(bombs()["table.mp4"])
     before = memory("VmHWM")
-    refused(monkeypatch, capsys, ["--checkpoint", str(checkpoint), "--image", f"0:{tmp_path / 'bomb.mp4'}"], "bomb.mp4")
+    refused(
+        monkeypatch,
+        capsys,
+        ["--checkpoint", str(checkpoint), "--image", f"0:{tmp_path / 'bomb.mp4'}"],
+        "bomb.mp4",
+    )
     assert memory("VmHWM") - before < 1024  # MiB
 
 
@@ -260,7 +323,9 @@ def test_bad_checkpoints_get_one_sentence(checkpoint, parts, tmp_path, monkeypat
         index = json.loads((checkpoint / "model_index.json").read_text())
         (other / "model_index.json").write_text(json.dumps(dict(index, resolution=resolution)))
         (other / "unet" / "config.json").write_text(json.dumps(config))
-        refused(monkeypatch, capsys, ["--checkpoint", str(other), "--prompt", "x"], f"resolution = {resolution}")
+        refused(
+            monkeypatch, capsys, ["--checkpoint", str(other), "--prompt", "x"], f"resolution = {resolution}"
+        )
 
     mixed = tmp_path / "mixed"
     write_model(

@@ -12,8 +12,8 @@ from sklearn.cluster import KMeans
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
 
-import stickers
-from stickers import COLOURS, COMBINATIONS, MOTIONS, SUBJECTS, draw_clip, draw_stickers, is_held_out
+from support import stickers
+from support.stickers import COLOURS, COMBINATIONS, MOTIONS, SUBJECTS, draw_clip, draw_stickers, is_held_out
 
 
 def read(path):

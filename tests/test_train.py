@@ -13,12 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import media
-import options
-import pictures
-import stickers
 import train
 from model import SIZES
+from support import media, options, pictures, stickers
 from tests.toy_train import shrink
 
 ROOT = Path(__file__).parents[1]
@@ -45,10 +42,22 @@ def run(folder, cache, tmp_path, monkeypatch):
     monkeypatch.setattr(options, "SIZES", toy_sizes)
 
     def run(name, **more):
-        flags = dict(dict(data=folder, cache_dir=cache, output_dir=tmp_path / name, max_train_steps=6,
-                          train_batch_size=4, mixed_precision="no", num_workers=0, validation_steps=0,
-                          checkpointing_steps=3, checkpoints_total_limit=0,
-                          validation_prompts="a red heart bouncing"), **more)  # fmt: skip
+        flags = dict(
+            dict(
+                data=folder,
+                cache_dir=cache,
+                output_dir=tmp_path / name,
+                max_train_steps=6,
+                train_batch_size=4,
+                mixed_precision="no",
+                num_workers=0,
+                validation_steps=0,
+                checkpointing_steps=3,
+                checkpoints_total_limit=0,
+                validation_prompts="a red heart bouncing",
+            ),
+            **more,
+        )
         monkeypatch.setattr(sys, "argv", ["train.py", *flags_of(flags)])
         train.main()
         return tmp_path / name
@@ -84,15 +93,35 @@ def assert_same_weights(a, b, **tolerance):
 def test_a_run_leaves_what_it_promises(run):
     out = run("a", validation_steps=3)
     names = {path.name for path in out.iterdir()}
-    assert names >= {"unet", "codec", "scheduler", "model_index.json", "log.jsonl", "progress.png",
-                     "sample.gif", "validation-3.png", "validation-6.png",
-                     "checkpoint-3", "checkpoint-6"}  # fmt: skip
+    assert names >= {
+        "unet",
+        "codec",
+        "scheduler",
+        "model_index.json",
+        "log.jsonl",
+        "progress.png",
+        "sample.gif",
+        "validation-3.png",
+        "validation-6.png",
+        "checkpoint-3",
+        "checkpoint-6",
+    }
     assert not [name for name in names if "tmp" in name]
     entry = log(out)[-1]
     assert entry["step"] == 6 and entry.keys() >= {
-        "loss", "validation_loss", "learning_rate", "grad_norm", "clips_per_second",
-        "p_interpolation", "p_prediction", "p_generation", "mean_k",
-        "p_term", "i_term", "d_term"}  # fmt: skip
+        "loss",
+        "validation_loss",
+        "learning_rate",
+        "grad_norm",
+        "clips_per_second",
+        "p_interpolation",
+        "p_prediction",
+        "p_generation",
+        "mean_k",
+        "p_term",
+        "i_term",
+        "d_term",
+    }
     assert entry["p_interpolation"] + entry["p_prediction"] + entry["p_generation"] == pytest.approx(1)
     assert len(media.read_clip(out / "sample.gif", 32)[0]) <= 8
     # the finished folder holds the averaged weights, and they are not the last ones
@@ -198,8 +227,15 @@ def command(*words):
 
 def test_two_processes_train_as_one(folder, cache, tmp_path):
     """The same global batches, and the same weights but for the order of summation in fp32."""
-    flags = dict(data=folder, cache_dir=cache, max_train_steps=5, mixed_precision="no", num_workers=0,
-                 validation_steps=0, validation_prompts="a red heart bouncing")  # fmt: skip
+    flags = dict(
+        data=folder,
+        cache_dir=cache,
+        max_train_steps=5,
+        mixed_precision="no",
+        num_workers=0,
+        validation_steps=0,
+        validation_prompts="a red heart bouncing",
+    )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
     command(
         *torchrun,
@@ -220,9 +256,22 @@ def test_two_processes_train_as_one(folder, cache, tmp_path):
 
 
 def test_the_real_commands(folder, tmp_path):
-    command(sys.executable, "train.py", "--data", folder, "--cache_dir", tmp_path / "cache",
-            "--output_dir", tmp_path / "run", "--max_train_steps", 2, "--train_batch_size", 2,
-            "--validation_prompts", "a red heart")  # fmt: skip
+    command(
+        sys.executable,
+        "train.py",
+        "--data",
+        folder,
+        "--cache_dir",
+        tmp_path / "cache",
+        "--output_dir",
+        tmp_path / "run",
+        "--max_train_steps",
+        2,
+        "--train_batch_size",
+        2,
+        "--validation_prompts",
+        "a red heart",
+    )
     for name, flags in {
         "text.gif": ["--prompt", "a red heart bouncing"],
         "image.webp": ["--prompt", "a red heart bouncing", "--image", f"0:{folder / '00000.gif'}"],
@@ -234,10 +283,30 @@ def test_the_real_commands(folder, tmp_path):
             4,
         ],
     }.items():
-        command(sys.executable, "sample.py", "--checkpoint", tmp_path / "run", "--num_inference_steps", 2,
-                "--output", tmp_path / name, *flags)  # fmt: skip
+        command(
+            sys.executable,
+            "sample.py",
+            "--checkpoint",
+            tmp_path / "run",
+            "--num_inference_steps",
+            2,
+            "--output",
+            tmp_path / name,
+            *flags,
+        )
         assert media.read_clip(tmp_path / name, 64)[0].shape[1:] == (64, 64, 3)
-    command(sys.executable, "sample.py", "--checkpoint", tmp_path / "run" / "checkpoint-2",
-            "--num_inference_steps", 2, "--output", tmp_path / "sheet.png", "--prompt", "a cat",
-            "--num_samples", 2)  # fmt: skip
+    command(
+        sys.executable,
+        "sample.py",
+        "--checkpoint",
+        tmp_path / "run" / "checkpoint-2",
+        "--num_inference_steps",
+        2,
+        "--output",
+        tmp_path / "sheet.png",
+        "--prompt",
+        "a cat",
+        "--num_samples",
+        2,
+    )
     assert media.read_image(tmp_path / "sheet.png", 64).shape == (64, 64, 3)

@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 import sample
-from encoders import EncoderError, Encoders, PretrainedCLIP, PretrainedT5, PretrainedVAE
+from support.encoders import EncoderError, Encoders, PretrainedCLIP, PretrainedT5, PretrainedVAE
 from tests.test_sample import checkpoint, parts  # noqa: F401 (fixtures)
 from tests.tiny_parts import make_clip, make_parts, make_t5, make_vae
 
@@ -50,7 +50,11 @@ BROKEN = {
     "layers": ("unet/config.json", dict(layers_per_block=HUGE), "layers_per_block"),
     "widths": ("unet/config.json", dict(block_out_channels=[HUGE, HUGE]), "block_out_channels"),
     "not so absurd widths": ("unet/config.json", dict(block_out_channels=[4096, 8192]), "more weights than"),
-    "many levels": ("unet/config.json", dict(block_out_channels=[16] * 500, attention_levels=[True] * 500), "lists 500"),
+    "many levels": (
+        "unet/config.json",
+        dict(block_out_channels=[16] * 500, attention_levels=[True] * 500),
+        "lists 500",
+    ),
     "words for numbers": ("unet/config.json", dict(block_out_channels=["a", "b"]), "cannot be read"),
     "no groups": ("unet/config.json", dict(norm_num_groups=0), "cannot be read"),
     "negative": ("unet/config.json", dict(cross_attention_dim=-5), "cannot be read"),
@@ -74,12 +78,27 @@ BROKEN = {
     "scale in words": ("model_index.json", dict(image_guidance_scale="1"), "cannot be read"),
     "index": ("model_index.json", write(b"[]"), "cannot be read"),
     "not UTF-8": ("model_index.json", write(b"\xff\xfe\x00"), "cannot be read"),
-    "long header": ("unet/diffusion_pytorch_model.safetensors", write(struct.pack("<Q", 2**63), b"{}"), "cannot be"),
-    "header without end": ("unet/diffusion_pytorch_model.safetensors", write(struct.pack("<Q", 100), b"{"), "cannot be"),
-    "no header": ("unet/diffusion_pytorch_model.safetensors", write(b"\x80\x04cos\nsystem\n"), "more weights than"),
-    "offsets": ("unet/diffusion_pytorch_model.safetensors",
-                write(header(x=("F32", [2**40], [0, 2**42])), bytes(4_000_000)), "cannot be read"),
-}  # fmt: skip
+    "long header": (
+        "unet/diffusion_pytorch_model.safetensors",
+        write(struct.pack("<Q", 2**63), b"{}"),
+        "cannot be",
+    ),
+    "header without end": (
+        "unet/diffusion_pytorch_model.safetensors",
+        write(struct.pack("<Q", 100), b"{"),
+        "cannot be",
+    ),
+    "no header": (
+        "unet/diffusion_pytorch_model.safetensors",
+        write(b"\x80\x04cos\nsystem\n"),
+        "more weights than",
+    ),
+    "offsets": (
+        "unet/diffusion_pytorch_model.safetensors",
+        write(header(x=("F32", [2**40], [0, 2**42])), bytes(4_000_000)),
+        "cannot be read",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -135,18 +154,31 @@ def test_weights_are_safetensors_of_the_same_folder(checkpoint, tmp_path, monkey
 def test_a_spatial_unet_is_no_model(checkpoint, tmp_path):  # noqa: F811
     folder = shutil.copytree(checkpoint, tmp_path / "copy")
     shutil.rmtree(folder / "unet")
-    UNet2DConditionModel(block_out_channels=(8, 16), norm_num_groups=4, cross_attention_dim=8,
-                         down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
-                         attention_head_dim=4).save_pretrained(folder / "unet")  # fmt: skip
+    UNet2DConditionModel(
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        cross_attention_dim=8,
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        attention_head_dim=4,
+    ).save_pretrained(folder / "unet")
     with pytest.raises(sample.CheckpointError, match="UNet2DConditionModel"):
         sample.load(folder)
 
 
-@pytest.mark.parametrize("entries, words", [
-    (dict(hidden_size=HUGE), "hidden_size"), (dict(num_hidden_layers=HUGE), "num_hidden_layers"),
-    (dict(hidden_size=65536, intermediate_size=65536), "more weights than"), (dict(vocab_size=-3), "cannot be"),
-    (dict(model_type="remote", auto_map=dict(AutoConfig="evil.Config", AutoModel="evil.Model")), "cannot be"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "entries, words",
+    [
+        (dict(hidden_size=HUGE), "hidden_size"),
+        (dict(num_hidden_layers=HUGE), "num_hidden_layers"),
+        (dict(hidden_size=65536, intermediate_size=65536), "more weights than"),
+        (dict(vocab_size=-3), "cannot be"),
+        (
+            dict(model_type="remote", auto_map=dict(AutoConfig="evil.Config", AutoModel="evil.Model")),
+            "cannot be",
+        ),
+    ],
+)
 def test_text_encoders_from_elsewhere(tmp_path, entries, words):
     make_clip(tmp_path)
     folder = tmp_path / "text_encoder"
@@ -157,21 +189,29 @@ def test_text_encoders_from_elsewhere(tmp_path, entries, words):
     assert "\n" not in str(error.value) and not (tmp_path / "run by the model").exists()
 
 
-@pytest.mark.parametrize("make, load, entries, words", [
-    (make_vae, PretrainedVAE, dict(norm_num_groups=0), "cannot be loaded"),
-    (make_vae, PretrainedVAE, dict(block_out_channels=[]), "cannot be loaded"),
-    (make_vae, PretrainedVAE, dict(scaling_factor=None), "scaling_factor = None"),
-    (make_vae, PretrainedVAE, dict(scaling_factor=0), "scaling_factor = 0"),
-    (make_vae, PretrainedVAE, dict(shift_factor=float("inf")), "shift_factor = inf"),
-    (make_vae, PretrainedVAE, dict(quantization_config=dict(quant_method="torchao")), "quantization_config"),
-    (make_t5, PretrainedT5, dict(quantization_config=dict(quant_method="awq")), "quantization_config"),
-    (make_t5, PretrainedT5, dict(transformers_weights="adapter_model.bin"), "transformers_weights"),
-    (make_clip, PretrainedCLIP, dict(attn_implementation="flash_attention_2"), "attn_implementation"),
-    (make_clip, PretrainedCLIP, dict(_attn_implementation="kernels-community/x"), "attn_implementation"),
-    (make_clip, PretrainedCLIP, dict(text_config=dict(attn_implementation="a/b")), "attn_implementation"),
-    (make_clip, PretrainedCLIP, dict(num_attention_heads=0), "cannot be loaded"),
-    (make_clip, PretrainedCLIP, dict(eos_token_id="x"), "cannot be loaded"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make, load, entries, words",
+    [
+        (make_vae, PretrainedVAE, dict(norm_num_groups=0), "cannot be loaded"),
+        (make_vae, PretrainedVAE, dict(block_out_channels=[]), "cannot be loaded"),
+        (make_vae, PretrainedVAE, dict(scaling_factor=None), "scaling_factor = None"),
+        (make_vae, PretrainedVAE, dict(scaling_factor=0), "scaling_factor = 0"),
+        (make_vae, PretrainedVAE, dict(shift_factor=float("inf")), "shift_factor = inf"),
+        (
+            make_vae,
+            PretrainedVAE,
+            dict(quantization_config=dict(quant_method="torchao")),
+            "quantization_config",
+        ),
+        (make_t5, PretrainedT5, dict(quantization_config=dict(quant_method="awq")), "quantization_config"),
+        (make_t5, PretrainedT5, dict(transformers_weights="adapter_model.bin"), "transformers_weights"),
+        (make_clip, PretrainedCLIP, dict(attn_implementation="flash_attention_2"), "attn_implementation"),
+        (make_clip, PretrainedCLIP, dict(_attn_implementation="kernels-community/x"), "attn_implementation"),
+        (make_clip, PretrainedCLIP, dict(text_config=dict(attn_implementation="a/b")), "attn_implementation"),
+        (make_clip, PretrainedCLIP, dict(num_attention_heads=0), "cannot be loaded"),
+        (make_clip, PretrainedCLIP, dict(eos_token_id="x"), "cannot be loaded"),
+    ],
+)
 def test_configs_that_upset_the_libraries(tmp_path, make, load, entries, words):
     make(tmp_path)
     change(next(tmp_path.rglob("config.json")), **entries)
@@ -198,8 +238,11 @@ def test_a_vae_without_its_weights(tmp_path, harm, words):
 def test_a_tokenizer_runs_no_code(tmp_path):
     make_clip(tmp_path)
     (tmp_path / "tokenizer" / "evil.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'run by it')!r})\n")
-    change(tmp_path / "tokenizer" / "tokenizer_config.json", auto_map=dict(AutoTokenizer=["evil.Tokenizer", None]),
-           tokenizer_class="Tokenizer")  # fmt: skip
+    change(
+        tmp_path / "tokenizer" / "tokenizer_config.json",
+        auto_map=dict(AutoTokenizer=["evil.Tokenizer", None]),
+        tokenizer_class="Tokenizer",
+    )
     try:
         PretrainedCLIP(tmp_path)
     except EncoderError as error:
@@ -222,8 +265,18 @@ def test_other_parts_from_elsewhere(tmp_path):
         PretrainedVAE(tmp_path / "vae")
 
 
-PROMPTS = ["\0", "\n" * 50, "\u202e\u0645\u0631\u062d\u0628\u0627", "a" * 100_000, "a " * 50_000, "\ud800 heart",
-           "\U0001f431" * 1000, "#" * 500, "<start>", "-1e999"]  # fmt: skip
+PROMPTS = [
+    "\0",
+    "\n" * 50,
+    "\u202e\u0645\u0631\u062d\u0628\u0627",
+    "a" * 100_000,
+    "a " * 50_000,
+    "\ud800 heart",
+    "\U0001f431" * 1000,
+    "#" * 500,
+    "<start>",
+    "-1e999",
+]
 
 
 @pytest.mark.parametrize("prompt", PROMPTS, ids=range(len(PROMPTS)))

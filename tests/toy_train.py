@@ -13,14 +13,24 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import checkpoint  # noqa: E402
 import model  # noqa: E402
-import options  # noqa: E402
-import pictures  # noqa: E402
 import train  # noqa: E402
+from support import (
+    checkpoint,  # noqa: E402
+    options,  # noqa: E402
+    pictures,  # noqa: E402
+)
 
-TOY = dict(block_out_channels=(16, 32), attention_levels=(True, True), layers_per_block=1, head_width=8,
-           cross_attention_dim=16, norm_num_groups=4, sti_heads=2, sti_head_width=8)  # fmt: skip
+TOY = dict(
+    block_out_channels=(16, 32),
+    attention_levels=(True, True),
+    layers_per_block=1,
+    head_width=8,
+    cross_attention_dim=16,
+    norm_num_groups=4,
+    sti_heads=2,
+    sti_head_width=8,
+)
 
 
 def shrink(presets, sizes, generate):
@@ -35,7 +45,9 @@ def no_sheet(*args):
     return Image.new("RGB", (1, 1)), {}
 
 
-NO_PICTURES = dict(validation_sheet=no_sheet, plot_progress=lambda *args: None)  # in train, where nobody looks at them
+NO_PICTURES = dict(
+    validation_sheet=no_sheet, plot_progress=lambda *args: None
+)  # in train, where nobody looks at them
 
 
 class WatchedCurriculum(train.Curriculum):
@@ -128,8 +140,14 @@ if __name__ == "__main__":
         fill_disk(os.environ["TOY_FULL"])
     if "TOY_KILL" in os.environ:
         calls = []
-        for module, function in ((checkpoint, "save_file"), (torch, "save"), (Path, "write_text"), (os, "rename"),
-                                 (os, "replace"), (shutil, "rmtree")):  # fmt: skip
+        for module, function in (
+            (checkpoint, "save_file"),
+            (torch, "save"),
+            (Path, "write_text"),
+            (os, "rename"),
+            (os, "replace"),
+            (shutil, "rmtree"),
+        ):
             count_down(module, function, calls)
     if "TOY_NAN" in os.environ:  # rank:call,call
         rank, steps = os.environ["TOY_NAN"].split(":")

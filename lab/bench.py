@@ -42,22 +42,21 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import masks
-import media
 import sample
-import stickers
-from cache import LatentDataset, write_shard
-from checkpoint import find_damage, list_checkpoints, save_checkpoint
-from curriculum import LENGTHS, Curriculum
-from data import draw_batch
-from encoders import Encoders, NgramVectors, PatchPCA, PretrainedVAE, WordVectors
-from folder import Clip, Sticker, load_clips
-from keyframes import extract_key_frames, thumbnails
-from model import DFGN, SIZES, make_scheduler, precision
-from optim import ADAM, EMA_DECAY, MAX_GRAD_NORM, Average, compile_layers, make_optimizer
-from options import PRESETS, native_bf16
+from curriculum import Curriculum
+from data import Clip, LatentDataset, draw_batch, extract_key_frames, load_clips, thumbnails, write_shard
+from masks import LENGTHS
+from model import DFGN, SIZES, make_scheduler
+from support import media, stickers
+from support.checkpoint import find_damage, list_checkpoints, save_checkpoint
+from support.encoders import Encoders, NgramVectors, PatchPCA, PretrainedVAE, WordVectors
+from support.folder import Sticker
+from support.machine import compile_layers, native_bf16, precision
+from support.optim import ADAM, EMA_DECAY, MAX_GRAD_NORM, Average, make_optimizer
+from support.options import PRESETS
 
 REPEATS = 7
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 HALF = torch.bfloat16 if native_bf16() else torch.float32  # what is called half precision below
@@ -68,7 +67,7 @@ def machine():
     """One line: what the figures were measured on."""
     try:
         describe = ["git", "describe", "--always", "--dirty"]
-        commit = subprocess.run(describe, capture_output=True, text=True, cwd=HERE).stdout.strip()
+        commit = subprocess.run(describe, capture_output=True, text=True, cwd=ROOT).stdout.strip()
     except OSError:  # no git
         commit = ""
     cpu = platform.processor() or platform.machine()
@@ -100,7 +99,9 @@ def timed(functions, repeats=REPEATS):
 
 def row(what, seconds, baseline=None, **more):
     """One line of a table. seconds, baseline: as `timed` gives them."""
-    line = dict(what=what, ms=1e3 * np.median(seconds), fastest=1e3 * seconds.min(), slowest=1e3 * seconds.max())
+    line = dict(
+        what=what, ms=1e3 * np.median(seconds), fastest=1e3 * seconds.min(), slowest=1e3 * seconds.max()
+    )
     if baseline is not None:
         line["ratio"] = float(np.median(seconds / baseline))
     return {**line, **more}
@@ -163,8 +164,12 @@ def bench_unet(quick):
     by their defaults."""
     rows, batches = [], (1,) if quick else (1, 8)
     with torch.device("meta"), torch.no_grad():
-        unets = {"DFGN, full": DFGN(**SIZES["full"]), "I2VGenXLUNet": I2VGenXLUNet(),
-                 "UNet3DConditionModel": UNet3DConditionModel(), "UNetMotionModel": UNetMotionModel()}  # fmt: skip
+        unets = {
+            "DFGN, full": DFGN(**SIZES["full"]),
+            "I2VGenXLUNet": I2VGenXLUNet(),
+            "UNet3DConditionModel": UNet3DConditionModel(),
+            "UNetMotionModel": UNetMotionModel(),
+        }
         inputs = unet_inputs(1, "meta", torch.float32)
         work = {name: flops_of(lambda: unet(*inputs[name])) for name, unet in unets.items()}  # of one clip
     unets = {name: materialized(unet) for name, unet in unets.items()}
@@ -178,13 +183,21 @@ def bench_unet(quick):
             with torch.no_grad():
                 unet(*inputs[name])
 
-        compared = list(unets) if CUDA or batch == 1 else ["DFGN, full", "I2VGenXLUNet"]  # minutes per pass on a CPU
+        compared = (
+            list(unets) if CUDA or batch == 1 else ["DFGN, full", "I2VGenXLUNet"]
+        )  # minutes per pass on a CPU
         for mode, those in modes.items():
             seconds = timed({name: lambda n=name, u=those[name]: call(n, u) for name in compared}, 5)
             for name in compared:
-                rows.append(row(f"{name}, batch {batch}, {mode}", seconds[name], seconds["I2VGenXLUNet"],
-                                parameters_M=sum(p.numel() for p in unets[name].parameters()) / 1e6,
-                                TFLOP=batch * work[name]))  # fmt: skip
+                rows.append(
+                    row(
+                        f"{name}, batch {batch}, {mode}",
+                        seconds[name],
+                        seconds["I2VGenXLUNet"],
+                        parameters_M=sum(p.numel() for p in unets[name].parameters()) / 1e6,
+                        TFLOP=batch * work[name],
+                    )
+                )
     return rows
 
 
@@ -192,9 +205,23 @@ def bench_unet(quick):
 # One training step
 
 
-def training_step(preset, batch, mixed=HALF_NAME, channels_last=True, attention=True, multi_tensor=True,
-                  only_valid=True, compiled=False, optimizes=True, lengths=(3, 8, 4, 7, 5, 6), side=None, checkpointing=False,
-                  eight_bit=False, low_memory=False, averages=True):  # fmt: skip
+def training_step(
+    preset,
+    batch,
+    mixed=HALF_NAME,
+    channels_last=True,
+    attention=True,
+    multi_tensor=True,
+    only_valid=True,
+    compiled=False,
+    optimizes=True,
+    lengths=(3, 8, 4, 7, 5, 6),
+    side=None,
+    checkpointing=False,
+    eight_bit=False,
+    low_memory=False,
+    averages=True,
+):
     """A function that does one optimizer step of a preset on random latents and returns nothing. lengths: numbers of
     frames of its clips, again and again. The switches are what the ladder of `bench_train` turns on one by one.
 
@@ -208,8 +235,13 @@ def training_step(preset, batch, mixed=HALF_NAME, channels_last=True, attention=
     width = 1024 if preset == "full" else WordVectors.width
     tokens = 77 if preset == "full" else 8
     torch.manual_seed(0)
-    unet = DFGN(latent_channels=channels, clip_dim=width, t5_dim=width, prior_side=None if preset == "full" else side,
-                **SIZES[preset]).to(DEVICE)  # fmt: skip
+    unet = DFGN(
+        latent_channels=channels,
+        clip_dim=width,
+        t5_dim=width,
+        prior_side=None if preset == "full" else side,
+        **SIZES[preset],
+    ).to(DEVICE)
     if low_memory:
         torch.nn.Module.to(unet, torch.bfloat16)
     if channels_last:
@@ -224,7 +256,10 @@ def training_step(preset, batch, mixed=HALF_NAME, channels_last=True, attention=
     else:  # what torch and diffusers do unless told otherwise
         optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-5, **ADAM)
         average = EMAModel(unet.parameters(), decay=EMA_DECAY)
-    token = torch.randn(batch, tokens, width, device=DEVICE), torch.ones(batch, tokens, dtype=bool, device=DEVICE)
+    token = (
+        torch.randn(batch, tokens, width, device=DEVICE),
+        torch.ones(batch, tokens, dtype=bool, device=DEVICE),
+    )
     rng = np.random.default_rng(0)
     count = max(lengths)
 
@@ -233,11 +268,14 @@ def training_step(preset, batch, mixed=HALF_NAME, channels_last=True, attention=
         valid = torch.from_numpy(np.arange(count) < k[:, None]).to(DEVICE)
         latents = torch.randn(batch, count, channels, side, side, device=DEVICE)
         timestep = torch.randint(1000, (batch,), device=DEVICE)
-        with precision(DEVICE.type, mixed) if attention else torch.autocast(
-            DEVICE.type, HALF, enabled=mixed != "no"
+        with (
+            precision(DEVICE.type, mixed)
+            if attention
+            else torch.autocast(DEVICE.type, HALF, enabled=mixed != "no")
         ):
-            noise_pred = unet(latents, torch.zeros_like(latents), timestep, (*token, *token),
-                              valid if only_valid else None)  # fmt: skip
+            noise_pred = unet(
+                latents, torch.zeros_like(latents), timestep, (*token, *token), valid if only_valid else None
+            )
         masks.masked_loss(noise_pred, latents, valid).mean().backward()
         if optimizes:
             torch.nn.utils.clip_grad_norm_(unet.parameters(), MAX_GRAD_NORM)
@@ -255,9 +293,12 @@ def bench_train(quick):
     preset, batch, large = ("full", 4, 16) if CUDA else ("tiny", 8, 16)
     plain = dict(channels_last=False, attention=False, multi_tensor=False, only_valid=False)
     ladder = {f"plain, fp32, {batch} clips": dict(plain, mixed="no"), f"{HALF_NAME} autocast": dict(plain)}
-    tricks = {"weights channels_last": "channels_last", "attention kernel": "attention",
-              "fused AdamW, multi-tensor averages": "multi_tensor",
-              "frames beyond k not computed": "only_valid"}  # fmt: skip
+    tricks = {
+        "weights channels_last": "channels_last",
+        "attention kernel": "attention",
+        "fused AdamW, multi-tensor averages": "multi_tensor",
+        "frames beyond k not computed": "only_valid",
+    }
     if CUDA:
         del tricks["attention kernel"]  # torch's own choice there
         plain["attention"] = True
@@ -274,7 +315,9 @@ def bench_train(quick):
         uncompiled = dict(switches, compiled=False, optimizes=False)
         work[name] = flops_of(training_step(preset, clips[name], **uncompiled))
         forget()
-    for names in [[name] for name in ladder] if CUDA else [list(ladder)]:  # a GPU cannot hold all of them at once
+    for names in (
+        [[name] for name in ladder] if CUDA else [list(ladder)]
+    ):  # a GPU cannot hold all of them at once
         steps = {name: training_step(preset, clips[name], **ladder[name]) for name in names}
         seconds |= timed(steps, 5 if quick else 11)
         del steps
@@ -283,9 +326,16 @@ def bench_train(quick):
     baseline, rows = seconds[f"{HALF_NAME} autocast"] / batch, []
     for name, times in seconds.items():
         rate = work[name] / np.median(times)
-        rows.append(row(name, times, clips_per_second=clips[name] / np.median(times),
-                        speedup=float(np.median(baseline / (times / clips[name]))),
-                        TFLOP_per_s=rate, share_of_matmul=rate / peak))  # fmt: skip
+        rows.append(
+            row(
+                name,
+                times,
+                clips_per_second=clips[name] / np.median(times),
+                speedup=float(np.median(baseline / (times / clips[name]))),
+                TFLOP_per_s=rate,
+                share_of_matmul=rate / peak,
+            )
+        )
     return rows
 
 
@@ -319,8 +369,13 @@ def bench_sample(quick):
         codec, preset, side = PatchPCA(*PRESETS["tiny"]["codec"]), "tiny", 12
         codec.fit(torch.randint(0, 256, (8, 48, 48, 3), dtype=torch.uint8))
     channels = codec.latent_channels
-    unet = DFGN(latent_channels=channels, clip_dim=WordVectors.width, t5_dim=NgramVectors.width,
-                prior_side=None if CUDA else side, **SIZES[preset])  # fmt: skip
+    unet = DFGN(
+        latent_channels=channels,
+        clip_dim=WordVectors.width,
+        t5_dim=NgramVectors.width,
+        prior_side=None if CUDA else side,
+        **SIZES[preset],
+    )
     unet.eval().to(DEVICE, memory_format=torch.channels_last)
     encoders, bare = Encoders(codec, device=DEVICE), Encoders(codec, device=DEVICE)
     bare.codec = NoCodec()
@@ -328,23 +383,45 @@ def bench_sample(quick):
     is_given = (torch.arange(masks.NUM_FRAMES) == 0)[None]
 
     def sticker(encoders):
-        sample.generate(unet, encoders, ["a red heart bouncing"], given, is_given, num_inference_steps=25,
-                        guidance_scale=7.5, image_guidance_scale=3.0, mixed_precision=HALF_NAME)  # fmt: skip
+        sample.generate(
+            unet,
+            encoders,
+            ["a red heart bouncing"],
+            given,
+            is_given,
+            num_inference_steps=25,
+            guidance_scale=7.5,
+            image_guidance_scale=3.0,
+            mixed_precision=HALF_NAME,
+        )
 
     def sequential():
         with patch.object(sample, "guided_noise", one_by_one):
             sticker(bare)
 
-    seconds = timed({"conditions one by one": sequential, "as one batch": lambda: sticker(bare),
-                     "as one batch, decoded": lambda: sticker(encoders)}, 5)  # fmt: skip
+    seconds = timed(
+        {
+            "conditions one by one": sequential,
+            "as one batch": lambda: sticker(bare),
+            "as one batch, decoded": lambda: sticker(encoders),
+        },
+        5,
+    )
     baseline = {"as one batch, decoded": "as one batch"}
-    return [row(name, times, seconds[baseline.get(name, "conditions one by one")]) for name, times in seconds.items()]
+    return [
+        row(name, times, seconds[baseline.get(name, "conditions one by one")])
+        for name, times in seconds.items()
+    ]
 
 
 def stable_diffusion_vae():
     """A PretrainedVAE of Stable Diffusion's size with random weights, never saved."""
-    vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2,
-                        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+    )
     codec = PretrainedVAE.__new__(PretrainedVAE)
     codec.vae = vae.to(DEVICE).eval().requires_grad_(False)
     codec.to = lambda device: codec
@@ -362,10 +439,14 @@ def bench_data(quick):
         files = []
         for i in range(count):
             subject, colour, motion = stickers.COMBINATIONS[7 * i % len(stickers.COMBINATIONS)]
-            pictures, delays = stickers.draw_clip(subject, colour, motion, np.random.default_rng((0, i)), frames)
+            pictures, delays = stickers.draw_clip(
+                subject, colour, motion, np.random.default_rng((0, i)), frames
+            )
             pictures = [p.resize((side, side), Image.Resampling.NEAREST) for p in pictures]
             files.append(Path(place) / f"{i}.gif")
-            pictures[0].save(files[-1], save_all=True, append_images=pictures[1:], duration=delays, disposal=2, loop=0)
+            pictures[0].save(
+                files[-1], save_all=True, append_images=pictures[1:], duration=delays, disposal=2, loop=0
+            )
         stickers_list = [Sticker(path, path.name, "", "train") for path in files]
         features = [thumbnails(media.read_clip(path, side)[0]) for path in files]
 
@@ -405,12 +486,25 @@ def bench_data(quick):
         seconds["the same, two processes"] /= 4
     rows = []
     for name, times in seconds.items():
-        baseline = seconds["key frames alone, all k" if "KMeans" in name or "alone, all" in name
-                           else "Pillow alone, frames to RGBA"]  # fmt: skip
-        rows.append(row(f"{name}, per clip", times / count, baseline / count,
-                        clips_per_second=count / np.median(times)))  # fmt: skip
-    start = lambda code: subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE, capture_output=True)
-    seconds = timed({"import torch": lambda: start("import torch"), "import train": lambda: start("import train")}, 5)
+        baseline = seconds[
+            "key frames alone, all k"
+            if "KMeans" in name or "alone, all" in name
+            else "Pillow alone, frames to RGBA"
+        ]
+        rows.append(
+            row(
+                f"{name}, per clip",
+                times / count,
+                baseline / count,
+                clips_per_second=count / np.median(times),
+            )
+        )
+    start = lambda code: subprocess.run(
+        [sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True
+    )
+    seconds = timed(
+        {"import torch": lambda: start("import torch"), "import train": lambda: start("import train")}, 5
+    )
     return rows + [row(f"start: {name}", times, seconds["import torch"]) for name, times in seconds.items()]
 
 
@@ -431,35 +525,70 @@ def bench_scaling(quick):
     usual = dict(optimizes=False, side=sides[1])
     cases = {
         "frames 3, 4, 6, 8": ((3, 4, 6, 8), lambda n: training_step(preset, 1, **dict(usual, lengths=(n,)))),
-        f"side of latents {sides}": (sides, lambda n: training_step(preset, 1, **dict(usual, lengths=(8,), side=n))),
+        f"side of latents {sides}": (
+            sides,
+            lambda n: training_step(preset, 1, **dict(usual, lengths=(8,), side=n)),
+        ),
         "clips 1, 2, 4": ((1, 2, 4), lambda n: training_step(preset, n, **dict(usual, lengths=(8,)))),
-    }  # fmt: skip
+    }
     for name, (sizes, make) in tqdm(cases.items(), desc="scaling"):
         steps = {n: make(n) for n in sizes}
         work = [flops_of(steps[n]) for n in sizes]
         seconds = timed(steps, 5)
-        rows.append(row(f"{preset}, {name}: at the largest", seconds[sizes[-1]],
-                        exponent=exponent(sizes, [np.median(seconds[n]) for n in sizes]),
-                        exponent_of_operations=exponent(sizes, work)))  # fmt: skip
+        rows.append(
+            row(
+                f"{preset}, {name}: at the largest",
+                seconds[sizes[-1]],
+                exponent=exponent(sizes, [np.median(seconds[n]) for n in sizes]),
+                exponent_of_operations=exponent(sizes, work),
+            )
+        )
     rates = {}
     with tempfile.TemporaryDirectory() as place:
         folder = stickers.draw_stickers(Path(place) / "stickers", count=64)
         for ranks in (1, 2):
             output = Path(place) / str(ranks)
-            flags = ["--data", str(folder), "--cache_dir", place, "--output_dir", str(output), "--max_train_steps", "70",
-                     "--train_batch_size", str(8 // ranks), "--validation_prompts", "a red heart bouncing",
-                     "--validation_steps", "0"]  # fmt: skip
-            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+            flags = [
+                "--data",
+                str(folder),
+                "--cache_dir",
+                place,
+                "--output_dir",
+                str(output),
+                "--max_train_steps",
+                "70",
+                "--train_batch_size",
+                str(8 // ranks),
+                "--validation_prompts",
+                "a red heart bouncing",
+                "--validation_steps",
+                "0",
+            ]
+            launcher = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc_per_node",
+                str(ranks),
+            ]
             on_cpu = dict(os.environ, OMP_NUM_THREADS=str(2 // ranks), CUDA_VISIBLE_DEVICES="")
-            done = subprocess.run([*launcher, str(HERE / "train.py"), *flags], env=on_cpu, capture_output=True)
+            done = subprocess.run(
+                [*launcher, str(ROOT / "train.py"), *flags], env=on_cpu, capture_output=True
+            )
             if done.returncode:
                 raise SystemExit(f"bench.py scaling: train.py failed: {done.stderr.decode()[-2000:]}")
             log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
             rates[ranks] = np.array([entry["clips_per_second"] for entry in log[1:-1]])
     for ranks, rate in rates.items():
-        rows.append(row(f"tiny, {ranks} process{'es' * (ranks > 1)} of {2 // ranks} thread{'s' * (ranks < 2)}, 8 clips",
-                        8 / rate, clips_per_second=float(np.median(rate)),
-                        ratio=float(np.median(rates[1]) / np.median(rate))))  # fmt: skip
+        rows.append(
+            row(
+                f"tiny, {ranks} process{'es' * (ranks > 1)} of {2 // ranks} thread{'s' * (ranks < 2)}, 8 clips",
+                8 / rate,
+                clips_per_second=float(np.median(rate)),
+                ratio=float(np.median(rates[1]) / np.median(rate)),
+            )
+        )
     return rows
 
 
@@ -510,10 +639,16 @@ def bench_save(quick):
     average, optimizer = Average(unet), make_optimizer(unet, 1e-5)
     for weight in unet.parameters():
         moments = (torch.rand_like(weight) for _ in range(2))
-        optimizer.state[weight] = dict(zip(("step", "exp_avg", "exp_avg_sq"), (torch.ones((), device=DEVICE), *moments)))
+        optimizer.state[weight] = dict(
+            zip(("step", "exp_avg", "exp_avg_sq"), (torch.ones((), device=DEVICE), *moments))
+        )
     codec = PatchPCA(*PRESETS["tiny"]["codec"])
     codec.fit(torch.randint(0, 256, (8, 48, 48, 3), dtype=torch.uint8))
-    parts, steps, buffer = (Encoders(codec), make_scheduler(), {}, {}, {}, True), itertools.count(), bytes(2**28)
+    parts, steps, buffer = (
+        (Encoders(codec), make_scheduler(), {}, {}, {}, True),
+        itertools.count(),
+        bytes(2**28),
+    )
     with tempfile.TemporaryDirectory(dir=".") as place:
         place = Path(place)
 
@@ -531,8 +666,11 @@ def bench_save(quick):
 
         save()
         gigabytes = sum(path.stat().st_size for path in newest().rglob("*") if path.is_file()) / 1e9
-        functions = {"the same bytes from one buffer": plain, "checkpoint written": save,
-                     "its checksums, looked at again": lambda: find_damage(newest())}  # fmt: skip
+        functions = {
+            "the same bytes from one buffer": plain,
+            "checkpoint written": save,
+            "its checksums, looked at again": lambda: find_damage(newest()),
+        }
         seconds = timed(functions, 3)
     plain = seconds["the same bytes from one buffer"]
     return [row(name, times, plain, gigabytes=gigabytes) for name, times in seconds.items()]
@@ -568,8 +706,10 @@ def bench_cache(quick, rows=24, shard=256, count=2000):
         dataset = LatentDataset(place, found, names)
         for clip in dataset.clips:  # the baseline: one file per clip
             np.save(place / f"{clip.name}.one.npy", np.zeros((rows, 4, 32, 32), np.float16))
-        draws = [(dataset.clips[i], int(k))
-                 for i, k in zip(rng.integers(clips, size=count), rng.integers(3, 9, count))]  # fmt: skip
+        draws = [
+            (dataset.clips[i], int(k))
+            for i, k in zip(rng.integers(clips, size=count), rng.integers(3, 9, count))
+        ]
         uniform = Curriculum("none", 1).probabilities(0)
 
         def one_file_per_clip():
@@ -585,19 +725,40 @@ def bench_cache(quick, rows=24, shard=256, count=2000):
             for step in range(count // 16):
                 draw_batch(dataset, dataset.clips, uniform, 0, step, range(16), 16)
 
-        seconds = timed({"one file per clip": one_file_per_clip, "cache": cached, "cache, whole samples": samples})
-    return [row(f"{name}, per clip", times / count, seconds["one file per clip"] / count,
-                clips_per_second=count / np.median(times)) for name, times in seconds.items()]  # fmt: skip
+        seconds = timed(
+            {"one file per clip": one_file_per_clip, "cache": cached, "cache, whole samples": samples}
+        )
+    return [
+        row(
+            f"{name}, per clip",
+            times / count,
+            seconds["one file per clip"] / count,
+            clips_per_second=count / np.median(times),
+        )
+        for name, times in seconds.items()
+    ]
 
 
-BENCHES = {"unet": bench_unet, "train": bench_train, "sample": bench_sample, "data": bench_data,
-           "scaling": bench_scaling, "cache": bench_cache, "save": bench_save, "memory": bench_memory}  # fmt: skip
+BENCHES = {
+    "unet": bench_unet,
+    "train": bench_train,
+    "sample": bench_sample,
+    "data": bench_data,
+    "scaling": bench_scaling,
+    "cache": bench_cache,
+    "save": bench_save,
+    "memory": bench_memory,
+}
 
 
 def main():
     parser = argparse.ArgumentParser(description="Measure speed and memory.")
-    parser.add_argument("what", nargs="*", metavar="WHAT", help=f"{', '.join(BENCHES)} (default: what this machine can)")
-    parser.add_argument("--quick", action="store_true", help="smaller sizes: some ten minutes on two CPU cores")
+    parser.add_argument(
+        "what", nargs="*", metavar="WHAT", help=f"{', '.join(BENCHES)} (default: what this machine can)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="smaller sizes: some ten minutes on two CPU cores"
+    )
     parser.add_argument("--output", metavar="FILE.json", help="write the figures there too")
     args = parser.parse_args()
     if unknown := set(args.what) - set(BENCHES):
@@ -614,7 +775,10 @@ def main():
         print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
         for line in rows:
             cells = [line.get(name, "") for name in names]
-            print("| " + " | ".join(f"{x:.3g}" if isinstance(x, float) else str(x) for x in cells) + " |", flush=True)
+            print(
+                "| " + " | ".join(f"{x:.3g}" if isinstance(x, float) else str(x) for x in cells) + " |",
+                flush=True,
+            )
         if args.output:
             Path(args.output).write_text(json.dumps(dict(machine=machine(), tables=tables), indent=2) + "\n")
 

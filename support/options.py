@@ -7,35 +7,43 @@ import json
 import os
 from pathlib import Path
 
-import torch
 from diffusers.optimization import SchedulerType
 
-from cache import default_cache
 from curriculum import STRATEGIES
 from model import SIZES
+from support.common import UserError, default_cache
+from support.machine import native_bf16
 
 # What each preset trains with unless a flag says otherwise, and the guidance scales that sample.py then uses
 # for the finished model. `full` is Table 6.
-COLUMNS = ("resolution", "codec", "max_train_steps", "train_batch_size", "learning_rate", "lr_scheduler",
-           "lr_warmup_steps", "guidance_scale", "image_guidance_scale")  # fmt: skip
-ROWS = {  # codec: pixels per latent and channels of the built-in one
-    "tiny":  (48,  (4, 16),  1200,  8, 1.0e-3, "cosine",                 50, 3.0, 1.5),
-    "small": (128, (8, 32), 50000, 16, 2.0e-4, "cosine",                500, 5.0, 2.0),
-    "full":  (256, (8, 32), 50000,  1, 1.0e-5, "constant_with_warmup", 1000, 7.5, 7.5),
+PRESETS = {
+    name: dict(zip(("resolution", "codec", "max_train_steps", "train_batch_size", "learning_rate", "lr_scheduler",
+                    "lr_warmup_steps", "guidance_scale", "image_guidance_scale"), row))
+    for name, row in {  # codec: pixels per latent and channels of the built-in one
+        "toy":   (32,  (4, 16),     6,  4, 1.0e-2, "cosine",                  2, 3.0, 1.5),
+        "tiny":  (48,  (4, 16),  1200,  8, 1.0e-3, "cosine",                 50, 3.0, 1.5),
+        "small": (128, (8, 32), 50000, 16, 2.0e-4, "cosine",                500, 5.0, 2.0),
+        "full":  (256, (8, 32), 50000,  1, 1.0e-5, "constant_with_warmup", 1000, 7.5, 7.5),
+    }.items()
 }  # fmt: skip
-PRESETS = {name: dict(zip(COLUMNS, row)) for name, row in ROWS.items()}
 
 # A resumed run continues the saved one only if these are as they were.
-SCHEDULE_FLAGS = ("preset", "resolution", "max_train_steps", "learning_rate", "lr_scheduler",
-                  "lr_warmup_steps", "use_ema", "use_8bit_adam", "low_memory", "mixed_precision", "curriculum",
-                  "temporal", "ddu", "seed")  # fmt: skip
-
-
-def native_bf16():
-    """Whether this machine computes in bf16 natively."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+SCHEDULE_FLAGS = (
+    "preset",
+    "resolution",
+    "max_train_steps",
+    "learning_rate",
+    "lr_scheduler",
+    "lr_warmup_steps",
+    "use_ema",
+    "use_8bit_adam",
+    "low_memory",
+    "mixed_precision",
+    "curriculum",
+    "temporal",
+    "ddu",
+    "seed",
+)
 
 
 def parse_args():
@@ -101,44 +109,50 @@ def parse_args():
     if args.low_memory:
         args.gradient_checkpointing = args.ema_on_cpu = True
         if args.mixed_precision != "bf16":
-            raise UsageError(f"--low_memory keeps the weights in bf16: --mixed_precision {args.mixed_precision} "
-                             "does not go with it.")  # fmt: skip
+            raise UserError(
+                f"--low_memory keeps the weights in bf16: --mixed_precision {args.mixed_precision} "
+                "does not go with it."
+            )
     if args.shard and (args.use_8bit_adam or args.low_memory):
-        raise UsageError("--shard splits AdamW's state over the ranks, --use_8bit_adam and --low_memory shrink it: "
-                         "choose one.")  # fmt: skip
+        raise UserError(
+            "--shard splits AdamW's state over the ranks, --use_8bit_adam and --low_memory shrink it: "
+            "choose one."
+        )
     if args.shard and args.mixed_precision == "fp16":
-        raise UsageError("--shard has no loss scaling for --mixed_precision fp16: use bf16.")
+        raise UserError("--shard has no loss scaling for --mixed_precision fp16: use bf16.")
     if args.shard and "RANK" not in os.environ:
-        raise UsageError("--shard splits the weights over processes: start train.py with torchrun.")
+        raise UserError("--shard splits the weights over processes: start train.py with torchrun.")
     for name in ("vae", "clip", "t5"):  # folders are remembered, so that sample.py finds them from anywhere
         source = getattr(args, name)
         if source and Path(source).is_dir():
             setattr(args, name, str(Path(source).resolve()))
     args.ddu = args.ddu == "on"
     if not args.ddu and args.curriculum not in (None, "none"):
-        raise UsageError(
+        raise UserError(
             "--ddu off trains one task at one length: there is nothing for --curriculum to choose from."
         )
     args.curriculum = args.curriculum or ("dcl" if args.ddu else "none")
-    for name in ("resolution", "max_train_steps", "train_batch_size", "gradient_accumulation_steps",
-                 "learning_rate", "checkpointing_steps"):  # fmt: skip
+    for name in (
+        "resolution",
+        "max_train_steps",
+        "train_batch_size",
+        "gradient_accumulation_steps",
+        "learning_rate",
+        "checkpointing_steps",
+    ):
         if not 0 < getattr(args, name) < float("inf"):
-            raise UsageError(f"--{name} {getattr(args, name)}: must be positive and finite.")
+            raise UserError(f"--{name} {getattr(args, name)}: must be positive and finite.")
     for name in ("lr_warmup_steps", "checkpoints_total_limit", "validation_steps", "num_workers", "seed"):
         if getattr(args, name) < 0:
-            raise UsageError(f"--{name} {getattr(args, name)}: must not be negative.")
+            raise UserError(f"--{name} {getattr(args, name)}: must not be negative.")
     return args
-
-
-class UsageError(ValueError):
-    """A wrong flag, in one sentence."""
 
 
 def check_resolution(args, codec):
     levels = len(SIZES[args.preset]["block_out_channels"])
     smallest = codec.factor * 2 ** (levels - 1)  # one latent is left at the lowest level of the U-Net
     if args.resolution % codec.factor or args.resolution < smallest:
-        raise UsageError(
+        raise UserError(
             f"--resolution {args.resolution}: must be a multiple of {codec.factor} and at least {smallest}."
         )
 
@@ -153,6 +167,8 @@ def check_schedule(checkpoint, schedule):
                 if name == "global_batch"
                 else f"--{name}"
             )
-            raise UsageError(f"{flag} is {value}, but {checkpoint} was trained with {saved.get(name)}: "
-                             "a resumed run keeps its schedule. Give the old value, "
-                             "or start anew in another --output_dir.")  # fmt: skip
+            raise UserError(
+                f"{flag} is {value}, but {checkpoint} was trained with {saved.get(name)}: "
+                "a resumed run keeps its schedule. Give the old value, "
+                "or start anew in another --output_dir."
+            )

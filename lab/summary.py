@@ -7,11 +7,11 @@ Standard errors ("se") are of the mean over clips or draws, and binomial where t
 import numpy as np
 
 import masks
-import metrics
-from heldout import summarize_loss
-from judge import ATTRIBUTES, CHANCE
+from lab import metrics
+from lab.heldout import summarize_loss
+from lab.judge import ATTRIBUTES, CHANCE
+from lab.metrics import mean_se
 from masks import NUM_FRAMES
-from metrics import mean_se
 
 BLOCK = 8  # pixels; motion without grain is that of the means of such blocks
 ROWS = {row.name: row for row in masks.TABLE7}
@@ -54,16 +54,22 @@ def summarize_motion(clips, real_motion):
     """Motion, also without grain, distinct frames, and the share of clips that hardly move: those whose
     motion without grain is below a tenth of `real_motion`."""
     coarse = [metrics.motion(clip, BLOCK) for clip in clips]
-    return dict(motion=mean_se([metrics.motion(clip) for clip in clips]), without_grain=mean_se(coarse),
-                distinct_frames=mean_se([metrics.distinct_frames(clip) for clip in clips]),
-                still=share([m < 0.1 * real_motion for m in coarse]))  # fmt: skip
+    return dict(
+        motion=mean_se([metrics.motion(clip) for clip in clips]),
+        without_grain=mean_se(coarse),
+        distinct_frames=mean_se([metrics.distinct_frames(clip) for clip in clips]),
+        still=share([m < 0.1 * real_motion for m in coarse]),
+    )
 
 
 def summarize_text(items, readings):
     """The share of samples on which the judge reads the prompt's words, on trained and on held-out
     combinations."""
-    sections = {"all": items, "trained": [i for i in items if not i.held_out],
-                "held out": [i for i in items if i.held_out]}  # fmt: skip
+    sections = {
+        "all": items,
+        "trained": [i for i in items if not i.held_out],
+        "held out": [i for i in items if i.held_out],
+    }
     read, table = dict(zip(items, readings)), {}
     for name, group in sections.items():
         if group:

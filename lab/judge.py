@@ -26,10 +26,9 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-import media
-import stickers
-from keyframes import extract_key_frames, thumbnails
+from data import extract_key_frames, thumbnails
 from masks import NUM_FRAMES
+from support import media, stickers
 
 VERSION = 3  # raise it when the judge or its training changes: cached judges are then trained anew
 SIDE = 64  # pixels; clips of another resolution are resized
@@ -125,18 +124,31 @@ class Judge(nn.Module):
     def __init__(self, width=64):
         super().__init__()
         sizes = (2, width // 4, width // 2, width, width)
-        self.frame = nn.Sequential(*(
-            layer
-            for c_in, c_out in zip(sizes, sizes[1:])
-            for layer in (nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), nn.GroupNorm(4, c_out), nn.ReLU())
-        ), nn.Flatten(), nn.Linear(width * (SIDE // 16) ** 2, 2 * width), nn.ReLU())  # fmt: skip
+        self.frame = nn.Sequential(
+            *(
+                layer
+                for c_in, c_out in zip(sizes, sizes[1:])
+                for layer in (
+                    nn.Conv2d(c_in, c_out, 3, stride=2, padding=1),
+                    nn.GroupNorm(4, c_out),
+                    nn.ReLU(),
+                )
+            ),
+            nn.Flatten(),
+            nn.Linear(width * (SIDE // 16) ** 2, 2 * width),
+            nn.ReLU(),
+        )
         self.subject = nn.Linear(2 * width, len(SUBJECTS))
         self.sequence = nn.Sequential(
-            nn.Conv1d(2 * width, width, 3, padding=1), nn.ReLU(),
-            nn.Conv1d(width, width, 3, padding=1), nn.ReLU(),
-            nn.Flatten(), nn.Linear(width * NUM_FRAMES, 2 * width), nn.ReLU(),
+            nn.Conv1d(2 * width, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv1d(width, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(width * NUM_FRAMES, 2 * width),
+            nn.ReLU(),
             nn.Linear(2 * width, len(MOTIONS)),
-        )  # fmt: skip
+        )
 
     def forward(self, x):
         """x: what `without_hue` gives, of 8 frames. Returns logits (B, subjects), (B, motions and "none")."""

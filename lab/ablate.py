@@ -22,6 +22,7 @@ alone, on the same 8 key frames as the others: that change of frames is against 
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -33,17 +34,19 @@ import matplotlib
 import numpy as np
 from tqdm import tqdm
 
-from checkpoint import read_log
-from curriculum import HORIZON, TASKS, target_difficulty
-from evaluate import UsageError, add_scale_flags, check_scale_flags
-from heldout import mean_se
+from curriculum import HORIZON, target_difficulty
+from lab.evaluate import add_scale_flags, check_scale_flags
+from lab.heldout import mean_se
+from lab.report import sampler_text, write_whole
+from masks import TASKS
 from model import SIZES
-from report import sampler_text, write_whole
+from support.common import UserError
+from support.log import read_log
 
 matplotlib.use("Agg")  # no screen needed
 import matplotlib.pyplot as plt  # noqa: E402
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
 TRAIN_FLAGS = {
     "conv3d": ["--temporal", "conv3d", "--ddu", "off"],
     "sti": ["--ddu", "off"],
@@ -83,12 +86,15 @@ class Stopped(Exception):
 def run(program, flags, log, quiet):
     """Calls one of our programs. quiet: its output goes to the file `log`, else to the screen. RuntimeError
     if it fails."""
-    command = [sys.executable, str(HERE / program), *flags]
+    command = [sys.executable, *program, *flags]
+    here = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with open(log, "a") as file:
         file.write(shlex.join(command) + "\n")
         file.flush()
         target = file if quiet else None
-        status = subprocess.run(command, stdout=target, stderr=target).returncode
+        status = subprocess.run(
+            command, stdout=target, stderr=target, env=dict(os.environ, PYTHONPATH=here)
+        ).returncode
     if status in (130, 143, -2, -15):  # Ctrl-C or SIGTERM
         raise Stopped
     if status:
@@ -116,12 +122,12 @@ def finish(row, seed, args, quiet):
             *common,
             *shlex.split(args.train_flags),
         ]
-        run("train.py", flags, log, quiet)
+        run([str(ROOT / "train.py")], flags, log, quiet)
     if not report.is_file():
         flags = ["--checkpoint", str(folder), "--ddu", "off" if "off" in TRAIN_FLAGS[row] else "on"]
         for name in SCALE:
             flags += [f"--{name}", str(getattr(args, name))]
-        run("evaluate.py", [*flags, *common], log, quiet)
+        run(["-m", "lab.evaluate"], [*flags, *common], log, quiet)
     return json.loads(report.read_text())
 
 
@@ -186,8 +192,10 @@ def summarize(reports, logs):
     for row in TRAIN_FLAGS:
         mine = {seed: report for (r, seed), report in reports.items() if r == row}
         if mine:
-            entry = {name: spread([value(report, *path) for report in mine.values()])
-                     for name, (path, _, _) in METRICS.items()}  # fmt: skip
+            entry = {
+                name: spread([value(report, *path) for report in mine.values()])
+                for name, (path, _, _) in METRICS.items()
+            }
             entry["unsteadiness"] = spread([unsteadiness(logs[row, seed]) for seed in mine])
             rows[row] = dict(seeds=sorted(mine), metrics=entry)
     pairs = {}
@@ -206,8 +214,7 @@ def summarize(reports, logs):
 
 def markdown(result, about, references):
     """ablation.md: a table per table of the paper, the differences between rows, and how all was made."""
-    names = [name for name in METRICS
-             if any(row["metrics"][name] for row in result["rows"].values())]  # fmt: skip
+    names = [name for name in METRICS if any(row["metrics"][name] for row in result["rows"].values())]
     lines = [about, ""]
     for title, rows in TABLES.items():
         if not set(rows) & set(result["rows"]):
@@ -269,8 +276,16 @@ def plot(logs, path):
     ]
     if not shown:
         return
-    figure, axes = plt.subplots(3, len(shown), figsize=(4.3 * len(shown), 8), dpi=100, sharex=True,
-                                sharey="row", squeeze=False, layout="constrained")  # fmt: skip
+    figure, axes = plt.subplots(
+        3,
+        len(shown),
+        figsize=(4.3 * len(shown), 8),
+        dpi=100,
+        sharex=True,
+        sharey="row",
+        squeeze=False,
+        layout="constrained",
+    )
     for column, row in zip(axes.T, shown):
         runs = {seed: log for (r, seed), log in sorted(logs.items()) if r == row and log}
         for seed, log in runs.items():
@@ -335,14 +350,14 @@ def parse_args():
         args.max_train_steps = TINY_STEPS
     for name in ("jobs", "max_train_steps"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UsageError(f"--{name} {getattr(args, name)}: must be at least 1.")
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1.")
     if min(args.seeds) < 0 or args.num_workers < 0:
-        raise UsageError("--seeds and --num_workers must not be negative.")
+        raise UserError("--seeds and --num_workers must not be negative.")
     args.seeds, args.rows = list(dict.fromkeys(args.seeds)), list(dict.fromkeys(args.rows))
     args.output_dir = Path(args.output_dir)
     if args.data:
         if not Path(args.data).is_dir():
-            raise UsageError(f"--data {args.data} is not a folder: give a folder of stickers.")
+            raise UserError(f"--data {args.data} is not a folder: give a folder of stickers.")
         args.data = str(Path(args.data).resolve())
     return args
 
@@ -357,8 +372,10 @@ def check_settings(args):
         before = json.loads(path.read_text())
         for name in names:
             if before.get(name) != now[name]:
-                raise UsageError(f"--{name} is {now[name]}, but the runs in {args.output_dir} were made with "
-                                 f"{before.get(name)}: give another --output_dir.")  # fmt: skip
+                raise UserError(
+                    f"--{name} is {now[name]}, but the runs in {args.output_dir} were made with "
+                    f"{before.get(name)}: give another --output_dir."
+                )
     args.output_dir.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(now, indent=1))
     return now
@@ -371,8 +388,10 @@ def write_tables(reports, args, settings):
     result = summarize(reports, logs)
     dual = [report for report in reports.values() if report["about"]["dual_masks"]]
     budget = f"{args.max_train_steps} steps" if args.max_train_steps else "the preset's steps"
-    about = (f"Preset {args.preset}, {budget}, {args.data or 'the built-in stickers'}, seeds "
-             f"{' '.join(map(str, sorted({s for _, s in reports})))}.")  # fmt: skip
+    about = (
+        f"Preset {args.preset}, {budget}, {args.data or 'the built-in stickers'}, seeds "
+        f"{' '.join(map(str, sorted({s for _, s in reports})))}."
+    )
     lines = references((dual or list(reports.values()))[0])
     write_whole(args.output_dir / "ablation.json", json.dumps(dict(settings=settings, **result), indent=1))
     write_whole(args.output_dir / "ablation.md", markdown(result, about, lines))
@@ -411,7 +430,7 @@ def ablate(args):
         print("ablate.py: stopped; the same command goes on", file=sys.stderr)
         sys.exit(130)
     if problems:
-        raise UsageError(
+        raise UserError(
             f"{len(problems)} of {len(jobs)} runs failed, the first: {problems[0]}. The same command tries "
             "again."
         )
@@ -421,7 +440,7 @@ def main():
     try:
         args = parse_args()
         ablate(args)
-    except (UsageError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"ablate.py: {error}", file=sys.stderr)
         sys.exit(2)
     print(f"wrote {args.output_dir}/ablation.md, ablation.json and ablation.png")

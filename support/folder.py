@@ -16,40 +16,24 @@ import hashlib
 import json
 import os
 import re
-import resource
-import signal
-from collections import deque
-from functools import partial
-from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
-from pebble import ProcessExpired, ProcessPool
-
-import media
-from curriculum import LENGTHS
-from keyframes import equal_frames, extract_key_frames, thumbnails
-from masks import NUM_FRAMES
-from media import printable
+from support import media
+from support.common import UserError, printable
 
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.1, 500  # of a user's folder, for validation
-MIN_FRAMES = LENGTHS[0]  # distinct frames that a clip needs
 MAX_CAPTION = 1000  # characters; the rest is cut: CLIP reads 77 tokens, and sheets show every line
 MAX_DEPTH = 100  # folders in folders
 MAX_METADATA_BYTES = 2**30  # of metadata.jsonl or .csv: a million stickers with captions of 1000 letters
 MAX_ENTRY = 2**20  # characters of one entry there: a longer one is not held in memory
 MAX_PROBLEMS = 1000  # entries that are named as unusable; the others are counted
-HANG_SECONDS = 60  # until a process is ended that decodes one file: twice media.MAX_SECONDS
-LOOK_AHEAD = 4  # files that each decoding process may be ahead of the reader: they wait in memory
 
 # ------------------------------------------------------------------------------------------------------------
 # The folder
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """Bad data in one sentence that names the folder or file and the way out."""
 
 
@@ -219,128 +203,3 @@ def scan_folder(folder):
         split = split or ("validation" if name in held_out else "train")
         stickers.append(Sticker(path, name, caption, split))
     return stickers, problems
-
-
-# ------------------------------------------------------------------------------------------------------------
-# One sticker
-
-
-class Clip(NamedTuple):
-    """The frames of one sticker that training can ask for."""
-
-    pixels: np.ndarray  # uint8 (M, R, R, 3), M <= 41
-    key_frames: dict  # {k: positions in `pixels`}
-    equal: np.ndarray  # 8 positions in `pixels`, or None for a clip of fewer than 8 frames
-    count: int  # frames in the file
-
-
-def load_clip(sticker, resolution):
-    """Decodes one sticker. Returns a Clip, or the reason (str) for dropping it;
-    nothing that a file holds raises, but for want of memory."""
-    try:
-        frames, _ = media.read_clip(sticker.path, resolution)
-    except media.MediaError as error:
-        return str(error)
-    key_frames = extract_key_frames(thumbnails(frames))
-    if not key_frames:
-        return f"fewer than {MIN_FRAMES} distinct frames (it has {len(frames)} in all)"
-    equal = equal_frames(len(frames)) if len(frames) >= NUM_FRAMES else None
-    wanted = np.unique(np.concatenate([*key_frames.values(), *([] if equal is None else [equal])]))
-    place = {frame: i for i, frame in enumerate(wanted)}
-    key_frames = {k: np.array([place[f] for f in indices]) for k, indices in key_frames.items()}
-    equal = None if equal is None else np.array([place[f] for f in equal])
-    return Clip(frames[wanted], key_frames, equal, len(frames))
-
-
-def attempt(work, item):
-    """work(item), or the reason (str) where that does not fit into memory."""
-    try:
-        return work(item)
-    except Exception as error:
-        if not media.out_of_memory(error):
-            raise
-        return media.NO_MEMORY
-
-
-memory_limit = resource.RLIM_INFINITY  # bytes that a decoding process may hold: begin_worker sets it
-
-
-def begin_worker():
-    """What a decoding process does first."""
-    global memory_limit
-    torch.set_num_threads(1)  # the others did not come along with the fork
-    memory_limit, _ = resource.getrlimit(resource.RLIMIT_DATA)  # mostly infinite
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux; elsewhere nothing tells what it holds already
-        held = int(re.search(r"VmData:\s+(\d+)", status.read_text())[1]) * 1024
-        most = held + media.MAX_MEMORY_BYTES
-        memory_limit = most if memory_limit == resource.RLIM_INFINITY else min(most, memory_limit)
-
-
-def run_in_worker(work, item):
-    signal.alarm(2 * HANG_SECONDS)  # ends it even within C code: nobody else would, had the run been killed
-    before = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (memory_limit, before[1]))
-    try:
-        return attempt(work, item)
-    finally:  # the result lies within the limit, and may take as much again on its way through the pipe
-        resource.setrlimit(resource.RLIMIT_DATA, before)
-        signal.alarm(0)
-
-
-def in_processes(work, items, num_workers):
-    """Yields work(item) for each item, in order, from `num_workers` processes; where an item ends its process
-    (a crash), takes longer than HANG_SECONDS or more than media.MAX_MEMORY_BYTES, twice, the reason (str).
-
-    It gets a second chance because the fault may be the machine's, or the memory have been in pieces after
-    other items. What else `work` raises is raised here.
-    """
-    todo, failed = deque(items), False  # failed: whether the first of `todo` has been tried before
-    while todo:  # once, and again after each failure: the pool may be out of order
-        # Forked, as torch's own loaders are: a fresh process would import torch first (7 s, 400 MB).
-        pool = ProcessPool(num_workers, initializer=begin_worker, context=get_context("fork"))
-        futures = deque()
-        try:
-            while todo:
-                reason = None
-                try:
-                    for item in islice(todo, len(futures), LOOK_AHEAD * num_workers):
-                        futures.append(pool.schedule(run_in_worker, (work, item), timeout=HANG_SECONDS))
-                    result = futures[0].result(2 * HANG_SECONDS)  # longer than that it is the pool that hangs
-                    if isinstance(result, str) and media.NO_MEMORY in result:
-                        reason = result
-                except TimeoutError:
-                    reason = f"decoding it took longer than {HANG_SECONDS} seconds"
-                except (ProcessExpired, RuntimeError) as error:
-                    if isinstance(error, RuntimeError) and pool.active:  # a fault of ours, not a broken pool
-                        raise
-                    reason = "its decoding process died"
-                if reason and not failed:
-                    failed = True
-                    break
-                yield reason or result
-                todo.popleft(), futures.popleft()
-                failed = False
-                if reason:
-                    break
-        finally:
-            pool.stop()
-            pool.join()
-
-
-def load_clips(stickers, resolution, num_workers):
-    """Yields load_clip for each sticker, in order, from `num_workers` processes; a file may cost one of them:
-    it alone is dropped (in_processes). With 0 this process decodes: then media.MAX_SECONDS, looked at between
-    frames, is the only limit of time, there is none of memory, and a crash ends the run."""
-    load = partial(load_clip, resolution=resolution)
-    alone = map(partial(attempt, load), stickers)
-    yield from in_processes(load, stickers, num_workers) if num_workers else alone
-
-
-def read_picture(path, resolution):
-    """media.read_image in a decoding process, with the limits of time and memory of load_clips: the first frame
-    of a file from anywhere. Returns uint8 (resolution, resolution, 3); raises MediaError."""
-    (picture,) = in_processes(partial(media.read_image, resolution=resolution), [path], 1)
-    if isinstance(picture, str):  # the reason why there is none
-        raise media.MediaError(f"{printable(path)} cannot be decoded ({picture}); choose another picture.")
-    return picture

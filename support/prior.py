@@ -16,11 +16,15 @@ import math
 import torch
 import torch.nn as nn
 
-from curriculum import LENGTHS
-from masks import NUM_FRAMES
+from masks import LENGTHS, NUM_FRAMES
 
 MODES = 1024  # components that are told apart; what is left of a frame has one variance in all directions
-BAND_ENDS = (8, 32, 128, 512)  # from strong modes to weak ones: within a band they share the correlation of frames
+BAND_ENDS = (
+    8,
+    32,
+    128,
+    512,
+)  # from strong modes to weak ones: within a band they share the correlation of frames
 WAVES = 4  # cosines over a clip, the first one constant: what a word does to a frame is a sum of them
 FIT_FRAMES = 8192  # most frames that the modes are fitted to
 RIDGE = 0.1  # of the regression on captions, as a share of the mean square of their features
@@ -38,7 +42,9 @@ class GaussianPrior(nn.Module):
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("modes", torch.eye(modes, size))  # (M, D), orthonormal rows
         self.register_buffer("no_text", torch.zeros(text_dim))  # features of the empty caption
-        self.register_buffer("shift", torch.zeros(WAVES, text_dim, modes))  # of the modes, by a caption's features
+        self.register_buffer(
+            "shift", torch.zeros(WAVES, text_dim, modes)
+        )  # of the modes, by a caption's features
         # First for clips without text, then for those with it, whose mean is known better:
         # variances, the last one of what is left; for every number of frames 3..8 and every band, in the upper left
         # corner, correlations with a mean diagonal of one
@@ -92,7 +98,9 @@ class GaussianPrior(nn.Module):
         z = {k: (clip - self.mean) @ self.modes.T for k, clip in clips.items()}  # (n, k, M)
         square = product = 0
         for k in LENGTHS:  # each frame is explained by its caption's features times each wave
-            words = torch.einsum("nt,kp->nkpt", texts[k][first[k]], self.waves(k, k)[0]).flatten(2).flatten(0, 1)
+            words = (
+                torch.einsum("nt,kp->nkpt", texts[k][first[k]], self.waves(k, k)[0]).flatten(2).flatten(0, 1)
+            )
             square, product = square + words.T @ words, product + words.T @ z[k][first[k]].flatten(0, 1)
         ridge = (RIDGE * square.diagonal().mean()).clamp(min=1e-6) * torch.eye(len(square), device=device)
         self.shift.copy_(torch.linalg.solve(square + ridge, product).view_as(self.shift))
@@ -182,7 +190,9 @@ class GaussianPrior(nn.Module):
         """A clip of this Gaussian, made from standard normal `noise`; given, text: as in `forward`; all of them
         (B, F, C, h, w)."""
         is_given = (given != 0).flatten(2).any(dim=2)[:, :, None]  # (B, F, 1)
-        shift, follow, Q, variance = self.conditioned(is_given[..., 0], torch.ones_like(is_given[..., 0]), text)
+        shift, follow, Q, variance = self.conditioned(
+            is_given[..., 0], torch.ones_like(is_given[..., 0]), text
+        )
         x = torch.where(is_given, given.flatten(2) - self.mean, 0)
         x = self.mean + self.in_bands(lambda z, band, _: follow[:, band] @ z, x, shift, variance)
         x = x + self.in_bands(lambda n, band, v: Q[:, band] @ (v.sqrt() * n), noise.flatten(2), 0, variance)

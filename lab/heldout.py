@@ -15,10 +15,10 @@ import torch
 from tqdm import tqdm
 
 import masks
-from curriculum import LENGTHS, TASKS
-from masks import NUM_FRAMES
-from metrics import mean_se
-from model import loss_weights, make_scheduler, precision
+from lab.metrics import mean_se
+from masks import LENGTHS, NUM_FRAMES, TASKS
+from model import loss_weights, make_scheduler
+from support.machine import precision
 
 RANGES = ((0, 200), (200, 400), (400, 600), (600, 800), (800, 1000))  # of timesteps
 
@@ -61,8 +61,16 @@ def cell_loss(unet, encoders, dataset, clips, task, k, args, mixed_precision):
             row = masks.TEXT_ONLY if task == "text" else masks.draw_row(task, k, rng)
             latents = np.zeros_like(noise)
             latents[:k] = frames
-            parts.append((latents, noise, timestep, masks.condition_mask(row, k), masks.loss_mask(k),
-                          clip.caption if row.text else ""))  # fmt: skip
+            parts.append(
+                (
+                    latents,
+                    noise,
+                    timestep,
+                    masks.condition_mask(row, k),
+                    masks.loss_mask(k),
+                    clip.caption if row.text else "",
+                )
+            )
         *arrays, captions = zip(*parts)
         latents, noise, timesteps, given, valid = (
             torch.from_numpy(np.stack(a)).to(unet.device) for a in arrays
@@ -72,8 +80,13 @@ def cell_loss(unet, encoders, dataset, clips, task, k, args, mixed_precision):
         with precision(unet.device.type, mixed_precision):
             text = encoders.text(list(captions), unet.device)
             predicted = unet(noisy, shown, timesteps, text, valid)
-        results.append((masks.masked_loss(predicted, noise, valid),
-                        masks.masked_loss(predicted, noise, valid & ~given), timesteps))  # fmt: skip
+        results.append(
+            (
+                masks.masked_loss(predicted, noise, valid),
+                masks.masked_loss(predicted, noise, valid & ~given),
+                timesteps,
+            )
+        )
     loss, unknown, timestep = (torch.cat(column).cpu().numpy() for column in zip(*results))
     return dict(loss=loss, unknown=unknown, timestep=timestep)
 
@@ -99,8 +112,14 @@ def measure_loss(unet, encoders, dataset, args, recorded, folder, ddu):
 def compare(loss, harder, easier):
     """The mean of loss[harder] - loss[easier], draw by draw, and whether it is positive."""
     d = mean_se(loss[harder] - loss[easier])
-    return dict(harder=list(harder), easier=list(easier), difference=d["mean"], se=d["se"],
-                holds=d["mean"] >= 0, refuted=d["mean"] < -2 * d["se"])  # fmt: skip
+    return dict(
+        harder=list(harder),
+        easier=list(easier),
+        difference=d["mean"],
+        se=d["se"],
+        holds=d["mean"] >= 0,
+        refuted=d["mean"] < -2 * d["se"],
+    )
 
 
 def summarize_loss(cells, latent_std):

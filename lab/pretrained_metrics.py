@@ -27,15 +27,16 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import CLIPModel
 
-import media
-from encoders import load_text
-from metrics import frechet_distance, mean_se
+from lab.metrics import frechet_distance, mean_se
+from support import media
+from support.common import UserError
+from support.encoders import load_text
 
 I3D_FRAMES = 16  # 8 frames, each twice
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-class MetricError(ValueError):
+class MetricError(UserError):
     """A metric that cannot be had, in one sentence."""
 
 
@@ -80,8 +81,10 @@ def i3d_features(i3d, clips, device="cpu", batch=8):
         with torch.no_grad():
             y = i3d(x.permute(0, 4, 1, 2, 3).float(), rescale=True, resize=True, return_features=True)
         if y.ndim != 2 or len(y) != len(x):
-            raise MetricError(f"--i3d gives features of shape {tuple(y.shape)} for {len(x)} clips, not "
-                              f"({len(x)}, 400): it is another network.")  # fmt: skip
+            raise MetricError(
+                f"--i3d gives features of shape {tuple(y.shape)} for {len(x)} clips, not "
+                f"({len(x)}, 400): it is another network."
+            )
         vectors.append(y.double().cpu().numpy())
     return np.concatenate(vectors)
 

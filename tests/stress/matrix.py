@@ -21,13 +21,15 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import model  # noqa: E402
-import options  # noqa: E402
-import stickers  # noqa: E402
 import train  # noqa: E402
 from curriculum import STRATEGIES  # noqa: E402
+from support import (
+    options,  # noqa: E402
+    stickers,  # noqa: E402
+)
 from tests.toy_train import NO_PICTURES, shrink  # noqa: E402
 
 CLIPS, GLOBAL_BATCH, STEPS = 16, 4, 6  # an epoch has 4 steps
@@ -76,11 +78,22 @@ def run(out, folder, case, save_every=1):
         return batch
 
     accumulation = case["gradient_accumulation_steps"]
-    flags = dict(data=folder, cache_dir=folder.parent / "cache", output_dir=out, max_train_steps=STEPS,
-                 train_batch_size=GLOBAL_BATCH // accumulation // world, gradient_accumulation_steps=accumulation,
-                 mixed_precision=case["mixed_precision"], curriculum=case["curriculum"], num_workers=0, validation_steps=0,
-                 checkpointing_steps=save_every, checkpoints_total_limit=0, validation_prompts="a red heart",
-                 resume_from_checkpoint="latest")  # fmt: skip
+    flags = dict(
+        data=folder,
+        cache_dir=folder.parent / "cache",
+        output_dir=out,
+        max_train_steps=STEPS,
+        train_batch_size=GLOBAL_BATCH // accumulation // world,
+        gradient_accumulation_steps=accumulation,
+        mixed_precision=case["mixed_precision"],
+        curriculum=case["curriculum"],
+        num_workers=0,
+        validation_steps=0,
+        checkpointing_steps=save_every,
+        checkpoints_total_limit=0,
+        validation_prompts="a red heart",
+        resume_from_checkpoint="latest",
+    )
     sys.argv = [
         "train.py",
         f"--{case['ema']}",
@@ -131,9 +144,13 @@ def differences(case, root, folder, unbroken):
     out, main_process = root / "broken", os.environ.get("RANK", "0") == "0"
     if main_process:
         shutil.rmtree(out, ignore_errors=True)
-        shutil.copytree(whole, out, ignore=lambda _, names: {
-            name for name in names if name.startswith("checkpoint-") and int(name[11:]) > case["stop"]
-        })  # as if killed before the next save: finished parts and later lines of the log lie about  # fmt: skip
+        shutil.copytree(
+            whole,
+            out,
+            ignore=lambda _, names: {
+                name for name in names if name.startswith("checkpoint-") and int(name[11:]) > case["stop"]
+            },
+        )  # as if killed before the next save: finished parts and later lines of the log lie about
     wait(root, f"{case} is laid out")
     again = run(out, folder, case, save_every=STEPS)
     wrong = [] if again and all(drawn[key] == digest for key, digest in again.items()) else ["draws"]

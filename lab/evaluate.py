@@ -33,19 +33,19 @@ import torch
 from tqdm import tqdm
 
 import masks
-import media
-import pretrained_metrics
 import sample
-import stickers
-from cache import default_cache, open_dataset
-from checkpoint import list_checkpoints
-from encoders import EncoderError
-from folder import DataError, load_clip, metadata_rows, scan_folder
-from heldout import kept, measure_loss
-from judge import examine, get_judge
+from data import load_clip, open_dataset
+from lab import pretrained_metrics
+from lab.heldout import kept, measure_loss
+from lab.judge import examine, get_judge
+from lab.report import write_report
+from lab.summary import summarize
 from masks import NUM_FRAMES
-from report import write_report
-from summary import summarize
+from support import media, stickers
+from support.checkpoint import list_checkpoints
+from support.common import UserError, default_cache
+from support.folder import DataError, metadata_rows, scan_folder
+from support.pretrained import EncoderError
 
 ROWS = {row.name: row for row in masks.TABLE7}
 CONDITIONED = {"image": ("G1",), "interpolation": ("I1", "I2", "I3"), "prediction": ("P1", "P2")}
@@ -107,8 +107,16 @@ def make_test_list(dataset, words, num_prompts, num_clips, ddu):
                     for clip in dataset.clips
                     if clip.longest == NUM_FRAMES and words[clip.name] == (colour, subject, motion)
                 ]
-                items.append(Item("text", "G0", f"{a} {colour} {subject} {motion}", (same or [""])[0],
-                                  (colour, subject, motion), kept))  # fmt: skip
+                items.append(
+                    Item(
+                        "text",
+                        "G0",
+                        f"{a} {colour} {subject} {motion}",
+                        (same or [""])[0],
+                        (colour, subject, motion),
+                        kept,
+                    )
+                )
     else:
         for clip in spread([clip for clip in held_out if clip.caption], num_prompts):
             items.append(Item("text", "G0", clip.caption, clip.name, (), True))
@@ -126,14 +134,14 @@ def make_test_list(dataset, words, num_prompts, num_clips, ddu):
 
 def open_items(output_dir, identity):
     """The folder of kept results. What lies there must come from the same weights, data and settings:
-    otherwise UsageError names the first difference."""
+    otherwise UserError names the first difference."""
     folder, label = output_dir / "items", output_dir / "settings.json"
     if label.is_file():
         before = json.loads(label.read_text())
         now = json.loads(json.dumps(identity))
         for name in {**before, **now}:
             if before.get(name) != now.get(name):
-                raise UsageError(
+                raise UserError(
                     f"--output_dir {output_dir} holds an evaluation with another {name}: give another one, "
                     "or "
                     "remove it."
@@ -218,10 +226,6 @@ def real_clips(encoders, dataset, clips):
 # Command line
 
 
-class UsageError(ValueError):
-    """A wrong flag, in one sentence."""
-
-
 def device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -243,10 +247,10 @@ def add_scale_flags(add):
 def check_scale_flags(args):
     for name in ("num_inference_steps", "batch_size", "loss_draws"):
         if not 0 < getattr(args, name) <= 1000:
-            raise UsageError(f"--{name} {getattr(args, name)}: must lie in 1..1000.")
+            raise UserError(f"--{name} {getattr(args, name)}: must lie in 1..1000.")
     for name in ("num_prompts", "num_clips"):
         if getattr(args, name) < 2:
-            raise UsageError(f"--{name} {getattr(args, name)}: must be at least 2.")
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least 2.")
 
 
 def parse_args():
@@ -277,12 +281,12 @@ def parse_args():
     args = parser.parse_args()
     check_scale_flags(args)
     if args.seed < 0 or args.num_workers < 0:
-        raise UsageError("--seed and --num_workers must not be negative.")
+        raise UserError("--seed and --num_workers must not be negative.")
     if not 0 <= (args.eta or 0) <= 1:
-        raise UsageError(f"--eta {args.eta}: must lie in 0..1.")
+        raise UserError(f"--eta {args.eta}: must lie in 0..1.")
     for name in ("guidance_scale", "image_guidance_scale"):
         if not abs(getattr(args, name) or 0) < sample.MAX_SCALE:
-            raise UsageError(
+            raise UserError(
                 f"--{name} {getattr(args, name)}: must lie within -{sample.MAX_SCALE}..{sample.MAX_SCALE}."
             )
     args.checkpoint = Path(args.checkpoint)
@@ -295,7 +299,7 @@ def parse_args():
 
 def has_dual_masks(args):
     """Whether the checkpoint was trained with dual masks.
-    Raises UsageError if its state.json does not say."""
+    Raises UserError if its state.json does not say."""
     if args.ddu:
         return args.ddu == "on"
     for folder in [args.checkpoint, *(path for _, path in reversed(list_checkpoints(args.checkpoint)))]:
@@ -303,7 +307,7 @@ def has_dual_masks(args):
             try:
                 return bool(json.loads((folder / "state.json").read_text())["schedule"]["ddu"])
             except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-                raise UsageError(
+                raise UserError(
                     f"{folder / 'state.json'} does not say whether the model was trained with dual masks: "
                     "give --ddu."
                 ) from error
@@ -335,15 +339,25 @@ def evaluate(args):
     ddu, words = has_dual_masks(args), word_table(folder, [clip.name for clip in dataset.clips])
     items = make_test_list(dataset, words, args.num_prompts, args.num_clips, ddu)
     if not items:
-        raise UsageError(
+        raise UserError(
             f"--data {folder} holds no held-out clip of {NUM_FRAMES} distinct frames: there is nothing to "
             "measure with."
         )
-    settings = {task: sampler_settings(task, args, recorded) for task in ("text", *CONDITIONED)
-                if any(item.task == task for item in items)}  # fmt: skip
-    identity = dict(weights=weights_identity(args.checkpoint), stickers=dataset.identity, seed=args.seed,
-                    ddu=ddu, sampler=settings, batch_size=args.batch_size, loss_draws=args.loss_draws,
-                    items=items)  # fmt: skip
+    settings = {
+        task: sampler_settings(task, args, recorded)
+        for task in ("text", *CONDITIONED)
+        if any(item.task == task for item in items)
+    }
+    identity = dict(
+        weights=weights_identity(args.checkpoint),
+        stickers=dataset.identity,
+        seed=args.seed,
+        ddu=ddu,
+        sampler=settings,
+        batch_size=args.batch_size,
+        loss_draws=args.loss_draws,
+        items=items,
+    )
     kept_folder = open_items(args.output_dir, identity)
 
     held_out = [clip for clip in dataset.split("validation") if clip.longest == NUM_FRAMES]
@@ -368,13 +382,24 @@ def evaluate(args):
     loss = measure_loss(unet, encoders, dataset, args, recorded, kept_folder, ddu)
     made = sample_items(unet, encoders, dataset, items, args, recorded, kept_folder)
     latents = [dataset.read(clip, NUM_FRAMES) for clip in train[:64]]
-    about = dict(checkpoint=str(args.checkpoint), step=recorded.get("step"), preset=recorded.get("preset"),
-                 resolution=recorded["resolution"], parameters=sum(p.numel() for p in unet.parameters()),
-                 data=str(folder), built_in=bool(words), dual_masks=ddu, seed=args.seed, sampler=settings,
-                 held_out_clips=len(held_out), loss_draws=args.loss_draws,
-                 latent_std=float(np.std(np.stack(latents))) if latents else 1.0)  # fmt: skip
-    report = summarize(about, items, made, real, [c.name for c in held_out], [c.name for c in train],
-                       loss, judge, exam)  # fmt: skip
+    about = dict(
+        checkpoint=str(args.checkpoint),
+        step=recorded.get("step"),
+        preset=recorded.get("preset"),
+        resolution=recorded["resolution"],
+        parameters=sum(p.numel() for p in unet.parameters()),
+        data=str(folder),
+        built_in=bool(words),
+        dual_masks=ddu,
+        seed=args.seed,
+        sampler=settings,
+        held_out_clips=len(held_out),
+        loss_draws=args.loss_draws,
+        latent_std=float(np.std(np.stack(latents))) if latents else 1.0,
+    )
+    report = summarize(
+        about, items, made, real, [c.name for c in held_out], [c.name for c in train], loss, judge, exam
+    )
     report.update(pretrained_metrics.measure(args, items, made, real, [c.name for c in held_out]))
     write_report(args.output_dir, report, items, made, real)
     return report
@@ -391,7 +416,7 @@ def main():
         args = parse_args()
         evaluate(args)
     except (
-        UsageError,
+        UserError,
         pretrained_metrics.MetricError,
         sample.CheckpointError,
         DataError,

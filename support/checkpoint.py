@@ -26,8 +26,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import (
@@ -38,9 +36,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from encoders import EncoderError, load_pretrained
 from model import DFGN
-from options import UsageError
+from support.common import UserError
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -84,7 +81,7 @@ def list_checkpoints(output_dir):
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
-class SaveError(OSError):
+class SaveError(UserError):
     """Something could not be written, in one sentence. What had been saved before is still there."""
 
 
@@ -118,15 +115,6 @@ def sweep(output_dir):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def read_log(path):
-    """The entries of a log.jsonl. A line that a kill or a full disk cut short is none."""
-    entries = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        with suppress(ValueError):
-            entries.append(json.loads(line))
-    return [entry for entry in entries if isinstance(entry, dict) and "step" in entry]
-
-
 @contextmanager
 def alone_in(output_dir):
     """Keeps other runs out of `output_dir` while this one is there: BlockingIOError if one is already. The lock is
@@ -150,7 +138,10 @@ def digests(folder):
 
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "files.json")
     with ThreadPoolExecutor() as threads:  # hashing holds no lock of Python's, and takes as long as writing
-        return {path.relative_to(folder).as_posix(): found for path, found in zip(files, threads.map(digest, files))}
+        return {
+            path.relative_to(folder).as_posix(): found
+            for path, found in zip(files, threads.map(digest, files))
+        }
 
 
 def find_damage(folder):
@@ -173,12 +164,14 @@ def find_damage(folder):
 
 def choose_checkpoint(args, say):
     """The checkpoint that --resume_from_checkpoint asks for, None for a fresh start. A damaged one is never used:
-    `latest` then takes the one before it. Raises UsageError."""
+    `latest` then takes the one before it. Raises UserError."""
     checkpoints = [path for _, path in list_checkpoints(args.output_dir)]
     finished = [name for name in ("model_index.json", "README.md") if (args.output_dir / name).exists()]
     if finished and not checkpoints:
-        raise UsageError(f"--output_dir {args.output_dir} holds {finished[0]} and no checkpoint to go on from: choose "
-                         "another folder, so that nothing in it is overwritten.")  # fmt: skip
+        raise UserError(
+            f"--output_dir {args.output_dir} holds {finished[0]} and no checkpoint to go on from: choose "
+            "another folder, so that nothing in it is overwritten."
+        )
     if args.resume_from_checkpoint == "latest":
         for path in reversed(checkpoints):
             damage = find_damage(path)
@@ -186,26 +179,32 @@ def choose_checkpoint(args, say):
                 return path
             say(f"{path} is damaged ({damage}): trying the one before it")
         if checkpoints:
-            raise UsageError(f"--output_dir {args.output_dir}: all its checkpoints are damaged: "
-                             "start anew in another folder.")  # fmt: skip
+            raise UserError(
+                f"--output_dir {args.output_dir}: all its checkpoints are damaged: "
+                "start anew in another folder."
+            )
         return None
     if args.resume_from_checkpoint:
         path = Path(args.resume_from_checkpoint)
         if not (path / "state.json").is_file():
-            raise UsageError(
+            raise UserError(
                 f"--resume_from_checkpoint {path} is no checkpoint: give latest or a checkpoint-N folder."
             )
         if checkpoints and path.resolve().parent != args.output_dir.resolve():
-            raise UsageError(f"--resume_from_checkpoint {path} is of another run than --output_dir {args.output_dir} "
-                             "holds: choose another --output_dir.")  # fmt: skip
+            raise UserError(
+                f"--resume_from_checkpoint {path} is of another run than --output_dir {args.output_dir} "
+                "holds: choose another --output_dir."
+            )
         if damage := find_damage(path):
-            raise UsageError(
+            raise UserError(
                 f"--resume_from_checkpoint {path} is damaged ({damage}): give another, or latest."
             )
         return path
     if checkpoints or (args.output_dir / "log.jsonl").exists():
-        raise UsageError(f"--output_dir {args.output_dir} already holds a run: continue it with "
-                         "--resume_from_checkpoint latest, or choose another folder.")  # fmt: skip
+        raise UserError(
+            f"--output_dir {args.output_dir} already holds a run: continue it with "
+            "--resume_from_checkpoint latest, or choose another folder."
+        )
     return None
 
 
@@ -276,39 +275,6 @@ def load_checkpoint(path, unet, average, optimizer):
     tensors = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
     set_optimizer_state_dict(unet, optimizer, tensors.pop("optimizer"), options=options)
     return tensors, state
-
-
-def start_from_spatial(unet, source):
-    """--init_unet: puts a Stable Diffusion 2.x U-Net (folder or hub id) into the spatial part of `unet`.
-
-    The input channels of the given frames start at zero, temporal layers at identity (alpha = 0), and so does the
-    projection of CLIP states where the widths agree: at step 0 the network is that U-Net, frame by frame.
-    Raises EncoderError if it cannot be loaded or has other shapes."""
-
-    def load(source, subfolder):
-        return UNet2DConditionModel.from_pretrained(
-            source, subfolder=subfolder, use_safetensors=True, low_cpu_mem_usage=False
-        )
-
-    def build(folder):
-        return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder))
-
-    spatial = load_pretrained("--init_unet", source, ("unet",), load, build).state_dict()
-    own = unet.state_dict()
-    channels = spatial["conv_in.weight"].shape[1]
-    if channels == unet.config.latent_channels:
-        spatial["conv_in.weight"] = F.pad(spatial["conv_in.weight"], (0, 0, 0, 0, 0, channels))
-    for name, weight in spatial.items():
-        if name not in own or own[name].shape != weight.shape:
-            theirs, ours = tuple(weight.shape), tuple(own[name].shape) if name in own else "absent"
-            raise EncoderError(
-                f"--init_unet {source} does not fit this --preset and --vae: its {name} is {theirs}, here it is "
-                f"{ours}. `full` takes the U-Net of a Stable Diffusion 2.x model."
-            )
-    if unet.config.clip_dim == unet.config.cross_attention_dim:
-        spatial["clip_projection.weight"] = torch.eye(unet.config.clip_dim)
-        spatial["clip_projection.bias"] = torch.zeros(unet.config.clip_dim)
-    unet.load_state_dict(spatial, strict=False)
 
 
 def write_finished(output_dir, unet, average, encoders, scheduler, settings, card, main_process):

@@ -13,14 +13,10 @@ import warnings
 
 import torch
 import torch.nn as nn
-from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.training_utils import EMAModel
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-
-from model import STI, Conv3D
 
 ADAM = dict(betas=(0.9, 0.999), weight_decay=0.01)
 # The gate of a temporal layer is one number that starts at zero:
@@ -103,11 +99,3 @@ def shard(unet, device):
     # The network's output is a view; nothing changes it in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     fully_shard(unet, mesh=mesh, reshard_after_forward=True)  # what is left: input and output layers
-
-
-def compile_layers(unet):
-    """Compiles layer by layer (torch.compile): the whole network would be compiled anew for each way of packing frames."""
-    torch._dynamo.config.recompile_limit = 64  # of all layers of a class together: beyond it they would run as they are
-    for module in unet.modules():
-        if isinstance(module, ResnetBlock2D | Transformer2DModel | STI | Conv3D):
-            module.compile()

@@ -22,21 +22,51 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-import checkpoint  # noqa: E402
-import stickers  # noqa: E402
+from support import (
+    checkpoint,  # noqa: E402
+    stickers,  # noqa: E402
+)
 
 STEPS, SAVE_EVERY, CALLS_PER_SAVE = 90, 3, 15
 
 
 def start(out, data, cache, **env):
-    words = ["tests/toy_train.py", "--data", data, "--cache_dir", cache, "--output_dir", out, "--max_train_steps", STEPS,
-             "--train_batch_size", 2, "--mixed_precision", "no", "--num_workers", 0, "--validation_steps", 0,
-             "--checkpointing_steps", SAVE_EVERY, "--resume_from_checkpoint", "latest", "--validation_prompts", "a cat"]  # fmt: skip
-    return subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, env={**os.environ, **env, "TOY_NO_PICTURES": "1"},
-                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    words = [
+        "tests/toy_train.py",
+        "--data",
+        data,
+        "--cache_dir",
+        cache,
+        "--output_dir",
+        out,
+        "--max_train_steps",
+        STEPS,
+        "--train_batch_size",
+        2,
+        "--mixed_precision",
+        "no",
+        "--num_workers",
+        0,
+        "--validation_steps",
+        0,
+        "--checkpointing_steps",
+        SAVE_EVERY,
+        "--resume_from_checkpoint",
+        "latest",
+        "--validation_prompts",
+        "a cat",
+    ]
+    return subprocess.Popen(
+        [sys.executable, *map(str, words)],
+        cwd=ROOT,
+        env={**os.environ, **env, "TOY_NO_PICTURES": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def weights(folder):
@@ -81,12 +111,16 @@ def main():
             raise SystemExit(last.stderr.read()[-2000:])
         a, b = weights(root / "whole"), weights(out)
         same = a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-        logs = [[(entry["step"], entry["loss"]) for entry in checkpoint.read_log(root / name / "log.jsonl")]
-                for name in ("whole", "killed")]  # fmt: skip
+        logs = [
+            [(entry["step"], entry["loss"]) for entry in checkpoint.read_log(root / name / "log.jsonl")]
+            for name in ("whole", "killed")
+        ]
         leftovers = [path.name for path in out.glob("*.tmp")]
-        print(f"{kills} kills ({finished} runs ended before theirs); every checkpoint left behind was whole; final weights "
-              f"{'equal' if same else 'DIFFER'}, {len(logs[0])} logged losses "
-              f"{'equal' if logs[0] == logs[1] else 'DIFFER'}, leftovers: {leftovers or 'none'}")  # fmt: skip
+        print(
+            f"{kills} kills ({finished} runs ended before theirs); every checkpoint left behind was whole; final weights "
+            f"{'equal' if same else 'DIFFER'}, {len(logs[0])} logged losses "
+            f"{'equal' if logs[0] == logs[1] else 'DIFFER'}, leftovers: {leftovers or 'none'}"
+        )
         sys.exit(0 if same and logs[0] == logs[1] and not leftovers else 1)
 
 

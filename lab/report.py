@@ -13,10 +13,9 @@ import matplotlib
 import numpy as np
 
 import masks
-import media
-import metrics
-from curriculum import LENGTHS, TASKS
-from masks import NUM_FRAMES
+from lab import metrics
+from masks import LENGTHS, NUM_FRAMES, TASKS
+from support import media
 
 matplotlib.use("Agg")  # no screen needed
 import matplotlib.pyplot as plt  # noqa: E402
@@ -148,10 +147,13 @@ def order_table(entry, name):
     """Which of the paper's inequalities the measured loss obeys."""
     cell = lambda c: f"H({c[0]}, {c[1]})"
     rows = [
-        [f"{cell(c['easier'])} <= {cell(c['harder'])}", f"{c['difference']:+.4f} ± {c['se']:.4f}",
-         "holds" if c["holds"] else "refuted" if c["refuted"] else "no, within two standard errors"]
+        [
+            f"{cell(c['easier'])} <= {cell(c['harder'])}",
+            f"{c['difference']:+.4f} ± {c['se']:.4f}",
+            "holds" if c["holds"] else "refuted" if c["refuted"] else "no, within two standard errors",
+        ]
         for c in entry[name]
-    ]  # fmt: skip
+    ]
     held = sum(c["holds"] for c in entry[name])
     refuted = sum(c["refuted"] for c in entry[name])
     summary = f"{name}: {held} of {len(rows)} hold, {refuted} are refuted by more than two standard errors"
@@ -161,15 +163,19 @@ def order_table(entry, name):
 
 def loss_section(report):
     loss = report["loss"]
-    parts = ["<h2>Held-out loss</h2>", note(
-        f"{report['about']['loss_draws']} draws of held-out clips of 8 key frames; draw i has the same clip, "
-        "timestep and noise for every task and every k. \"Eq. 1\" is the squared error of the noise; "
-        "\"balanced\" "
-        "weighs it with min(SNR + 1, 5) / SNR, as the error of the clean latents, since Eq. 1 itself tells "
-        "mostly "
-        "of small timesteps. ± is one standard error; the inequalities are tested draw by draw. Given "
-        "frames count in the loss, as in training, and are easy: the views of unknown frames leave them "
-        "out.")]  # fmt: skip
+    parts = [
+        "<h2>Held-out loss</h2>",
+        note(
+            f"{report['about']['loss_draws']} draws of held-out clips of 8 key frames; draw i has the same clip, "
+            'timestep and noise for every task and every k. "Eq. 1" is the squared error of the noise; '
+            '"balanced" '
+            "weighs it with min(SNR + 1, 5) / SNR, as the error of the clean latents, since Eq. 1 itself tells "
+            "mostly "
+            "of small timesteps. ± is one standard error; the inequalities are tested draw by draw. Given "
+            "frames count in the loss, as in training, and are easy: the views of unknown frames leave them "
+            "out."
+        ),
+    ]
     rows = [
         [view, number(entry["text only, k = 8"], 4), number(entry["mean"], 4) if "mean" in entry else "-"]
         for view, entry in loss.items()
@@ -187,10 +193,14 @@ def loss_section(report):
 
 
 def quality_section(report):
-    parts = ["<h2>Frames against the ground truth</h2>", note(
-        "The truth is the clip as the codec gives it back, so the codec's own loss does not count. Baselines "
-        "see the given frames of that same clip. Unknown frames leave out those that were given; given "
-        "frames are compared as the model returns them.")]  # fmt: skip
+    parts = [
+        "<h2>Frames against the ground truth</h2>",
+        note(
+            "The truth is the clip as the codec gives it back, so the codec's own loss does not count. Baselines "
+            "see the given frames of that same clip. Unknown frames leave out those that were given; given "
+            "frames are compared as the model returns them."
+        ),
+    ]
     for task, which in report["quality"].items():
         rows = [
             [f"{frames} frames: {who}", number(entry["psnr"], 2), number(entry["ssim"])]
@@ -217,21 +227,33 @@ def text_table(section, title):
 
 def judge_section(report):
     exam, about = report["judge"], report["about"]
-    parts = ["<h2>Text adherence</h2>", note(
-        f"A judge, trained on drawn stickers of the training combinations, reads colour, subject and motion. "
-        f"First its own accuracy, on {exam['clips']} real clips of held-out combinations.")]  # fmt: skip
+    parts = [
+        "<h2>Text adherence</h2>",
+        note(
+            f"A judge, trained on drawn stickers of the training combinations, reads colour, subject and motion. "
+            f"First its own accuracy, on {exam['clips']} real clips of held-out combinations."
+        ),
+    ]
     rows = [[name, *(f"{share:.1%}" for share in exam[name].values())] for name in ("raw", "round trip")]
     parts.append(table(["the judge on real clips", *exam["raw"]], rows))
     if "text" in report:
-        parts += [text_table(report["text"], "samples from text"), note(
-            "The share of samples on which the judge reads what the prompt says ± a binomial standard error "
-            "(with "
-            "two more of each kind counted). Held out: this "
-            f"combination of words was never trained on. {sampler_text(about, 'text')}.")]  # fmt: skip
+        parts += [
+            text_table(report["text"], "samples from text"),
+            note(
+                "The share of samples on which the judge reads what the prompt says ± a binomial standard error "
+                "(with "
+                "two more of each kind counted). Held out: this "
+                f"combination of words was never trained on. {sampler_text(about, 'text')}."
+            ),
+        ]
     if "image" in report:
-        parts += [text_table(report["image"], "samples from text and first frame"), note(
-            "Colour and subject can be read off the given frame; the motion only from the text. "
-            f"{sampler_text(about, 'image')}.")]  # fmt: skip
+        parts += [
+            text_table(report["image"], "samples from text and first frame"),
+            note(
+                "Colour and subject can be read off the given frame; the motion only from the text. "
+                f"{sampler_text(about, 'image')}."
+            ),
+        ]
     return parts
 
 
@@ -248,11 +270,16 @@ def motion_section(report):
     ]
     header = ["", "motion, of 255", "without grain", "distinct frames of 8", "still clips"]
     samplers = "; ".join(sampler_text(report["about"], task) for task in report["about"]["sampler"])
-    return ["<h2>Motion</h2>", table(header, rows), note(
-        "Motion: mean absolute difference of consecutive frames; grain that flickers counts too, and hardly "
-        "in "
-        "the means of 8 x 8 pixels (without grain). Distinct: differs by 1 of 255 or more from all before. "
-        f"Still: motion without grain below a tenth of the real mean. {samplers}.")]  # fmt: skip
+    return [
+        "<h2>Motion</h2>",
+        table(header, rows),
+        note(
+            "Motion: mean absolute difference of consecutive frames; grain that flickers counts too, and hardly "
+            "in "
+            "the means of 8 x 8 pixels (without grain). Distinct: differs by 1 of 255 or more from all before. "
+            f"Still: motion without grain below a tenth of the real mean. {samplers}."
+        ),
+    ]
 
 
 def frechet_section(report):
@@ -262,26 +289,38 @@ def frechet_section(report):
     ]
     samplers = "; ".join(sampler_text(report["about"], task) for task in report["frechet"])
     header = ["samples", "model", "as many real held-out clips", "clips", "training clips compared with"]
-    return ["<h2>Frechet distance over our own features</h2>", table(header, rows), note(
-        "Features of a small network of fixed random weights, of pairs of consecutive frames; pairs with a "
-        "given "
-        "frame are left out. Comparable only between runs of this script with the same stickers, resolution "
-        "and "
-        f"number of clips; not FVD, not FID. {samplers}.")]  # fmt: skip
+    return [
+        "<h2>Frechet distance over our own features</h2>",
+        table(header, rows),
+        note(
+            "Features of a small network of fixed random weights, of pairs of consecutive frames; pairs with a "
+            "given "
+            "frame are left out. Comparable only between runs of this script with the same stickers, resolution "
+            "and "
+            f"number of clips; not FVD, not FID. {samplers}."
+        ),
+    ]
 
 
 def pretrained_sections(report):
     parts = []
     if "fvd" in report:
         rows = [[task, f"{e['fvd']:.1f}", e["clips"], e["real_clips"]] for task, e in report["fvd"].items()]
-        parts += ["<h2>FVD</h2>", table(["samples", "FVD", "clips", "real clips"], rows), note(
-            "I3D wants more than 8 frames: every frame was shown twice. With so few clips and repeated "
-            "frames "
-            "this must not be compared with the paper's number or any other.")]  # fmt: skip
+        parts += [
+            "<h2>FVD</h2>",
+            table(["samples", "FVD", "clips", "real clips"], rows),
+            note(
+                "I3D wants more than 8 frames: every frame was shown twice. With so few clips and repeated "
+                "frames "
+                "this must not be compared with the paper's number or any other."
+            ),
+        ]
     for key, title in (("clip_similarity", "CLIP similarity"), ("vqa", "Video quality (external program)")):
         if key in report:
-            rows = [[task, number(e["model"], 4), number(e["real"], 4) if e["real"] else "-"]
-                    for task, e in report[key].items()]  # fmt: skip
+            rows = [
+                [task, number(e["model"], 4), number(e["real"], 4) if e["real"] else "-"]
+                for task, e in report[key].items()
+            ]
             parts += [f"<h2>{title}</h2>", table(["samples", "model", "real clips"], rows)]
     return parts
 
@@ -305,8 +344,11 @@ def write_report(output_dir, report, items, made, real):
     """Writes report.json, report.html, and the heat map as heat_map.png. items, made, real: as
     summary.summarize."""
     about = report["about"]
-    rows = [[name.replace("_", " "), value if not isinstance(value, float) else f"{value:.4f}"]
-            for name, value in about.items() if name != "sampler"]  # fmt: skip
+    rows = [
+        [name.replace("_", " "), value if not isinstance(value, float) else f"{value:.4f}"]
+        for name, value in about.items()
+        if name != "sampler"
+    ]
     parts = ["<h1>Evaluation</h1>", table(["setting", ""], rows)]
     parts += [
         "<p class=note>"
@@ -327,8 +369,11 @@ def write_report(output_dir, report, items, made, real):
         if "cells" in report["loss"]["Eq. 1"]:
             (output_dir / "heat_map.png").write_bytes(picture_bytes(plot_heat_maps(report["loss"])))
     for task, sheet in sheets(items, made, real, report.get("readings")).items():
-        parts += [f"<h2>Samples: {task}</h2>", note(f"Given frames are framed. {sampler_text(about, task)}."),
-                  picture(task, sheet)]  # fmt: skip
+        parts += [
+            f"<h2>Samples: {task}</h2>",
+            note(f"Given frames are framed. {sampler_text(about, task)}."),
+            picture(task, sheet),
+        ]
     page = (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>Evaluation of '
         f"{escape(about['checkpoint'])}</title><style>{STYLE}</style>{chr(10).join(parts)}</html>"

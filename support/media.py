@@ -29,6 +29,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence, UnidentifiedImageError
 
+from support.common import UserError, printable
+
 SUFFIXES = (".gif", ".webp", ".png", ".apng", ".mp4", ".webm")  # what a sticker folder is searched for
 OUTPUTS = (".gif", ".webp", ".mp4", ".png")  # what write_clip knows
 
@@ -48,7 +50,7 @@ Image.MAX_IMAGE_PIXELS = MAX_SIDE**2 // 2  # Pillow raises beyond twice that, be
 av.logging.set_level(av.logging.PANIC)  # FFmpeg would write to stderr; what matters comes as an exception
 
 
-class MediaError(ValueError):
+class MediaError(UserError):
     """A file that cannot be read or written: one sentence with its name, the reason and the way out."""
 
 
@@ -76,17 +78,6 @@ def check_time(start):
 def out_of_memory(error):
     """Whether an exception says so: some of torch, FFmpeg and Pillow do it in words alone."""
     return isinstance(error, MemoryError) or re.search("(allocate|out of) memory", str(error)) is not None
-
-
-def printable(text, most=500):
-    """A name or message from a file (str or Path) as one line that any terminal shows as it is meant.
-
-    Control characters, line breaks, bytes that are no UTF-8 and marks that turn the writing direction come
-    out as escapes such as \\x1b; beyond `most` characters it is cut.
-    """
-    text = str(text)
-    shown = text if len(text) <= most else text[:most] + "..."
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -190,7 +181,9 @@ def on_white(picture, resolution):
     pixels = np.array(square)
     if square.width == resolution:
         return pixels
-    x = torch.from_numpy(pixels).view(1, *pixels.shape).permute(0, 3, 1, 2)  # (1, 3, side, side), channels last
+    x = (
+        torch.from_numpy(pixels).view(1, *pixels.shape).permute(0, 3, 1, 2)
+    )  # (1, 3, side, side), channels last
     x = F.interpolate(x, (resolution, resolution), mode="bicubic", antialias=True)
     return x[0].permute(1, 2, 0).numpy()
 

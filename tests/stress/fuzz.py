@@ -28,10 +28,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import folder  # noqa: E402
-import media  # noqa: E402
+from support import (
+    folder,  # noqa: E402
+    media,  # noqa: E402
+)
+from support.common import printable
 from tests.test_media import apng, chunk, clip, write  # noqa: E402
 
 SECONDS = media.MAX_SECONDS  # of one case; real: a process that hangs is ended after folder.HANG_SECONDS
@@ -270,7 +273,7 @@ def try_metadata(number, seed, place, files):
     Path(place, name).write_bytes(mutated(rng, files[name]))
     try:
         stickers, problems = folder.scan_folder(place)
-        print(*(media.printable(f"{where} {reason}") for where, reason in problems), file=io.StringIO())
+        print(*(printable(f"{where} {reason}") for where, reason in problems), file=io.StringIO())
     except folder.DataError as error:
         return None if is_sentence(str(error)) else f"no sentence: {error!r}"
     except BaseException as error:
@@ -328,7 +331,7 @@ def main():
     print(f"slowest {slowest[0]:.2f} s (case {slowest[1]}), decoding processes grew by at most {peak} MiB")
     print(f"{args.cases // 4} metadata files in {time.perf_counter() - start:.0f} s")
     for fault in faults:
-        print(f"FAULT {media.printable(fault)}")
+        print(f"FAULT {printable(fault)}")
     sys.exit(bool(faults))
 
 

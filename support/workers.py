@@ -1,0 +1,106 @@
+"""
+Decoding in processes of their own, which may die or hang over a file: that file alone is lost.
+"""
+
+import re
+import resource
+import signal
+from collections import deque
+from functools import partial
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from pebble import ProcessExpired, ProcessPool
+
+from support import media
+from support.common import printable
+
+HANG_SECONDS = 60  # until a process is ended that decodes one file: twice media.MAX_SECONDS
+LOOK_AHEAD = 4  # files that each decoding process may be ahead of the reader: they wait in memory
+
+
+def attempt(work, item):
+    """work(item), or the reason (str) where that does not fit into memory."""
+    try:
+        return work(item)
+    except Exception as error:
+        if not media.out_of_memory(error):
+            raise
+        return media.NO_MEMORY
+
+
+memory_limit = resource.RLIM_INFINITY  # bytes that a decoding process may hold: begin_worker sets it
+
+
+def begin_worker():
+    """What a decoding process does first."""
+    global memory_limit
+    torch.set_num_threads(1)  # the others did not come along with the fork
+    memory_limit, _ = resource.getrlimit(resource.RLIMIT_DATA)  # mostly infinite
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux; elsewhere nothing tells what it holds already
+        held = int(re.search(r"VmData:\s+(\d+)", status.read_text())[1]) * 1024
+        most = held + media.MAX_MEMORY_BYTES
+        memory_limit = most if memory_limit == resource.RLIM_INFINITY else min(most, memory_limit)
+
+
+def run_in_worker(work, item):
+    signal.alarm(2 * HANG_SECONDS)  # ends it even within C code: nobody else would, had the run been killed
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (memory_limit, before[1]))
+    try:
+        return attempt(work, item)
+    finally:  # the result lies within the limit, and may take as much again on its way through the pipe
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+        signal.alarm(0)
+
+
+def in_processes(work, items, num_workers):
+    """Yields work(item) for each item, in order, from `num_workers` processes; where an item ends its process
+    (a crash), takes longer than HANG_SECONDS or more than media.MAX_MEMORY_BYTES, twice, the reason (str).
+
+    It gets a second chance because the fault may be the machine's, or the memory have been in pieces after
+    other items. What else `work` raises is raised here.
+    """
+    todo, failed = deque(items), False  # failed: whether the first of `todo` has been tried before
+    while todo:  # once, and again after each failure: the pool may be out of order
+        # Forked, as torch's own loaders are: a fresh process would import torch first (7 s, 400 MB).
+        pool = ProcessPool(num_workers, initializer=begin_worker, context=get_context("fork"))
+        futures = deque()
+        try:
+            while todo:
+                reason = None
+                try:
+                    for item in islice(todo, len(futures), LOOK_AHEAD * num_workers):
+                        futures.append(pool.schedule(run_in_worker, (work, item), timeout=HANG_SECONDS))
+                    result = futures[0].result(2 * HANG_SECONDS)  # longer than that it is the pool that hangs
+                    if isinstance(result, str) and media.NO_MEMORY in result:
+                        reason = result
+                except TimeoutError:
+                    reason = f"decoding it took longer than {HANG_SECONDS} seconds"
+                except (ProcessExpired, RuntimeError) as error:
+                    if isinstance(error, RuntimeError) and pool.active:  # a fault of ours, not a broken pool
+                        raise
+                    reason = "its decoding process died"
+                if reason and not failed:
+                    failed = True
+                    break
+                yield reason or result
+                todo.popleft(), futures.popleft()
+                failed = False
+                if reason:
+                    break
+        finally:
+            pool.stop()
+            pool.join()
+
+
+def read_picture(path, resolution):
+    """media.read_image in a decoding process, with the limits of time and memory of load_clips: the first frame
+    of a file from anywhere. Returns uint8 (resolution, resolution, 3); raises MediaError."""
+    (picture,) = in_processes(partial(media.read_image, resolution=resolution), [path], 1)
+    if isinstance(picture, str):  # the reason why there is none
+        raise media.MediaError(f"{printable(path)} cannot be decoded ({picture}); choose another picture.")
+    return picture

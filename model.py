@@ -1,19 +1,23 @@
 """
-DFGN, the discrete frame generation network of RDTF (section 3 of the paper): a Stable-Diffusion-shaped U-Net
-that sees each frame by itself, with an STI (spatial temporal interaction) layer after each of its spatial
-transformers.
+DFGN, the discrete frame generation network of RDTF: a Stable-Diffusion-shaped U-Net that sees each frame by
+itself, with an STI (spatial temporal interaction) layer after each of its spatial transformers.
 
     Frames    which slots of a batch hold frames: spatial layers compute nothing for the others
-    STI       section 3.1: semantic branch, detail branch, learned fusion
+    STI       "STI layer": semantic branch, detail branch, learned fusion
     Conv3D    what the paper's ablation puts in the place of STI (Table 3)
     DFGN      the U-Net
-    SIZES     tiny, small, full (0.96B parameters)
+    SIZES     toy (for tests), tiny, small, full (0.96B parameters)
+
+$ python model.py         # sizes, parameters per part, every layer of `full` with its shape and operations
+$ python model.py tiny    # the layers of another size
 
 Shapes: B clips, F frame slots per clip, N valid frames in the batch, C latent channels, d channels of a
 layer, H x W the height and width of a layer, L text tokens.
 """
 
-import os
+import argparse
+from functools import partial
+from itertools import zip_longest
 
 import torch
 import torch.nn as nn
@@ -25,49 +29,20 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_timest
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
-from torch.utils.checkpoint import checkpoint
 
-from support.machine import as_weights, same_attention
-from support.prior import GaussianPrior
+from support.layers import print_layers, print_sizes
 
-# oneDNN, which computes on the CPU, keeps one kernel per operation and shape. The number of frames in a batch differs
-# from step to step: of the 1024 kernels that it keeps by default most are gone before they are asked for again.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
+NUM_TIMESTEPS = 1000  # diffusion steps (Table 6)
 
 # ------------------------------------------------------------------------------------------------------------
 # Diffusion
 
 
 def make_scheduler():
-    """Table 6's schedule: 1000 steps, "linear" in the sense of the latent diffusion code, that is linear in
-    sqrt(beta). diffusers' other defaults are for pixels: latents are not clipped, and the schedule ends at
-    alpha_1, not at 1."""
-    return DDIMScheduler(
-        num_train_timesteps=1000,
-        beta_start=0.00085,
-        beta_end=0.0120,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
-
-
-LATENT_ERROR = 0.3  # assumed error of the network's estimate of clean latents, as a share of their variance
-MAX_LATENT_WEIGHT = 5.0
-
-
-def loss_weights(latent_std):
-    """What the squared error of the noise counts at each timestep: float32 (1000,).
-
-    One everywhere, as in Eq. 1, for a network whose last layer is the noise. If that is an estimate of the clean
-    latents, of standard deviation `latent_std`, then it is the error of the estimate that counts, with min(snr + 1, 5):
-    under Eq. 1 the large timesteps, at which subject, colour and place are decided, would weigh next to nothing."""
-    alpha = make_scheduler().alphas_cumprod
-    if latent_std is None:
-        return torch.ones_like(alpha)
-    snr = alpha * latent_std**2 / (1 - alpha)
-    return (snr + 1).clamp(max=MAX_LATENT_WEIGHT) / snr
+    """Table 6's schedule, "linear" as in the latent diffusion code: linear in sqrt(beta). diffusers' defaults
+    are for pixels: latents are not clipped, and the schedule ends at alpha_1, not at 1."""
+    linear = dict(beta_start=0.00085, beta_end=0.0120, beta_schedule="scaled_linear")
+    return DDIMScheduler(NUM_TIMESTEPS, **linear, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -83,10 +58,9 @@ class Frames:
     def __init__(self, valid, batch, slots, device):
         self.batch, self.slots = batch, slots
         self.valid = None if valid is None or bool(valid.all()) else valid
-        everything = torch.arange(batch * slots, device=device)
-        self.index = (
-            everything if self.valid is None else everything[self.valid.flatten()]
-        )  # (N,) places in B * F
+        self.index = torch.arange(batch * slots, device=device)
+        if self.valid is not None:
+            self.index = self.index[self.valid.flatten()]  # (N,) places in B * F
         self.clip = self.index // slots  # (N,) which clip a packed frame belongs to
 
     def pack(self, x):
@@ -108,9 +82,7 @@ class Frames:
 class FrameConv(nn.Module):
     """GroupNorm, SiLU, then a convolution with kernel (3, 1, 1) over (frames, height, width).
 
-    The norm pools over one frame, never over frames: otherwise a frame would feel the filler. The kernel
-    touches single locations, so it is written as a (3, 1) convolution over (F, H * W), which is a good deal
-    faster."""
+    The norm pools over one frame, never over frames: otherwise a frame would feel the filler."""
 
     def __init__(self, width, groups):
         super().__init__()
@@ -118,6 +90,8 @@ class FrameConv(nn.Module):
         self.conv = nn.Conv2d(width, width, kernel_size=(3, 1), padding=(1, 0))
 
     def forward(self, h, frames):
+        # The same as nn.Conv3d(d, d, (3, 1, 1), padding=(1, 0, 0)) over (B, d, F, H, W). The kernel touches
+        # single locations, so it may be a (3, 1) convolution over (F, H*W), which is a good deal faster.
         height = h.shape[2]
         x = F.silu(self.norm(h))  # (N, d, H, W)
         x = frames.unpack(x.flatten(2).transpose(1, 2))  # (B, F, H*W, d)
@@ -127,13 +101,15 @@ class FrameConv(nn.Module):
 
 
 class STI(nn.Module):
-    """Spatial Temporal Interaction layer (section 3.1; constants from Table 6).
+    """Spatial Temporal Interaction layer ("STI layer"; constants from Table 6).
 
     out = h + alpha * (w_1 * norm(semantic) + w_2 * norm(detail)), with w a softmax at every location. alpha
     starts at zero, so that a network with fresh STI layers is the spatial U-Net, frame by frame."""
 
     def __init__(self, width, heads=8, head_width=32, gamma=2, groups=32):
         super().__init__()
+        if type(gamma) is not int or gamma < 1:
+            raise ValueError(f"sti_gamma is {gamma!r}: it must be a whole number, at least 1.")
         self.heads, self.gamma = heads, gamma
         inner = heads * head_width
         # semantic branch
@@ -162,22 +138,20 @@ class STI(nn.Module):
         s = frames.unpack(self.norm_attention(s)) + order[:, None]  # (B, F, HW/gg, d)
         tokens_per_frame = s.shape[2]
         s = s.flatten(1, 2)  # (B, F*HW/gg, d)
+        # each (B, heads, F*HW/gg, head width)
         q, k, v = (
-            to(s).unflatten(2, (self.heads, -1)).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v)
+            w(s).unflatten(2, (self.heads, -1)).transpose(1, 2) for w in (self.to_q, self.to_k, self.to_v)
         )
-        keys = None  # filler slots are no keys
-        if frames.valid is not None:
-            keys = frames.valid.repeat_interleave(tokens_per_frame, dim=1)[
-                :, None, None
-            ]  # (B, 1, 1, F*HW/gg)
+        keys = None
+        if frames.valid is not None:  # filler slots are no keys: (B, 1, 1, F*HW/gg)
+            keys = frames.valid.repeat_interleave(tokens_per_frame, dim=1)[:, None, None]
         s = F.scaled_dot_product_attention(q, k, v, attn_mask=keys)  # (B, heads, F*HW/gg, head width)
         s = self.to_out(s.transpose(1, 2).flatten(2))  # (B, F*HW/gg, d)
         s = frames.pack(s.unflatten(1, (frames.slots, tokens_per_frame)))  # (N, HW/gg, d)
         s = s.transpose(1, 2).unflatten(2, (small_height, -1))  # (N, d, H/g, W/g)
         s = self.norm_semantic(s)  # before upsampling: the same statistics from fewer pixels
-        return F.interpolate(s, scale_factor=float(gamma), mode="nearest")[
-            :, :, :height, :width
-        ]  # (N, d, H, W)
+        s = F.interpolate(s, scale_factor=float(gamma), mode="nearest")
+        return s[:, :, :height, :width]  # (N, d, H, W)
 
     def detail(self, h, frames):
         """Full resolution, along frames only."""
@@ -193,9 +167,9 @@ class STI(nn.Module):
 
 
 class Conv3D(nn.Module):
-    """The temporal layer of the paper's ablation "DFGN (3D-Conv)": four (3, 1, 1) convolutions, as in the
+    """The temporal layer of the ablation "DFGN (3D-Conv)" (Table 3): four (3, 1, 1) convolutions, as in the
     video U-Nets that the paper's lineage starts from, with the same residual start. The paper gives no size;
-    this one has 1.02B parameters."""
+    `full` has 1.02B parameters with it."""
 
     def __init__(self, width, groups=32):
         super().__init__()
@@ -215,87 +189,65 @@ class Conv3D(nn.Module):
 
 class Block(nn.Module):
     """The layers of one resolution, under the names that diffusers' 2D conditional U-Net gives them, so that
-    a Stable Diffusion 2.x checkpoint fits: resnets, attentions, downsamplers, upsamplers. `temporal` is
-    ours."""
+    a Stable Diffusion 2.x checkpoint fits. `temporal` is ours.
 
-    def __init__(self):
+    config: of DFGN; in_widths: channels that each residual layer takes; width: channels that it gives;
+    attention: a bool per layer, whether a transformer and a temporal layer follow"""
+
+    def __init__(self, config, in_widths, width, attention):
         super().__init__()
         self.resnets = nn.ModuleList()
-        self.attentions = nn.ModuleList()  # empty at resolutions without attention
-        self.temporal = nn.ModuleList()  # one after each attention
+        self.attentions = nn.ModuleList()
+        self.temporal = nn.ModuleList()
         self.downsamplers = nn.ModuleList()  # none or one
         self.upsamplers = nn.ModuleList()  # none or one
+        c, groups, head = config, config.norm_num_groups, config.head_width
+        residual = dict(temb_channels=4 * c.block_out_channels[0], groups=groups, eps=1e-5)
+        text = dict(cross_attention_dim=c.cross_attention_dim, use_linear_projection=True)
+        for in_width, has_attention in zip(in_widths, attention):
+            self.resnets.append(ResnetBlock2D(in_channels=in_width, out_channels=width, **residual))
+            if not has_attention:
+                continue
+            transformer = Transformer2DModel(width // head, head, width, norm_num_groups=groups, **text)
+            self.attentions.append(transformer)
+            if c.temporal == "sti":
+                self.temporal.append(STI(width, c.sti_heads, c.sti_head_width, c.sti_gamma, groups))
+            elif c.temporal == "conv3d":
+                self.temporal.append(Conv3D(width, groups))
+            else:
+                raise ValueError(f"temporal is {c.temporal!r}: it must be 'sti' or 'conv3d'.")
+
+    def layers(self):
+        """[(resnet, transformer, temporal layer)], None in the place of what a layer does not have."""
+        return list(zip_longest(self.resnets, self.attentions, self.temporal))
 
 
 class DFGN(ModelMixin, ConfigMixin):
-    """Noise prediction network G_theta([x_t, y, z], t) (section 3, Table 6).
-
-    latent_channels: channels of the codec's latents; the input has twice as many (noisy and given frames,
-        section 3.2)
-    block_out_channels: widths, one per resolution
-    attention_levels: one flag per resolution: transformers (and temporal layers) there; the middle always has
-        one
-    layers_per_block: residual layers per resolution on the way down (one more on the way up)
-    head_width: channels per head of the spatial transformers
-    cross_attention_dim: width of the shared text space; clip_dim, t5_dim: widths of the two text encoders
-    temporal: "sti", or "conv3d" for the ablation of Table 3
-    sti_heads, sti_head_width, sti_gamma: Table 6 and section 3.1
-    prior_side: None: the last layer is the noise, as in the paper. Or the side of the latents: then the last layer
-        estimates the clean latents, and the noise follows from x_t. Clean latents have few degrees of freedom, noise
-        has all of them, and a narrow network cannot carry it from input to output (Li and He, "Back to Basics: Let
-        Denoising Generative Models Denoise"). The estimate of a GaussianPrior is one more input, and mixed with
-        that of the network by the errors of both. Ours, not the paper's; `full` goes without.
-    """
+    """Noise prediction network G_theta([x_t, y, z], t) (Table 6)."""
 
     @register_to_config
     def __init__(
         self,
-        latent_channels=4,
-        block_out_channels=(320, 640, 1280, 1280),
-        attention_levels=(True, True, True, False),
-        layers_per_block=2,
-        head_width=64,
-        cross_attention_dim=1024,
-        clip_dim=1024,
+        latent_channels=4,  # C, of the codec
+        condition_channels=None,  # of what is concatenated to the noisy latents; None: C, the given frames
+        block_out_channels=(320, 640, 1280, 1280),  # widths, one per resolution
+        attention_levels=(True, True, True, False),  # transformers and STI there, and in the middle
+        layers_per_block=2,  # residual layers per resolution on the way down, one more on the way up
+        head_width=64,  # channels per head of the spatial transformers
+        cross_attention_dim=1024,  # width of the shared text space
+        clip_dim=1024,  # widths of the two text encoders
         t5_dim=1024,
         norm_num_groups=32,
-        temporal="sti",
-        sti_heads=8,
+        temporal="sti",  # or "conv3d", the ablation of Table 3
+        sti_heads=8,  # "STI layer", Table 6
         sti_head_width=32,
         sti_gamma=2,
-        prior_side=None,
     ):
         super().__init__()
-        if temporal not in ("sti", "conv3d"):
-            raise ValueError(f"temporal is {temporal!r}: it must be 'sti' or 'conv3d'.")
-        if type(sti_gamma) is not int or sti_gamma < 1:
-            raise ValueError(f"sti_gamma is {sti_gamma!r}: it must be a whole number, at least 1.")
-        widths, groups, emb_dim = block_out_channels, norm_num_groups, 4 * block_out_channels[0]
+        c, widths, emb_dim = self.config, block_out_channels, 4 * block_out_channels[0]
+        condition_channels = latent_channels if condition_channels is None else condition_channels
 
-        def add_layer(block, in_width, width, attention):
-            block.resnets.append(
-                ResnetBlock2D(
-                    in_channels=in_width, out_channels=width, temb_channels=emb_dim, groups=groups, eps=1e-5
-                )
-            )
-            if attention:
-                block.attentions.append(
-                    Transformer2DModel(
-                        num_attention_heads=width // head_width,
-                        attention_head_dim=head_width,
-                        in_channels=width,
-                        cross_attention_dim=cross_attention_dim,
-                        norm_num_groups=groups,
-                        use_linear_projection=True,
-                    )
-                )
-                block.temporal.append(
-                    STI(width, sti_heads, sti_head_width, sti_gamma, groups)
-                    if temporal == "sti"
-                    else Conv3D(width, groups)
-                )
-
-        # text: one linear layer per encoder into a shared space (section 3.2)
+        # text: one linear layer per encoder into a shared space ("Guidance")
         self.clip_projection = nn.Linear(clip_dim, cross_attention_dim)
         self.t5_projection = nn.Linear(t5_dim, cross_attention_dim)
 
@@ -304,152 +256,113 @@ class DFGN(ModelMixin, ConfigMixin):
         self.time_embedding = TimestepEmbedding(widths[0], emb_dim)
 
         # down
-        inputs = 2 if prior_side is None else 3  # noisy, given, and what the prior makes of them
-        self.conv_in = nn.Conv2d(inputs * latent_channels, widths[0], kernel_size=3, padding=1)
-        skips = [widths[0]]  # widths of the skip connections, a stack
+        self.conv_in = nn.Conv2d(latent_channels + condition_channels, widths[0], kernel_size=3, padding=1)
+        width, skips = widths[0], [widths[0]]  # skips: widths of the skip connections, a stack
         self.down_blocks = nn.ModuleList()
-        width = widths[0]
-        for level, next_width in enumerate(widths):
-            block = Block()
-            for _ in range(layers_per_block):
-                add_layer(block, width, next_width, attention_levels[level])
-                width = next_width
-                skips.append(width)
+        for level, (next_width, attention) in enumerate(zip(widths, attention_levels)):
+            in_widths = [width] + (layers_per_block - 1) * [next_width]
+            block, width = Block(c, in_widths, next_width, layers_per_block * [attention]), next_width
+            skips += layers_per_block * [width]
             if level < len(widths) - 1:
                 block.downsamplers.append(Downsample2D(width, use_conv=True, name="op"))
                 skips.append(width)
             self.down_blocks.append(block)
 
         # middle
-        self.mid_block = Block()
-        add_layer(self.mid_block, width, width, attention=True)
-        add_layer(self.mid_block, width, width, attention=False)
+        self.mid_block = Block(c, [width, width], width, [True, False])
 
         # up
         self.up_blocks = nn.ModuleList()
-        for level in reversed(range(len(widths))):
-            block = Block()
-            for _ in range(layers_per_block + 1):
-                add_layer(block, width + skips.pop(), widths[level], attention_levels[level])
-                width = widths[level]
+        for level, next_width in reversed(list(enumerate(widths))):
+            count = layers_per_block + 1
+            in_widths = [below + skips.pop() for below in [width] + (count - 1) * [next_width]]
+            block, width = Block(c, in_widths, next_width, count * [attention_levels[level]]), next_width
             if level > 0:
                 block.upsamplers.append(Upsample2D(width, use_conv=True))
             self.up_blocks.append(block)
 
-        for module in self.modules():
-            if isinstance(module, nn.LayerNorm):
-                module.register_forward_pre_hook(as_weights)
-
-        self.conv_norm_out = nn.GroupNorm(groups, width, eps=1e-5)
+        self.conv_norm_out = nn.GroupNorm(norm_num_groups, width, eps=1e-5)
         self.conv_out = nn.Conv2d(width, latent_channels, kernel_size=3, padding=1)
 
-        if prior_side is not None:
-            self.prior = GaussianPrior(latent_channels, prior_side, clip_dim)
-            self.register_buffer(
-                "alphas_cumprod", make_scheduler().alphas_cumprod, persistent=False
-            )  # (1000,)
-
-        self.gradient_checkpointing = False
+        self.recompute = None
         self.initialize()
 
     def initialize(self):
-        """Every residual branch, and the output, starts at zero,
-        as in the code that latent diffusion was trained with."""
-        for module in self.modules():
-            if isinstance(module, ResnetBlock2D):
-                last = module.conv2
-            elif isinstance(module, Transformer2DModel):
-                last = module.proj_out
-            else:
-                continue
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
+        """Every residual branch, and the output, starts at zero, as in the code that latent diffusion was
+        trained with."""
+        last = [module.conv2 for module in self.modules() if isinstance(module, ResnetBlock2D)]
+        last += [module.proj_out for module in self.modules() if isinstance(module, Transformer2DModel)]
+        for layer in (*last, self.conv_out):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
-    def enable_gradient_checkpointing(self):
-        """Recompute each layer in the backward pass instead of keeping its activations."""
-        self.gradient_checkpointing = True
+    def enable_gradient_checkpointing(self, recompute):
+        """Keeps no activations inside a layer: recompute(function, h, ...), such as torch.utils.checkpoint's,
+        runs it once more in the backward pass. (ModelMixin's own would nest: transformers recompute too.)"""
+        self.recompute = recompute
 
-    def forward(self, noisy, given, timestep, text, valid=None):
+    def layers(self):
+        """The layers of all blocks, as Block.layers gives them."""
+        blocks = (*self.down_blocks, self.mid_block, *self.up_blocks)
+        return [layer for block in blocks for layer in block.layers()]
+
+    def run_layer(self, h, resnet, attention, temporal, emb, text, text_mask, frames):
+        """(N, d, H, W) -> (N, d', H, W)"""
+        h = resnet(h, emb)
+        if attention is not None:
+            h = attention(h, text, encoder_attention_mask=text_mask, return_dict=False)[0]
+            h = temporal(h.contiguous(memory_format=torch.channels_last), frames)
+        return h
+
+    def forward(self, noisy, latents, given, timestep, text, valid=None):
         """Predicts the noise in `noisy`.
 
         noisy: (B, F, C, H, W) noisy latents
-        given: (B, F, C, H, W) clean latents of the given frames, zeros elsewhere
-        timestep: integers (B,), one diffusion step for all frames of a clip
-        text: (clip, clip_mask, t5, t5_mask): token states (B, L, clip_dim | t5_dim) and bool (B, L),
-            True = a real token
-        valid: bool (B, F), False = the slot holds no frame; None = all do
+        latents: (B, F, C', H, W) clean latents, C' = condition_channels; only given frames are looked at
+        given: bool (B, F), the condition mask; where it is False, zeros stand beside the noisy latents
+        timestep: integers (B,), one diffusion step for all frames of a clip text: (clip, clip_mask, t5,
+        t5_mask): token states (B, L, clip_dim | t5_dim), bool (B, L), True = token valid: bool (B, F), the
+        loss mask; False = the slot holds no frame; None = all do
         Returns (B, F, C, H, W), zeros in the slots that hold no frame.
         """
-        batch, slots = noisy.shape[:2]
-        frames = Frames(valid, batch, slots, noisy.device)
-
-        inputs = [noisy, given]
-        if self.config.prior_side is not None:
-            alpha = self.alphas_cumprod[timestep]  # (B,)
-            with torch.autocast(noisy.device.type, enabled=False):
-                clean, error = self.prior(noisy, given, alpha, text, valid)
-            alpha = alpha[:, None, None, None, None]
-            std = self.prior.std
-            inputs = [noisy * (alpha * std**2 + 1 - alpha).rsqrt(), given / std, clean / std]
+        frames = Frames(valid, *noisy.shape[:2], noisy.device)
 
         clip, clip_mask, t5, t5_mask = text
         text = torch.cat([self.clip_projection(clip), self.t5_projection(t5)], dim=1)[
             frames.clip
         ]  # (N, L, D)
         text_mask = torch.cat([clip_mask, t5_mask], dim=1)[frames.clip]  # (N, L)
-
         emb = self.time_proj(timestep).to(noisy.dtype)  # (B, d_0)
         emb = self.time_embedding(emb)[frames.clip]  # (N, 4 d_0)
 
-        def run_layer(h, resnet, attention, temporal):
-            h = resnet(h, emb)
-            if attention is not None:
-                h = attention(h, text, encoder_attention_mask=text_mask, return_dict=False)[0]
-                h = temporal(h.contiguous(memory_format=torch.channels_last), frames)
-            return h
+        run = partial(self.run_layer, emb=emb, text=text, text_mask=text_mask, frames=frames)
+        if self.recompute is not None and torch.is_grad_enabled():
+            run = partial(self.recompute, run)
 
-        def layer(h, block, i):
-            modules = (
-                block.resnets[i],
-                *((block.attentions[i], block.temporal[i]) if i < len(block.attentions) else (None, None)),
-            )
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                return checkpoint(run_layer, h, *modules, use_reentrant=False, context_fn=same_attention)
-            return run_layer(h, *modules)
-
-        h = torch.cat([frames.pack(x) for x in inputs], dim=1)  # (N, 2C | 3C, H, W)
+        condition = torch.where(given[:, :, None, None, None], latents, 0.0)  # (B, F, C', H, W)
+        h = torch.cat([frames.pack(noisy), frames.pack(condition)], dim=1)  # (N, C + C', H, W)
         h = self.conv_in(h.contiguous(memory_format=torch.channels_last))  # (N, d_0, H, W)
 
         skips = [h]
         for block in self.down_blocks:
-            for i in range(len(block.resnets)):
-                h = layer(h, block, i)
+            for layer in block.layers():
+                h = run(h, *layer)
                 skips.append(h)
             for downsample in block.downsamplers:
                 h = downsample(h)  # (N, d, H/2, W/2)
                 skips.append(h)
 
-        for i in range(len(self.mid_block.resnets)):
-            h = layer(h, self.mid_block, i)
+        for layer in self.mid_block.layers():
+            h = run(h, *layer)
 
         for block in self.up_blocks:
-            for i in range(len(block.resnets)):
-                h = layer(torch.cat([h, skips.pop()], dim=1), block, i)
+            for layer in block.layers():
+                h = run(torch.cat([h, skips.pop()], dim=1), *layer)
             for upsample in block.upsamplers:
-                h = upsample(
-                    h, output_size=skips[-1].shape[2:]
-                )  # (N, d, 2H, 2W), or one less where a size was odd
+                h = upsample(h, output_size=skips[-1].shape[2:])  # (N, d, 2H, 2W), one less for odd sizes
 
         h = self.conv_out(F.silu(self.conv_norm_out(h)))  # (N, C, H, W)
-        h = frames.unpack(h)  # (B, F, C, H, W)
-        if self.config.prior_side is not None:
-            w = error.square() / (error.square() + LATENT_ERROR * std**2)  # (B, F), 0 in given frames
-            clean = torch.lerp(clean, std * h.float(), w[:, :, None, None, None])
-            h = (noisy - alpha.sqrt() * clean) / (1 - alpha).sqrt()
-            h = frames.unpack(frames.pack(h))  # zeros where there is no frame
-        return h
+        return frames.unpack(h)  # (B, F, C, H, W)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -466,3 +379,31 @@ SIZES = {
         "full":  ((320, 640, 1280, 1280), (True, True, True, False),  2, 64, 1024, 32),
     }.items()
 }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------
+# python model.py: on the meta device, where tensors have shapes and nothing is computed
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Show sizes, and the layers of one: shapes and operations.")
+    parser.add_argument("size", nargs="?", choices=SIZES, default="full", help="whose layers (default full)")
+    size = parser.parse_args().size
+    with torch.device("meta"):
+        unets = {name: DFGN(**config) for name, config in SIZES.items()}
+        latents, given = torch.zeros(1, 8, 4, 32, 32), torch.zeros(1, 8, dtype=torch.bool)
+        tokens = torch.zeros(1, 77, 1024), torch.ones(1, 77, dtype=torch.bool)
+        inputs = (latents, latents, given, torch.zeros(1), (*tokens, *tokens))
+    parts = {
+        "text": "_projection",
+        "residual": ".resnets.",
+        "transformers": ".attentions.",
+        "STI": ".temporal.",
+    }
+    print_sizes(unets, parts)
+    print(f"\n{size}: one clip of 8 frames, latents of 4 x 32 x 32, 77 + 77 tokens\n")
+    print_layers(unets[size], inputs)
+
+
+if __name__ == "__main__":
+    main()

@@ -7,518 +7,399 @@ Trains RDTF: Algorithm 1 of the paper, on one machine or many.
 
 In the output folder:  log.jsonl, progress.png (loss, task probabilities, mean k, feedback), validation-N.png
 (real frames above generated ones), checkpoint-N/ (resumable), and at the end the model itself, which
-sample.py reads.
+sample.py reads. `train` is Algorithm 1; what it works on is Run (what stays) and Training (what a step
+changes).
 """
 
-import errno
-import json
 import math
-import os
-import signal
-import sys
 import time
-from contextlib import ExitStack, contextmanager, nullcontext
-from datetime import timedelta
-from functools import partial
-from pathlib import Path
-from pickle import UnpicklingError
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from diffusers.optimization import get_scheduler
-from safetensors import SafetensorError
-from torch.distributed.rendezvous import rendezvous
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
 import masks
 from curriculum import Curriculum
-from data import open_dataset
-from masks import TASKS
-from model import DFGN, SIZES, loss_weights, make_scheduler
+from model import DFGN, SIZES, make_scheduler
 from sample import validation_sheet
-from support import media, stickers
-from support.cache import digest_files
-from support.checkpoint import (
-    SaveError,
-    alone_in,
-    choose_checkpoint,
-    list_checkpoints,
-    load_checkpoint,
-    save_checkpoint,
-    sweep,
-    write_finished,
+from support import checkpoint, log, media, setup, stickers
+from support.common import UserError, one_sentence
+from support.encoders import Encoders, load_fitted
+from support.machine import (
+    World,
+    compile_layers,
+    gradient_sync,
+    precision,
+    prepare,
+    recompute,
+    stop_requests,
 )
-from support.common import UserError, printable
-from support.encoders import Encoders, PatchPCA
-from support.folder import DataError, scan_folder
-from support.log import make_reporter, model_card, read_log
-from support.machine import DTYPES, compile_layers, precision, stop_requests
-from support.optim import MAX_GRAD_NORM, Average, make_optimizer, shard, with_average
-from support.options import SCHEDULE_FLAGS, check_resolution, check_schedule, parse_args
+from support.optim import Average, averaged, clip_gradients, make_optimizer, shard
+from support.options import parse_args
 from support.pictures import plot_progress
-from support.pretrained import EncoderError, start_from_spatial
+from support.pretrained import start_from_spatial
+from support.prior import GaussianPrior, loss_weights, precondition
 
 LOG_EVERY = 10  # steps
 MAX_BAD_STEPS = 20  # in a row; fp16 needs some at its start, until the loss scale has come down
 VALIDATION_SAMPLES = 64  # held-out samples behind the validation loss
 
-# ------------------------------------------------------------------------------------------------------------
-# Other places for the log
+# What each preset trains with unless a flag says otherwise, and the guidance scales that sample.py then uses
+# for the finished model. `full` is Table 6. prior: whether the network is preconditioned, which is not the
+# paper's.
+PRESETS = {
+    name: dict(zip(("resolution", "codec", "prior", "max_train_steps", "train_batch_size", "learning_rate",
+                    "lr_scheduler", "lr_warmup_steps", "guidance_scale", "image_guidance_scale"), row))
+    for name, row in {  # codec: pixels per latent and channels of the built-in one
+        "toy":   (32,  (4, 16), True,      6,  4, 1.0e-2, "cosine",                  2, 3.0, 1.5),
+        "tiny":  (48,  (4, 16), True,   1200,  8, 1.0e-3, "cosine",                 50, 3.0, 1.5),
+        "small": (128, (8, 32), True,  50000, 16, 2.0e-4, "cosine",                500, 5.0, 2.0),
+        "full":  (256, (8, 32), False, 50000,  1, 1.0e-5, "constant_with_warmup", 1000, 7.5, 7.5),
+    }.items()
+}  # fmt: skip
+
+
+@dataclass
+class Training:
+    """What a step changes, and all of it: a checkpoint is this, saved and loaded as a whole."""
+
+    unet: DFGN
+    average: Average  # its averaged weights, or None
+    optimizer: torch.optim.Optimizer
+    lr_schedule: Any
+    scaler: torch.amp.GradScaler  # of the loss, for fp16
+    curriculum: Curriculum
+    step: int = 0  # steps done
+    skipped: int = 0  # steps whose loss or gradients were not finite
+    bad_in_row: int = 0  # of these, the last ones without a good one between
+
+
+class Run(NamedTuple):
+    """What stays the same from step to step."""
+
+    args: Any  # the flags
+    world: World  # the processes
+    encoders: Encoders  # codec, text encoders, prior
+    scheduler: Any  # of the noise
+    dataset: data.LatentDataset
+    clips: list  # to train on
+    held_out: list
+    prompts: list  # of the validation sheet
+    denoiser: Any  # the network as it is called: on all ranks, preconditioned or not
+    loss_weight: torch.Tensor  # (1000,), of each timestep; ones, but for a preconditioned network
+    global_batch: int
+    about: dict  # what a checkpoint says of the run
+    summary: str  # of the data
+    report: Any  # sends an entry of the log elsewhere
+
+    @property
+    def parts(self):
+        """What is saved beside the U-Net."""
+        names = ("preset", "resolution", "mixed_precision", "guidance_scale", "image_guidance_scale")
+        return self.encoders, self.scheduler, {name: getattr(self.args, name) for name in names}
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Stopping
+# One step
+
+
+def noise_loss(run, denoiser, batch):
+    """Eq. 1 under both masks: the network sees the frames that the condition mask gives, and its squared
+    error counts where the loss mask is set. batch: of data.draw_batch. Returns float32 (B,)."""
+    device = run.world.device
+    batch = data.Batch(*(x.to(device, non_blocking=True) if torch.is_tensor(x) else x for x in batch))
+    noisy = run.scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)  # (B, 8, C, h, w)
+    with precision(device.type, run.args.mixed_precision):
+        text = run.encoders.text(batch.captions, device)
+        noise_pred = denoiser(noisy, batch.latents, batch.given, batch.timesteps, text, batch.valid)
+    return run.loss_weight[batch.timesteps] * masks.masked_loss(noise_pred, batch.noise, batch.valid)
+
+
+def accumulate_gradients(run, training, probabilities, stop_signals):
+    """Draws the samples of this rank, in micro-batches, and adds up their gradients. probabilities: (3, 6),
+    P(task, k)
+
+    Returns loss, mean k, and whether any rank was asked to stop: equal on all ranks."""
+    args, world, step = run.args, run.world, training.step
+    size, micro_steps = args.train_batch_size, args.gradient_accumulation_steps
+    totals = torch.zeros(3, device=world.device)
+    for micro in range(micro_steps):
+        first = (micro * world.size + world.rank) * size  # index of the sample in the global batch
+        indices = range(first, first + size)
+        where = args.seed, step, indices, run.global_batch
+        batch = data.draw_batch(run.dataset, run.clips, probabilities, *where, args.ddu)
+        network = getattr(run.denoiser, "unet", run.denoiser)
+        with gradient_sync(network, last=micro == micro_steps - 1):
+            loss = noise_loss(run, run.denoiser, batch).mean() / micro_steps
+            training.scaler.scale(loss).backward()
+        totals[0] += loss.detach()
+        totals[1] += np.mean(batch.lengths) / micro_steps
+    totals[2] = len(stop_signals)
+    loss, mean_k, stop = (world.sum(totals) / world.size).tolist()
+    return loss, mean_k, stop > 0
+
+
+def update(training, loss):
+    """Weights, averages and curriculum after one step; a step whose loss or gradients are not finite changes
+    none of them. Both numbers are sums over the ranks, so all ranks see it. Returns the begin of an entry of
+    the log."""
+    training.scaler.unscale_(training.optimizer)
+    grad_norm = clip_gradients(training.unet)
+    good = math.isfinite(loss) and math.isfinite(grad_norm)
+    if good:
+        training.scaler.step(training.optimizer)
+        if training.average is not None:
+            training.average.step(training.unet)
+        training.curriculum.update(loss)
+    training.scaler.update()
+    training.optimizer.zero_grad(set_to_none=True)
+    learning_rate = float(training.lr_schedule.get_last_lr()[0])
+    training.lr_schedule.step()
+    training.step += 1
+    training.skipped += not good
+    training.bad_in_row = 0 if good else training.bad_in_row + 1
+    entry = dict(step=training.step, loss=loss, learning_rate=learning_rate, grad_norm=grad_norm)
+    return dict(entry, skipped=training.skipped)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Training
+# Algorithm 1
 
 
-def given_latents(batch):
-    """The clean latents of the given frames, zeros elsewhere (section 3.2)."""
-    return batch.latents * batch.given[:, :, None, None, None]
+def train(run, training, stop_signals):
+    """Algorithm 1. One line each of its pseudocode:
+
+    static probabilities, feedback, difficulty map, balance   curriculum.probabilities
+    draw samples, their task, row and k, apply both masks     data.draw_batch, in accumulate_gradients
+    train the network on them                                 accumulate_gradients and update
+    the loss that the next step's feedback reads              curriculum.update, in update
+    """
+    args, world = run.args, run.world
+    total = args.max_train_steps
+    bar = tqdm(desc="training", unit="step", total=total, initial=training.step, disable=not world.main)
+    log_path, since, due = args.output_dir / "log.jsonl", (training.step, time.perf_counter()), False
+    while training.step < total:
+        probabilities = training.curriculum.probabilities(training.step)
+        loss, mean_k, stop = accumulate_gradients(run, training, probabilities, stop_signals)
+        entry = update(training, loss)
+        bar.update()
+        good, last = training.bad_in_row == 0, training.step == total
+        if training.bad_in_row == MAX_BAD_STEPS:
+            setup.too_many_bad_steps(args.output_dir, training.step, MAX_BAD_STEPS)
+
+        # Look, write the log, save: in this order, so that whatever is saved has been logged. Asked to stop,
+        # it saves first: who asked may not wait for a sheet.
+        if stop:
+            save(run, training)
+        validates = last or (args.validation_steps and training.step % args.validation_steps == 0)
+        validation_loss = validate(run, training) if validates else None
+        if world.main and good and (validates or training.step % LOG_EVERY == 0):
+            clips = (training.step - since[0]) * run.global_batch
+            entry["clips_per_second"] = round(clips / (time.perf_counter() - since[1]), 2)
+            shares = zip(masks.TASKS, probabilities.sum(axis=1).tolist())
+            entry |= {f"p_{task}": share for task, share in shares} | dict(mean_k=mean_k)
+            entry |= {f"{name}_term": training.curriculum.terms[name] for name in "pid"}
+            if validation_loss is not None:
+                entry["validation_loss"] = validation_loss
+            bar.set_postfix(loss=f"{loss:.4f}")
+            with log.report_write_errors(world.print0):
+                log.append_log(log_path, entry)
+                run.report(entry)
+                if validates:
+                    plot_progress(log_path, args.output_dir / "progress.png")
+            since = training.step, time.perf_counter()
+        due |= training.step % args.checkpointing_steps == 0
+        if not stop and (last or (due and good)):  # what was saved before bad steps makes no room for them
+            save(run, training)
+            due = False
+        if stop and not last:
+            setup.leave(args.output_dir, training.step, world, stop_signals)
+    bar.close()
 
 
-def train(args, on_exit):
-    """Trains as `args` (parse_args) say. What `on_exit`, an ExitStack, holds is undone however the run ends: the
-    handlers of its signals."""
-    # ---- processes: one, or those of torchrun
-    world, rank, local_rank = (
-        int(os.environ.get(name, default))
-        for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
+@torch.no_grad()
+def validation_loss(run, denoiser):
+    """The loss over held-out samples, drawn with equal probabilities and as at step 0: the same ones every
+    time. None without any."""
+    if not run.held_out:
+        return None
+    args, losses = run.args, []
+    uniform = Curriculum("none", 1).probabilities(0)
+    for i in range(0, VALIDATION_SAMPLES, args.train_batch_size):
+        indices = range(i, min(i + args.train_batch_size, VALIDATION_SAMPLES))
+        where = args.seed, 0, indices, VALIDATION_SAMPLES
+        batch = data.draw_batch(run.dataset, run.held_out, uniform, *where, args.ddu)
+        losses.append(noise_loss(run, denoiser, batch))
+    return torch.cat(losses).mean().item()
+
+
+def validate(run, training):
+    """Under averaged weights: returns the held-out loss, and writes the sheet and the first prompt's sticker.
+    Rank 0
+    does it alone, unless it holds only a part of the weights: then all do the same."""
+    args, world, unet, loss = run.args, run.world, training.unet, None
+    if world.main or args.shard:
+        denoiser = precondition(unet, run.encoders.prior, run.scheduler.alphas_cumprod)
+        unet.eval()
+        with averaged(unet, training.average):
+            loss = validation_loss(run, denoiser)
+            about = run.encoders, run.dataset, run.held_out, run.prompts, args
+            picture, samples = validation_sheet(denoiser, *about)
+        unet.train()
+        if world.main:
+            with log.report_write_errors(world.print0):
+                picture.save(args.output_dir / f"validation-{training.step}.png")
+                if samples:
+                    media.write_clip(args.output_dir / "sample.gif", next(iter(samples.values())), fps=8)
+    world.barrier()
+    return loss
+
+
+def save(run, training):
+    limit = run.args.checkpoints_total_limit or None
+    with log.report_write_errors(run.world.print0):
+        checkpoint.save_checkpoint(run.args.output_dir, training, run.parts, run.about, limit, run.world.main)
+    run.world.barrier()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Set-up, in this order. Rank 0 makes what all ranks then read
+
+
+def fit_prior(args, world, encoders, dataset, clips):
+    """What the presets but `full` precondition their network with, fitted to the latents and captions."""
+    side = args.resolution // encoders.codec.factor
+    if world.main:
+        prior = GaussianPrior(encoders.codec.latent_channels, side, encoders.clip.width, masks.LENGTHS)
+        data.fit_prior(prior.to(world.device), dataset, clips, encoders)
+        prior.save_pretrained(args.output_dir / "prior")
+    world.barrier()
+    encoders.prior = load_fitted(GaussianPrior, args.output_dir / "prior").to(world.device)
+
+
+def build_network(args, world, encoders, fresh):
+    """The U-Net with random weights, or those of --init_unet, where and as it will be trained."""
+    torch.manual_seed(args.seed)
+    channels = encoders.codec.latent_channels
+    unet = DFGN(
+        latent_channels=channels,
+        condition_channels=channels if encoders.prior is None else 2 * channels,
+        clip_dim=encoders.clip.width,
+        t5_dim=encoders.t5.width,
+        temporal=args.temporal,
+        **SIZES[args.preset],
     )
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
-    if world > 1:
-        # Rank 0 decodes, validates and saves while the others wait:
-        # far longer than the default timeout allows.
-        patience = timedelta(hours=12)
-        store, _, _ = next(rendezvous("env://", timeout=patience))
-        # torchrun's store outlives a restart, with the addresses of the processes that are gone (pytorch issue
-        # 135712). On several machines the count differs, and an environment variable helps instead (see README).
-        one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(world)
-        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_machine else "0"
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            rank=rank,
-            world_size=world,
-            store=dist.PrefixStore(f"restart-{restart}", store),
-            timeout=patience,
-        )
-    main_process = rank == 0
+    prepare(unet, world.device, channels_last=not args.shard)  # sharded weights have to be contiguous
+    if args.init_unet and fresh:
+        start_from_spatial(unet, args.init_unet)
+    if args.low_memory:
+        for weight in unet.parameters():
+            weight.data = weight.data.to(torch.bfloat16)
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing(recompute)
+    if args.compile:
+        compile_layers(unet)
+    if args.shard:
+        shard(unet, world.device)
+    return unet.train()
 
-    def say(text):
-        if main_process:
-            tqdm.write(text)
 
-    def barrier():
-        if world > 1:
-            dist.barrier()
+def begin_training(args, world, unet):
+    """The state of the loop before the first step."""
+    optimizer = make_optimizer(unet, args.learning_rate, args.use_8bit_adam, args.low_memory)
+    steps = dict(num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps)
+    return Training(
+        unet=unet,
+        average=Average(unet, args.ema_on_cpu) if args.use_ema else None,
+        optimizer=optimizer,
+        lr_schedule=get_scheduler(args.lr_scheduler, optimizer, **steps),
+        scaler=torch.amp.GradScaler(world.device.type, enabled=args.mixed_precision == "fp16"),
+        curriculum=Curriculum(args.curriculum, args.max_train_steps),
+    )
 
-    # ---- output folder
-    if main_process:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        try:
-            on_exit.enter_context(alone_in(args.output_dir))
-        except BlockingIOError as error:
-            raise UserError(
-                f"--output_dir {args.output_dir} is in use by a run that has not ended: end it, or choose "
-                "another folder."
-            ) from error
-    resume = choose_checkpoint(args, say) if main_process else None
-    if world > 1:
-        dist.broadcast_object_list(chosen := [resume])
-        resume = chosen[0]
-    micro_steps, batch_size = args.gradient_accumulation_steps, args.train_batch_size
-    global_batch = world * batch_size * micro_steps
-    schedule = dict({name: getattr(args, name) for name in SCHEDULE_FLAGS}, global_batch=global_batch)
-    if resume is not None:
-        check_schedule(resume, schedule)
-    log_path = args.output_dir / "log.jsonl"
-    if main_process:
-        sweep(args.output_dir)
-    report = make_reporter(args) if main_process else None
 
-    # ---- stickers
-    folder = Path(args.data) if args.data else stickers.default_folder(root=args.cache_dir)
-    if not args.data and main_process:
-        try:
-            stickers.draw_stickers(folder)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-    barrier()
-    found, problems = scan_folder(folder)
-
-    # ---- frozen parts
-    half = DTYPES[args.mixed_precision]
-    sources = dict(vae=args.vae, clip=args.clip, t5=args.t5)
-    codec_folder = args.output_dir
-    if resume is not None:  # the same ones again, unless they are named anew
-        codec_folder, recorded = resume, json.loads((resume / "model_index.json").read_text())
-        sources = {name: sources.get(name) or value for name, value in recorded.items()}
-    elif main_process and not args.vae:
-        codec = PatchPCA(*args.codec)
-        check_resolution(args, codec)
-        data.fit_codec(codec, found, args.resolution, args.num_workers)
-        codec.save_pretrained(codec_folder / "codec")
-    barrier()
-    encoders = Encoders.load(codec_folder, sources, device, half)
-    check_resolution(args, encoders.codec)
-
-    # ---- latents: rank 0 looks at the files, then all ranks encode what is missing
-    if main_process:
-        digest_files(folder, found, args.cache_dir)
-    barrier()
-    workers = args.num_workers // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    dataset = open_dataset(folder, found, encoders.codec, args.resolution, args.cache_dir, workers)
+def set_up(args, world, on_exit):
+    """Returns (Run, Training), fresh or resumed. What on_exit, an ExitStack, holds is undone however the run
+    ends."""
+    resume, schedule = setup.claim_output(args, world, on_exit)
+    report = log.make_reporter(args) if world.main else None
+    folder, found, problems = setup.find_stickers(args, world)
+    levels = len(SIZES[args.preset]["block_out_channels"])
+    encoders = setup.load_frozen_parts(args, world, found, resume, levels, data.fit_codec)
+    setup.digest_first(args, world, folder, found)
+    workers = args.num_workers // world.local_size  # all ranks encode what is missing
+    dataset = data.open_dataset(folder, found, encoders.codec, args.resolution, args.cache_dir, workers)
     clips, held_out = dataset.split("train", args.ddu), dataset.split("validation", args.ddu)
     if not clips:
         raise UserError(f"--data {folder}: no clip is left to train on; `python data.py {folder}` says why.")
     problems += dataset.dropped
-    say(f"{folder}: {len(clips)} clips to train on, {len(held_out)} held out, {len(problems)} dropped")
-    for name, reason in problems[:20]:
-        say(f"  dropped {printable(name)}: {reason}")
-    if len(problems) > 20:
-        say(f"  and {len(problems) - 20} more: `python data.py {folder}` lists them")
-    if not any(clip.caption for clip in clips):
-        say(
-            f"{folder} has no captions: training without text. "
-            "(metadata.jsonl or NAME.txt files would give it some.)"
-        )
+    summary = f"{len(clips)} clips to train on, {len(held_out)} held out, {len(problems)} dropped"
+    log.report_folder(world.print0, folder, summary, problems, any(clip.caption for clip in clips))
     prompts = args.validation_prompts
     if prompts is None:
         captions = [clip.caption for clip in held_out if clip.caption][:6]
         prompts = captions if args.data else stickers.PROMPTS
 
-    # ---- network
-    torch.manual_seed(args.seed)
-    unet = DFGN(
-        latent_channels=encoders.codec.latent_channels,
-        clip_dim=encoders.clip.width,
-        t5_dim=encoders.t5.width,
-        temporal=args.temporal,
-        prior_side=None if args.preset == "full" else args.resolution // encoders.codec.factor,
-        **SIZES[args.preset],
-    ).to(device)
-    if unet.config.prior_side is not None and resume is None:
-        if main_process:
-            data.fit_prior(unet.prior, dataset, clips, encoders)
-        for buffer in unet.prior.buffers() if world > 1 else ():
-            dist.broadcast(buffer, 0)
-    if not args.shard:  # which wants its weights contiguous
-        unet.to(memory_format=torch.channels_last)
-    if args.init_unet and resume is None:
-        start_from_spatial(unet, args.init_unet)
-    if args.low_memory:
-        for weight in unet.parameters():  # not the buffers
-            weight.data = weight.data.to(torch.bfloat16)
-    if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    if args.compile:
-        compile_layers(unet)
-    if args.shard:
-        shard(unet, device)
-    scheduler = make_scheduler()
-    average = Average(unet, args.ema_on_cpu) if args.use_ema else None
-    try:
-        optimizer = make_optimizer(unet, args.learning_rate, args.use_8bit_adam, args.low_memory)
-    except ImportError as error:
-        raise UserError("--use_8bit_adam and --low_memory need a package: pip install torchao") from error
-    lr_schedule = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=args.max_train_steps,
-    )
-    scaler = torch.amp.GradScaler(device.type, enabled=args.mixed_precision == "fp16")
-    curriculum = Curriculum(args.curriculum, args.max_train_steps)
-
-    # ---- the state of the loop: `step`, and what the objects above hold; a fresh start, or the saved one
-    step = skipped = bad_in_row = 0
+    if args.prior and resume is None:
+        fit_prior(args, world, encoders, dataset, clips)
+    unet = build_network(args, world, encoders, fresh=resume is None)
+    training = begin_training(args, world, unet)
     if resume is not None:
-        try:
-            tensors, state = load_checkpoint(resume, unet, average, optimizer)
-        except (ValueError, KeyError, OSError, RuntimeError, UnpicklingError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(
-                f"{resume} cannot be resumed, optimizer.pt or weights do not fit: start from another "
-                f"({reason})."
-            ) from error
-        lr_schedule.load_state_dict(tensors["lr_schedule"])
-        scaler.load_state_dict(tensors["scaler"])
-        curriculum.load_state_dict(state["curriculum"])
-        step, skipped, bad_in_row = state["step"], state["skipped"], state["bad_in_row"]
-        say(f"resuming {resume} at step {step}")
-        if state["latents"] != dataset.identity:
-            say(f"warning: the stickers in {folder} have changed since: the run goes on with the new ones")
-    weights_of = loss_weights(float(unet.prior.std) if unet.config.prior_side else None).to(device)
-    if main_process:  # what was logged after the checkpoint will be logged again
-        kept = [
-            entry for entry in (read_log(log_path) if resume is not None else []) if entry["step"] <= step
-        ]
-        writing = log_path.with_suffix(".tmp")
-        writing.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-        os.replace(writing, log_path)
-
-    network = unet
-    if world > 1 and not args.shard:
-        network = DistributedDataParallel(
-            unet,
-            device_ids=[local_rank] if device.type == "cuda" else None,
-            gradient_as_bucket_view=True,
-            broadcast_buffers=False,
-        )
-    say(
-        f"{args.preset}: {sum(p.numel() for p in unet.parameters()) / 1e6:.1f}M parameters "
-        f"on {world} x {device.type}, {args.mixed_precision}, "
-        f"{global_batch} clips per step, {args.max_train_steps} steps"
+        saved = checkpoint.load_checkpoint(resume, training)
+        world.print0(f"resuming {resume} at step {training.step}")
+        if saved["latents"] != dataset.identity:
+            world.print0(
+                f"warning: the stickers in {folder} have changed since: the run goes on with the new ones"
+            )
+    if world.main:
+        log.begin_log(args.output_dir / "log.jsonl", training.step if resume is not None else -1)
+    scheduler = make_scheduler()
+    denoiser = precondition(world.distribute(unet), encoders.prior, scheduler.alphas_cumprod)
+    weight = loss_weights(denoiser, scheduler.alphas_cumprod).to(world.device)
+    world.print0(
+        f"{args.preset}: {sum(p.numel() for p in unet.parameters()) / 1e6:.1f}M parameters on {world.size} x "
+        f"{world.device.type}, {args.mixed_precision}, {schedule['global_batch']} clips per step, "
+        f"{args.max_train_steps} steps"
     )
-
-    settings = dict(
-        preset=args.preset,
-        resolution=args.resolution,
-        mixed_precision=args.mixed_precision,
-        guidance_scale=args.guidance_scale,
-        image_guidance_scale=args.image_guidance_scale,
-    )
-
-    def noise_loss(batch):
-        """Eq. 1 under both masks: (B,)"""
-        batch = batch._replace(
-            **{
-                name: getattr(batch, name).to(device, non_blocking=True)
-                for name in ("latents", "noise", "timesteps", "given", "valid")
-            }
-        )
-        noisy = scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
-        with precision(device.type, args.mixed_precision):
-            text = encoders.text(batch.captions, device)
-            noise_pred = network(noisy, given_latents(batch), batch.timesteps, text, batch.valid)
-        return weights_of[batch.timesteps] * masks.masked_loss(noise_pred, batch.noise, batch.valid)
-
-    def write_checkpoint():
-        save_checkpoint(
-            args.output_dir,
-            step,
-            args.checkpoints_total_limit or None,
-            unet,
-            average,
-            optimizer,
-            encoders,
-            scheduler,
-            settings=dict(settings, step=step),
-            tensors=dict(lr_schedule=lr_schedule.state_dict(), scaler=scaler.state_dict()),
-            state=dict(
-                schedule=schedule,
-                latents=dataset.identity,
-                curriculum=curriculum.state_dict(),
-                skipped=skipped,
-                bad_in_row=bad_in_row,
-            ),
-            main_process=main_process,
-        )
-
-    @contextmanager
-    def forgiven():
-        """What cannot be written is said, and the run goes on: it is worth more than one checkpoint or one picture."""
-        try:
-            yield
-        except (OSError, media.MediaError) as error:
-            say(f"warning: {error}")
-
-    def save():
-        with forgiven():
-            write_checkpoint()
-        barrier()
-
-    @torch.no_grad()
-    def validation_loss():
-        if not held_out:
-            return None
-        uniform = Curriculum("none", 1).probabilities(0)
-        losses = []
-        for i in range(0, VALIDATION_SAMPLES, batch_size):
-            indices = range(i, min(i + batch_size, VALIDATION_SAMPLES))
-            always = 0  # step 0, whenever it is: the same draws every time
-            batch = data.draw_batch(
-                dataset, held_out, uniform, args.seed, always, indices, VALIDATION_SAMPLES, args.ddu
-            )
-            losses.append(noise_loss(batch))
-        return torch.cat(losses).mean().item()
-
-    def validate():
-        """Writes the sheet and the first prompt's sticker; returns the held-out loss. Rank 0 does it alone, unless
-        it holds only a part of the weights: then all do the same."""
-        nonlocal network
-        loss = None
-        if main_process or args.shard:
-            unet.eval()
-            network, wrapped = unet, network  # the other ranks do not take part
-            sheet = partial(validation_sheet, unet, encoders, dataset, held_out, prompts, args)
-            loss, (picture, samples) = with_average(average, unet, lambda: (validation_loss(), sheet()))
-            if main_process:
-                with forgiven():
-                    picture.save(args.output_dir / f"validation-{step}.png")
-                    if samples:
-                        media.write_clip(args.output_dir / "sample.gif", next(iter(samples.values())), fps=8)
-            network = wrapped
-            unet.train()
-        barrier()
-        return loss
-
-    # ---- the loop
-    unet.train()
-    bar = tqdm(
-        desc="training", unit="step", total=args.max_train_steps, initial=step, disable=not main_process
-    )
-    started, since = time.perf_counter(), step
-    asked, due = on_exit.enter_context(stop_requests()), False
-    while step < args.max_train_steps:
-        probabilities = curriculum.probabilities(step)
-        totals = torch.zeros(3, device=device)  # sums over the ranks: loss, k, whether to stop
-        for micro in range(micro_steps):
-            first = (micro * world + rank) * batch_size
-            indices = range(first, first + batch_size)
-            batch = data.draw_batch(
-                dataset, clips, probabilities, args.seed, step, indices, global_batch, args.ddu
-            )
-            last = micro == micro_steps - 1
-            if args.shard:
-                network.set_requires_gradient_sync(last)
-            with (
-                network.no_sync()
-                if isinstance(network, DistributedDataParallel) and not last
-                else nullcontext()
-            ):
-                micro_loss = noise_loss(batch).mean() / micro_steps
-                scaler.scale(micro_loss).backward()
-            totals[0] += micro_loss.detach()
-            totals[1] += np.mean(batch.lengths) / micro_steps
-        totals[2] = len(asked)
-        if world > 1:
-            dist.all_reduce(totals)
-        loss, mean_k, stop = (totals / world).tolist()
-
-        scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), MAX_GRAD_NORM)
-        grad_norm = (grad_norm.full_tensor() if args.shard else grad_norm).item()
-        # Both numbers are sums over the ranks, so all of them see what is no number on one, and skip the step.
-        good = math.isfinite(loss) and math.isfinite(grad_norm)
-        if good:
-            scaler.step(optimizer)
-            if average is not None:
-                average.step(unet)
-            curriculum.update(loss)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        learning_rate = float(lr_schedule.get_last_lr()[0])
-        lr_schedule.step()
-        skipped, bad_in_row = skipped + (not good), 0 if good else bad_in_row + 1
-        step += 1
-        bar.update()
-        if bad_in_row == MAX_BAD_STEPS:
-            kept = [found for found in list_checkpoints(args.output_dir) if found[0] < step]
-            raise UserError(
-                f"{MAX_BAD_STEPS} steps in a row, up to step {step}, gave a loss or gradients that are no "
-                "numbers: lower --learning_rate, or use --mixed_precision bf16 or no. "
-                + (
-                    f"The last good checkpoint is {kept[-1][1]}."
-                    if kept
-                    else "No checkpoint had been saved yet."
-                )
-            )
-
-        # ---- look, write the log, save: in this order, so that whatever is saved has been logged. Asked to stop, it
-        # saves first: who asked may not wait for a sheet.
-        last_step = step == args.max_train_steps
-        if stop:
-            save()
-        validates = last_step or (args.validation_steps and step % args.validation_steps == 0)
-        if validates:
-            validation = validate()
-        if main_process and good and (validates or step % LOG_EVERY == 0):
-            terms, seconds = curriculum.terms, time.perf_counter() - started
-            entry = dict(
-                step=step,
-                loss=loss,
-                learning_rate=learning_rate,
-                grad_norm=grad_norm,
-                skipped=skipped,
-                clips_per_second=round((step - since) * global_batch / seconds, 2),
-                **{f"p_{task}": p for task, p in zip(TASKS, probabilities.sum(axis=1).tolist())},
-                mean_k=mean_k,
-                p_term=terms["p"],
-                i_term=terms["i"],
-                d_term=terms["d"],
-            )
-            bar.set_postfix(loss=f"{loss:.4f}")
-            if validates and validation is not None:
-                entry["validation_loss"] = validation
-            with forgiven():
-                with open(log_path, "a") as file:
-                    file.write(json.dumps(entry) + "\n")
-                report(entry)
-                if validates:
-                    plot_progress(log_path, args.output_dir / "progress.png")
-            started, since = time.perf_counter(), step
-        due |= step % args.checkpointing_steps == 0
-        if not stop and (
-            last_step or (due and good)
-        ):  # what was saved before bad steps makes no room for them
-            save()
-            due = False
-        if stop and not last_step:
-            if world > 1:
-                dist.destroy_process_group()
-            if main_process and not (args.output_dir / f"checkpoint-{step}" / "files.json").exists():
-                raise UserError(
-                    f"stopped after step {step}, as asked, which could not be saved: "
-                    "--resume_from_checkpoint latest goes on from the checkpoint before."
-                )
-            say(f"stopped after step {step}, as asked; --resume_from_checkpoint latest goes on")
-            sys.exit(128 + (asked[0] if asked else signal.SIGTERM))
-    bar.close()
-
-    # ---- the finished model
-    summary = f"{len(clips)} clips to train on, {len(held_out)} held out, {len(problems)} dropped"
-    write_finished(
-        args.output_dir,
-        unet,
-        average,
+    about = dict(schedule=schedule, latents=dataset.identity)
+    run = Run(
+        args,
+        world,
         encoders,
         scheduler,
-        dict(settings, step=step),
-        model_card(unet, args, encoders.sources(), summary, global_batch, step),
-        main_process,
+        dataset,
+        clips,
+        held_out,
+        prompts,
+        denoiser,
+        weight,
+        schedule["global_batch"],
+        about,
+        summary,
+        report,
     )
-    if main_process:
-        say(f"wrote {args.output_dir}: the model, validation-{step}.png, sample.gif and progress.png")
-    barrier()
-    if world > 1:
-        dist.destroy_process_group()
+    return run, training
 
 
+@one_sentence("train.py")
 def main():
-    sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack letters of a name
-    try:
-        with ExitStack() as on_exit:
-            return train(parse_args(), on_exit)
-    except KeyboardInterrupt:  # before the first step
-        sys.exit(128 + signal.SIGINT)
-    except (UserError, SaveError, DataError, EncoderError, media.MediaError) as error:
-        message = str(error)
-    except OSError as error:
-        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        message = f"{error.filename or 'a file'} cannot be used ({error.strerror}): make room or choose another place."
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once on each machine
-        print(f"train.py: {message}", file=sys.stderr)
-    sys.exit(2)
+    args = parse_args(PRESETS)
+    with ExitStack() as on_exit:
+        world = World()
+        run, training = set_up(args, world, on_exit)
+        train(run, training, on_exit.enter_context(stop_requests()))
+        about = run.encoders.sources(), run.summary, run.global_batch, training.step
+        card = log.model_card(training.unet, args, *about)
+        checkpoint.write_finished(args.output_dir, training, run.parts, card, main=world.main)
+        pictures = f"validation-{training.step}.png, sample.gif and progress.png"
+        world.print0(f"wrote {args.output_dir}: the model, {pictures}")
+        world.barrier()
+        world.close()
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ The latent cache: every frame that training can ask for, decoded and encoded onc
         claims/                       what the processes that are at work have taken
     cache_dir/digests-FOLDER.json     contents of the files of a folder, so that they are not read at every start
 
-Clips are known by the contents of their files, so a renamed or touched file costs nothing and a changed one is
-encoded again. Any number of processes build a cache together: each takes the next shard of what is missing. A
-claim is a locked file, and the lock dies with its process: nobody waits for the dead, and a build that was
-interrupted goes on with the shard it was at.
+Clips are known by the contents of their files, so a renamed or touched file costs nothing and a changed one
+is encoded again. Any number of processes build a cache together: each takes the next shard of what is
+missing. A claim is a locked file, and the lock dies with its process: nobody waits for the dead, and a build
+that was interrupted goes on with the shard it was at.
 """
 
 import fcntl
@@ -38,8 +38,8 @@ SHARD_CLIPS = 256  # what an interruption can lose
 
 
 def read_index(path):
-    """{name: array} of a shard's index. None if it or its latents are damaged: as if the shard were not there, so that
-    its files are encoded again."""
+    """{name: array} of a shard's index. None if it or its latents are damaged: as if the shard were not
+    there, so that its files are encoded again."""
     try:
         np.load(path.with_suffix(".npy"), mmap_mode="r")
         with np.load(path) as arrays:
@@ -98,7 +98,8 @@ def try_lock(file):
 
 
 def forget_cached(missing, folder, seen):
-    """Takes what has been cached since the last call out of the dict `missing`; `seen`: the shards read so far."""
+    """Takes what has been cached since the last call out of the dict `missing`; `seen`: the shards read so
+    far."""
     for index in set(folder.glob("*.npz")) - seen:
         if (arrays := read_index(index)) is not None:
             seen.add(index)
@@ -108,7 +109,8 @@ def forget_cached(missing, folder, seen):
 
 @contextmanager
 def claim(folder, missing, seen):
-    """Takes the next shard's worth of `missing` that no other process is at work on: yields a list of digests."""
+    """Takes the next shard's worth of `missing` that no other process is at work on: yields a list of
+    digests."""
     claims = folder / "claims"
     claims.mkdir(parents=True, exist_ok=True)
     with open(claims / "lock", "w") as door:  # one process at a time decides

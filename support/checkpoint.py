@@ -1,17 +1,18 @@
 """
-What a run leaves on disk.
+What a run leaves on disk, written whole or not at all.
 
-    output_dir/checkpoint-N/    unet/, unet_ema/, codec/, scheduler/,
+    output_dir/checkpoint-N/    unet/, unet_ema/, codec/, prior/, scheduler/,
                                 model_index.json            what sample.py reads
                                 optimizer.pt, state.json    what resuming needs besides
                                 files.json                  sha256 of each of these files
-    output_dir/                 at the end: unet/ (EMA weights where EMA is on), codec/, scheduler/,
+    output_dir/                 at the end: unet/ (EMA weights where EMA is on), codec/, prior/, scheduler/,
                                 model_index.json, README.md (the model card)
 
-A folder is written under a temporary name and renamed when it is whole,
-so whatever carries its final name can be trusted. Weights and optimizer state are stored whole, under the names
-of the U-Net's parameters, however many ranks they were spread over: any number of ranks can go on from them.
-Functions that take `main_process` are called by every rank; only that one writes.
+A folder is written under a temporary name and renamed when it is whole, so whatever carries its final name
+can be trusted. Weights and optimizer state are stored whole, under the names of the U-Net's parameters,
+however many ranks they were spread over: any number of ranks can go on from them. What is saved is called
+`training`: it has unet, average (or None), optimizer, lr_schedule, scaler, curriculum, and the numbers step,
+skipped, bad_in_row.
 """
 
 import errno
@@ -24,6 +25,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
@@ -36,71 +38,37 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from model import DFGN
 from support.common import UserError
+from support.optim import averaged
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+NUMBERS = ("step", "skipped", "bad_in_row")
 
-
-def whole_weights(unet, average=None):
-    """{name: tensor in the CPU's memory} on rank 0; every rank has to call it. With `average` the averaged weights,
-    copied, since they stand in the network for a moment only."""
-    if average is None:
-        return get_model_state_dict(unet, options=WHOLE)
-    return average.applied(unet, lambda: {name: w.clone() for name, w in whole_weights(unet).items()})
-
-
-def write_unet(folder, unet, weights):
-    """unet/ as `DFGN.from_pretrained` reads it."""
-    folder.mkdir(parents=True)
-    config = json.loads(unet.to_json_string()) | dict(_class_name="DFGN")  # sharding renames the class
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file({name: w.contiguous() for name, w in weights.items()}, folder / WEIGHTS, dict(format="pt"))
-
-
-def write_index(folder, encoders, scheduler, settings):
-    """What a diffusers-style folder holds besides the U-Net. Pre-trained encoders are named, not copied."""
-    scheduler.save_pretrained(folder / "scheduler")
-    encoders.save(folder)
-    index = dict(
-        _class_name="RDTF",
-        unet=["model", "DFGN"],
-        scheduler=["diffusers", "DDIMScheduler"],
-        **encoders.sources(),
-        **settings,
-    )
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def list_checkpoints(output_dir):
-    """[(step, path)] of the whole checkpoints in `output_dir`, oldest first."""
-    found = [
-        (re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(output_dir).glob("checkpoint-*")
-    ]
-    return sorted((int(match[1]), path) for match, path in found if match)
-
-
-class SaveError(UserError):
-    """Something could not be written, in one sentence. What had been saved before is still there."""
+# ------------------------------------------------------------------------------------------------------------
+# The output folder of a run
 
 
 @contextmanager
-def removed_on_failure(writing, final):
-    """Turns a failure to write into SaveError, with the half-written folder gone."""
-    try:
+def output_lock(output_dir):
+    """Makes `output_dir` and keeps other runs out of it: UserError if one is there. The process holds the
+    lock until it exits, however it does."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with open(output_dir / ".lock", "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):  # else a disk without locks
+                raise UserError(
+                    f"--output_dir {output_dir} is in use by a run that has not ended: end it, or choose "
+                    "another folder."
+                ) from error
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap the system's error
-        shutil.rmtree(writing, ignore_errors=True)
-        reason = " ".join(str(error).split())[:200]
-        raise SaveError(
-            f"{final} could not be written ({reason}): make room on its disk. Checkpoints saved before are unharmed."
-        ) from error
 
 
 def remove(folder):
-    """Takes the name off a checkpoint before its files go, so that a kill leaves nothing that looks whole. What
-    cannot be removed is left to `sweep`."""
+    """Takes the name off a checkpoint before its files go, so that a kill leaves nothing that looks whole.
+    What cannot be removed is left to `remove_leftovers`."""
     gone = folder.with_name(folder.name + ".old.tmp")
     with suppress(OSError):
         shutil.rmtree(gone, ignore_errors=True)
@@ -108,25 +76,18 @@ def remove(folder):
         shutil.rmtree(gone, ignore_errors=True)
 
 
-def sweep(output_dir):
+def remove_leftovers(output_dir):
     """Removes what a killed run was writing or removing."""
     for pattern in ("checkpoint-*.tmp", "finished.tmp"):
         for leftover in Path(output_dir).glob(pattern):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-@contextmanager
-def alone_in(output_dir):
-    """Keeps other runs out of `output_dir` while this one is there: BlockingIOError if one is already. The lock is
-    that of the process, and goes with it however it ends."""
-    with open(Path(output_dir) / ".lock", "w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise BlockingIOError from error
-            # else a disk without locks
-        yield
+def list_checkpoints(output_dir):
+    """[(step, path)] of the whole checkpoints in `output_dir`, oldest first."""
+    paths = Path(output_dir).glob("checkpoint-*")
+    found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in paths]
+    return sorted((int(match[1]), path) for match, path in found if match)
 
 
 def digests(folder):
@@ -137,11 +98,9 @@ def digests(folder):
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "files.json")
-    with ThreadPoolExecutor() as threads:  # hashing holds no lock of Python's, and takes as long as writing
-        return {
-            path.relative_to(folder).as_posix(): found
-            for path, found in zip(files, threads.map(digest, files))
-        }
+    names = [path.relative_to(folder).as_posix() for path in files]
+    with ThreadPoolExecutor() as threads:  # hashlib releases the GIL, and takes as long as writing
+        return dict(zip(names, threads.map(digest, files)))
 
 
 def find_damage(folder):
@@ -162,90 +121,143 @@ def find_damage(folder):
     return None
 
 
-def choose_checkpoint(args, say):
-    """The checkpoint that --resume_from_checkpoint asks for, None for a fresh start. A damaged one is never used:
-    `latest` then takes the one before it. Raises UserError."""
-    checkpoints = [path for _, path in list_checkpoints(args.output_dir)]
-    finished = [name for name in ("model_index.json", "README.md") if (args.output_dir / name).exists()]
+def choose_checkpoint(output_dir, wanted, print0):
+    """The checkpoint that --resume_from_checkpoint asks for ("latest", a path, or None), None for a fresh
+    start. A damaged one is never used: `latest` then takes the one before it. Raises UserError."""
+    checkpoints = [path for _, path in list_checkpoints(output_dir)]
+    finished = [name for name in ("model_index.json", "README.md") if (output_dir / name).exists()]
+    problem = None
     if finished and not checkpoints:
-        raise UserError(
-            f"--output_dir {args.output_dir} holds {finished[0]} and no checkpoint to go on from: choose "
-            "another folder, so that nothing in it is overwritten."
+        problem = (
+            f"--output_dir {output_dir} holds {finished[0]} and no checkpoint to go on from: choose another "
+            "folder, so that nothing in it is overwritten."
         )
-    if args.resume_from_checkpoint == "latest":
+    elif wanted == "latest":
         for path in reversed(checkpoints):
             damage = find_damage(path)
             if damage is None:
                 return path
-            say(f"{path} is damaged ({damage}): trying the one before it")
+            print0(f"{path} is damaged ({damage}): trying the one before it")
         if checkpoints:
-            raise UserError(
-                f"--output_dir {args.output_dir}: all its checkpoints are damaged: "
-                "start anew in another folder."
+            problem = (
+                f"--output_dir {output_dir}: all its checkpoints are damaged: start anew in another folder."
             )
-        return None
-    if args.resume_from_checkpoint:
-        path = Path(args.resume_from_checkpoint)
+    elif wanted:
+        path = Path(wanted)
+        flag = f"--resume_from_checkpoint {path}"
         if not (path / "state.json").is_file():
-            raise UserError(
-                f"--resume_from_checkpoint {path} is no checkpoint: give latest or a checkpoint-N folder."
-            )
-        if checkpoints and path.resolve().parent != args.output_dir.resolve():
-            raise UserError(
-                f"--resume_from_checkpoint {path} is of another run than --output_dir {args.output_dir} "
-                "holds: choose another --output_dir."
-            )
-        if damage := find_damage(path):
-            raise UserError(
-                f"--resume_from_checkpoint {path} is damaged ({damage}): give another, or latest."
-            )
-        return path
-    if checkpoints or (args.output_dir / "log.jsonl").exists():
-        raise UserError(
-            f"--output_dir {args.output_dir} already holds a run: continue it with "
-            "--resume_from_checkpoint latest, or choose another folder."
+            problem = f"{flag} is no checkpoint: give latest or a checkpoint-N folder."
+        elif checkpoints and path.resolve().parent != output_dir.resolve():
+            problem = f"{flag} is of another run than --output_dir {output_dir} holds: choose another folder."
+        elif damage := find_damage(path):
+            problem = f"{flag} is damaged ({damage}): give another, or latest."
+        else:
+            return path
+    elif checkpoints or (output_dir / "log.jsonl").exists():
+        problem = (
+            f"--output_dir {output_dir} already holds a run: continue it with --resume_from_checkpoint latest, "
+            "or choose another folder."
         )
+    if problem:
+        raise UserError(problem)
     return None
 
 
-def save_checkpoint(
-    output_dir,
-    step,
-    limit,
-    unet,
-    average,
-    optimizer,
-    encoders,
-    scheduler,
-    settings,
-    tensors,
-    state,
-    main_process,
-):
-    """Writes output_dir/checkpoint-{step} and then deletes the oldest of those before it beyond `limit` (None = keep
-    all). What has a higher number is damaged, or was turned back from: it stays.
+def check_schedule(checkpoint, schedule):
+    """Refuses to resume with flags under which the run would not be the one that was interrupted.
+    schedule: {flag: value} of this run. Raises UserError."""
+    saved = json.loads((checkpoint / "state.json").read_text())["schedule"]
+    for name, value in schedule.items():
+        if saved.get(name) != value:
+            flag = f"--{name}"
+            if name == "global_batch":
+                flag = "--train_batch_size x --gradient_accumulation_steps x processes"
+            raise UserError(
+                f"{flag} is {value}, but {checkpoint} was trained with {saved.get(name)}: a resumed run keeps "
+                "its schedule. Give the old value, or start anew in another --output_dir."
+            )
 
-    average: the averaged weights, or None; tensors: further state dicts with tensors in them; state: what JSON
-    can hold
+
+# ------------------------------------------------------------------------------------------------------------
+# Writing. Every rank calls these functions; only the one with `main` writes
+
+
+class SaveError(UserError):
+    """Something could not be written. What had been saved before is still there."""
+
+
+@contextmanager
+def removed_on_failure(writing, final):
+    """Turns a failure to write into SaveError, with the half-written folder gone."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap the system's error
+        shutil.rmtree(writing, ignore_errors=True)
+        reason = " ".join(str(error).split())[:200]
+        raise SaveError(
+            f"{final} could not be written ({reason}): make room on its disk. Checkpoints saved before are "
+            "unharmed."
+        ) from error
+
+
+def whole_weights(unet):
+    """{name: tensor in the CPU's memory} on rank 0; every rank has to call it."""
+    return get_model_state_dict(unet, options=WHOLE)
+
+
+def averaged_weights(unet, average):
+    """As whole_weights, copied: averaged weights stand in the network for a moment only."""
+    with averaged(unet, average):
+        return {name: weight.clone() for name, weight in whole_weights(unet).items()}
+
+
+def write_unet(folder, unet, weights):
+    """unet/ as `DFGN.from_pretrained` reads it."""
+    folder.mkdir(parents=True)
+    config = json.loads(unet.to_json_string()) | dict(_class_name="DFGN")  # sharding renames the class
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_file(
+        {name: weight.contiguous() for name, weight in weights.items()}, folder / WEIGHTS, dict(format="pt")
+    )
+
+
+def write_parts(folder, encoders, scheduler, settings):
+    """What a diffusers-style folder holds besides the U-Net. Pre-trained encoders are named, not copied."""
+    scheduler.save_pretrained(folder / "scheduler")
+    encoders.save(folder)
+    classes = dict(unet=["model", "DFGN"], scheduler=["diffusers", "DDIMScheduler"])
+    index = dict(_class_name="RDTF", **classes, **encoders.sources(), **settings)
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def save_checkpoint(output_dir, training, parts, about, limit, main=True):
+    """Writes output_dir/checkpoint-STEP and then deletes the oldest of those before it beyond `limit` (None:
+    keep all). What has a higher number is damaged, or was turned back from: it stays. Raises SaveError.
+
+    parts: (encoders, scheduler, settings), as write_parts takes them; about: a dict that JSON can hold
     """
     # First what all ranks do together, then what one writes: a full disk must not leave the others waiting.
-    weights, averaged = whole_weights(unet), None
+    unet, average, step = training.unet, training.average, training.step
+    weights = dict(unet=whole_weights(unet))
     if average is not None:
-        averaged = whole_weights(unet, average)
-        state = dict(state, ema_step=average.ema.optimization_step)
-    moments = get_optimizer_state_dict(unet, optimizer, options=WHOLE)
-    if not main_process:
+        weights["unet_ema"] = averaged_weights(unet, average)
+    moments = get_optimizer_state_dict(unet, training.optimizer, options=WHOLE)
+    if not main:
         return
+    tensors = dict(lr_schedule=training.lr_schedule.state_dict(), scaler=training.scaler.state_dict())
+    state = {**about, "curriculum": training.curriculum.state_dict()}
+    state |= {name: getattr(training, name) for name in NUMBERS}
+    state["ema_step"] = average.ema.optimization_step if average is not None else None
     final = Path(output_dir) / f"checkpoint-{step}"
     writing = final.with_name(final.name + ".tmp")
     with removed_on_failure(writing, final):
         shutil.rmtree(writing, ignore_errors=True)
-        write_unet(writing / "unet", unet, weights)
-        if averaged is not None:
-            write_unet(writing / "unet_ema", unet, averaged)
-        write_index(writing, encoders, scheduler, settings)
+        for name, tensor in weights.items():
+            write_unet(writing / name, unet, tensor)
+        encoders, scheduler, settings = parts
+        write_parts(writing, encoders, scheduler, dict(settings, step=step))
         torch.save(dict(tensors, optimizer=moments), writing / "optimizer.pt")
-        (writing / "state.json").write_text(json.dumps(dict(state, step=step), indent=2) + "\n")
+        (writing / "state.json").write_text(json.dumps(state, indent=2) + "\n")
         (writing / "files.json").write_text(json.dumps(digests(writing), indent=2) + "\n")
         remove(final)
         os.rename(writing, final)
@@ -255,39 +267,47 @@ def save_checkpoint(
             remove(path)
 
 
-def load_checkpoint(path, unet, average, optimizer):
-    """Puts a checkpoint into `unet`, `average` (or None) and `optimizer`, on however many ranks.
-    Returns (tensors, state) as they were saved.
+def load_checkpoint(path, training):
+    """Puts a checkpoint into `training`, on however many ranks. Returns state.json, a dict. Raises UserError
+    if it is of another network, or a part of it is missing or damaged."""
+    unet, whole = training.unet, StateDictOptions(full_state_dict=True)
+    try:
+        state = json.loads((path / "state.json").read_text())
+        saved = unet.load_config(path / "unet")
+        for name in dict(unet.config):
+            if not name.startswith("_") and json.dumps(saved.get(name)) != json.dumps(unet.config[name]):
+                raise ValueError(f"its {name} is {saved.get(name)}, here it is {unet.config[name]}")
+        if training.average is not None:
+            set_model_state_dict(unet, load_file(path / "unet_ema" / WEIGHTS), options=whole)
+            training.average.load(unet, state["ema_step"])
+        set_model_state_dict(unet, load_file(path / "unet" / WEIGHTS), options=whole)
+        tensors = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+        set_optimizer_state_dict(unet, training.optimizer, tensors["optimizer"], options=whole)
+        training.lr_schedule.load_state_dict(tensors["lr_schedule"])
+        training.scaler.load_state_dict(tensors["scaler"])
+        training.curriculum.load_state_dict(state["curriculum"])
+        for name in NUMBERS:
+            setattr(training, name, state[name])
+    except (ValueError, KeyError, OSError, RuntimeError, UnpicklingError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{path} cannot be resumed, optimizer.pt or weights do not fit: start from another ({reason})."
+        ) from error
+    return state
 
-    Raises ValueError if the checkpoint is of another network, OSError if a part of it is missing."""
-    state = json.loads((path / "state.json").read_text())
-    saved = DFGN.load_config(path / "unet")
-    for name in dict(unet.config):
-        if not name.startswith("_") and json.dumps(saved.get(name)) != json.dumps(unet.config[name]):
-            raise ValueError(
-                f"{path} is of another size: its {name} is {saved.get(name)}, here it is {unet.config[name]}."
-            )
-    options = StateDictOptions(full_state_dict=True)
-    if average is not None:
-        set_model_state_dict(unet, load_file(path / "unet_ema" / WEIGHTS), options=options)
-        average.load(unet, state["ema_step"])
-    set_model_state_dict(unet, load_file(path / "unet" / WEIGHTS), options=options)
-    tensors = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
-    set_optimizer_state_dict(unet, optimizer, tensors.pop("optimizer"), options=options)
-    return tensors, state
 
-
-def write_finished(output_dir, unet, average, encoders, scheduler, settings, card, main_process):
+def write_finished(output_dir, training, parts, card, main=True):
     """Turns `output_dir` itself into the finished folder, with the averaged weights where there are any.
-    card: the text of its README.md"""
-    writing = Path(output_dir) / "finished.tmp"
-    weights = whole_weights(unet, average)
-    if not main_process:
+    parts: as of save_checkpoint; card: the text of its README.md. Raises SaveError."""
+    weights = averaged_weights(training.unet, training.average)
+    if not main:
         return
+    writing = Path(output_dir) / "finished.tmp"
+    encoders, scheduler, settings = parts
     with removed_on_failure(writing, output_dir):
         shutil.rmtree(writing, ignore_errors=True)
-        write_unet(writing / "unet", unet, weights)
-        write_index(writing, encoders, scheduler, settings)
+        write_unet(writing / "unet", training.unet, weights)
+        write_parts(writing, encoders, scheduler, dict(settings, step=training.step))
         (writing / "README.md").write_text(card)
         order = sorted(writing.iterdir(), key=lambda part: (part.name == "model_index.json", part.name))
         for part in order:  # model_index.json last: with it the folder is whole

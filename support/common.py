@@ -1,5 +1,6 @@
 """
-What every room of the project uses: errors that end as one sentence, files that are whole or absent, small helpers.
+What every room of the project uses: errors that end as one sentence, files that are whole or absent, small
+helpers.
 """
 
 import errno
@@ -17,7 +18,8 @@ class UserError(ValueError):
 
 @contextmanager
 def one_sentence(program):
-    """Runs a program's main: what its user can mend ends as one sentence and exit status 2, without a traceback.
+    """Runs a program's main: what its user can mend ends as one sentence and exit status 2, without a
+    traceback.
 
     program: its name as it is called, such as "train.py". Ctrl-C ends with status 130."""
     sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack letters of a name
@@ -40,7 +42,8 @@ def one_sentence(program):
 
 @contextmanager
 def replacing(path):
-    """Yields a temporary path beside `path`, which takes its place once it is written: a reader never finds half a file.
+    """Yields a temporary path beside `path`, which takes its place once it is written: a reader never finds
+    half a file.
 
     Where the body raises, the old file stays and the temporary one goes."""
     path = Path(path)
@@ -66,8 +69,8 @@ def evenly(things, count):
 def printable(text, most=500):
     """A name or message from a file (str or Path) as one line that any terminal shows as it is meant.
 
-    Control characters, line breaks, invalid bytes and marks that turn the writing direction come out as escapes such
-    as \\x1b; beyond `most` characters it is cut."""
+    Control characters, line breaks, invalid bytes and marks that turn the writing direction come out as
+    escapes such as \\x1b; beyond `most` characters it is cut."""
     text = str(text)
     shown = text if len(text) <= most else text[:most] + "..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)

@@ -25,6 +25,7 @@ from transformers import CLIPTextModel, T5EncoderModel
 from transformers.utils.logging import disable_progress_bar
 
 from support.pretrained import EncoderError, check_size, load_pretrained, load_text
+from support.prior import GaussianPrior
 
 disable_progress_bar()  # of transformers: frozen parts load in a second or two
 MAX_TOKENS = 77  # text sequence length, per encoder (Table 6)
@@ -49,8 +50,9 @@ class PatchPCA(ModelMixin, ConfigMixin):
 
     # Components are scaled by std ** -WHITENING: 1 makes all equally loud, 0 keeps the spectrum of pixels.
     WHITENING = 0.5
-    # Standard deviation of the latents, that of a VAE's: the noise schedule is made for it. At 0.2 a sticker drowned
-    # within the first 40 of 1000 timesteps, and all its details had to be drawn in two of 50 sampling steps.
+    # Standard deviation of the latents, that of a VAE's: the noise schedule is made for it. At 0.2 a sticker
+    # drowned within the first 40 of 1000 timesteps, and all its details had to be drawn in two of 50 sampling
+    # steps.
     STD = 1.0
 
     @register_to_config
@@ -268,57 +270,67 @@ class PretrainedT5(PretrainedText):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The three together
+# Together
 
 
 class Encoders:
-    """codec, clip and t5 of one model, as attributes; the built-in ones where no source is named.
+    """What is frozen in one model, as attributes: codec, clip, t5, the built-in ones where no source is
+    named; and prior, the GaussianPrior of a preconditioned model, else None.
 
     codec: a fitted PatchPCA, or None for the VAE of `vae`
     vae, clip, t5: folders or hub ids
     dtype: precision of the text encoders
     """
 
-    def __init__(self, codec=None, vae=None, clip=None, t5=None, device="cpu", dtype=torch.float32):
+    def __init__(
+        self, codec=None, vae=None, clip=None, t5=None, device="cpu", dtype=torch.float32, prior=None
+    ):
         self.codec = PretrainedVAE(vae, device) if vae else codec.to(device)
         self.clip = PretrainedCLIP(clip, device, dtype) if clip else WordVectors()
         self.t5 = PretrainedT5(t5, device, dtype) if t5 else NgramVectors()
+        self.prior = None if prior is None else prior.to(device)
 
     def text(self, captions, device="cpu"):
         """captions: B strings -> (clip, clip_mask, t5, t5_mask) on `device`, as DFGN.forward takes them."""
-        captions = [
-            caption.encode(errors="replace").decode() for caption in captions
-        ]  # a command line is any bytes
+        captions = [caption.encode(errors="replace").decode() for caption in captions]  # argv: any bytes
         return tuple(x.to(device) for encoder in (self.clip, self.t5) for x in encoder(captions))
 
     def sources(self):
-        """{"vae" | "clip" | "t5": the folder or hub id of a pre-trained part, else None}, and the codec's identity."""
+        """{"vae" | "clip" | "t5": the folder or hub id of a pre-trained part, else None}, and the codec's
+        identity."""
         parts = dict(vae=self.codec, clip=self.clip, t5=self.t5)
         named = {name: getattr(part, "source", None) for name, part in parts.items()}
         return dict(named, codec_identity=self.codec.identity)
 
     def save(self, folder):
-        """Saves what cannot be found elsewhere: a codec that was fitted here. Pre-trained parts are not copied."""
-        if isinstance(self.codec, PatchPCA):
-            self.codec.save_pretrained(Path(folder) / "codec")
+        """Saves what cannot be found elsewhere, what was fitted here. Pre-trained parts are not copied."""
+        fitted = dict(codec=self.codec if isinstance(self.codec, PatchPCA) else None, prior=self.prior)
+        for name, part in fitted.items():
+            if part is not None:
+                part.save_pretrained(Path(folder) / name)
 
     @classmethod
     def load(cls, folder, sources, device="cpu", dtype=torch.float32):
         """The encoders of a model: what `save` wrote into `folder`, and the `sources` recorded with it.
 
-        Raises EncoderError if a pre-trained part is not there or the VAE is another one; OSError if there is no
-        codec in `folder`."""
+        Raises EncoderError if a pre-trained part is not there or the VAE is another one; OSError if there is
+        no codec in `folder`."""
         named = {name: sources.get(name) for name in ("vae", "clip", "t5")}
-        codec = None
-        if not named["vae"]:
-            fitted = Path(folder) / "codec"
-            check_size(fitted, lambda folder: PatchPCA.from_config(PatchPCA.load_config(folder)))
-            codec = PatchPCA.from_pretrained(fitted, low_cpu_mem_usage=False, use_safetensors=True)
-        encoders = cls(codec, **named, device=device, dtype=dtype)
+        codec = None if named["vae"] else load_fitted(PatchPCA, Path(folder) / "codec")
+        has_prior = (Path(folder) / "prior").is_dir()
+        prior = load_fitted(GaussianPrior, Path(folder) / "prior") if has_prior else None
+        encoders = cls(codec, **named, device=device, dtype=dtype, prior=prior)
         expected = sources.get("codec_identity", encoders.codec.identity)
         if encoders.codec.identity != expected:
             raise EncoderError(
-                f"--vae {named['vae']} is another VAE than the model was trained with: name the one that "
-                "its model_index.json records."
+                f"--vae {named['vae']} is another VAE than the model was trained with: name the one that its "
+                "model_index.json records."
             )
         return encoders
+
+
+def load_fitted(part, folder):
+    """A PatchPCA or GaussianPrior that save_pretrained wrote into `folder`. OSError, ValueError if it cannot
+    be."""
+    check_size(folder, lambda folder: part.from_config(part.load_config(folder)))
+    return part.from_pretrained(folder, low_cpu_mem_usage=False, use_safetensors=True)

@@ -1,15 +1,15 @@
 """
-What a run tells: log.jsonl, other places for the same, and the model card of the finished folder.
+What a run tells: log.jsonl, the same in other places, what it could not write, and the model card.
 """
 
 import json
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
-from support.common import UserError
+from support.common import UserError, printable, replacing, table
 
 
 def read_log(path):
-    """The entries of a log.jsonl. A line that a kill or a full disk cut short is none."""
+    """The entries of a log.jsonl; lines that a kill or a full disk cut short are skipped."""
     entries = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         with suppress(ValueError):
@@ -17,28 +17,60 @@ def read_log(path):
     return [entry for entry in entries if isinstance(entry, dict) and "step" in entry]
 
 
+def begin_log(path, last_step):
+    """Keeps the entries up to `last_step`: what was logged after a checkpoint will be logged again."""
+    entries = [entry for entry in read_log(path) if entry["step"] <= last_step]
+    with replacing(path) as writing:
+        writing.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+
+
+def append_log(path, entry):
+    with open(path, "a") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
 def make_reporter(args):
-    """A function that sends one entry of log.jsonl to TensorBoard or Weights & Biases too."""
+    """A function that sends one entry of log.jsonl to TensorBoard or Weights & Biases too. Raises
+    UserError."""
     try:
         if args.report_to == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
             writer = SummaryWriter(args.output_dir / "tensorboard")
-            return lambda entry: [
-                writer.add_scalar(name, value, entry["step"]) for name, value in entry.items()
-            ]
+            return lambda entry: [writer.add_scalar(name, x, entry["step"]) for name, x in entry.items()]
         if args.report_to == "wandb":
             import wandb
 
-            run = wandb.init(
-                project="rdtf", dir=args.output_dir, config={k: str(v) for k, v in vars(args).items()}
-            )
+            settings = {name: str(value) for name, value in vars(args).items()}
+            run = wandb.init(project="rdtf", dir=args.output_dir, config=settings)
             return lambda entry: run.log(entry, step=entry["step"])
     except ImportError as error:
-        raise UserError(
-            f"--report_to {args.report_to} needs a package: pip install {args.report_to}"
-        ) from error
+        message = f"--report_to {args.report_to} needs a package: pip install {args.report_to}"
+        raise UserError(message) from error
     return lambda entry: None
+
+
+@contextmanager
+def report_write_errors(print0):
+    """Reports a failed write and continues: a run is worth more than one checkpoint or one picture."""
+    try:
+        yield
+    except (OSError, UserError) as error:
+        print0(f"warning: {error}")
+
+
+def report_folder(print0, folder, summary, problems, has_captions):
+    """Says what of a folder of stickers is trained on. problems: [(name, reason)] of what is dropped"""
+    print0(f"{folder}: {summary}")
+    for name, reason in problems[:20]:
+        print0(f"  dropped {printable(name)}: {reason}")
+    if len(problems) > 20:
+        print0(f"  and {len(problems) - 20} more: `python data.py {folder}` lists them")
+    if not has_captions:
+        print0(
+            f"{folder} has no captions: training without text. (metadata.jsonl or NAME.txt files would give it "
+            "some.)"
+        )
 
 
 def model_card(unet, args, sources, summary, global_batch, step):
@@ -59,7 +91,7 @@ def model_card(unet, args, sources, summary, global_batch, step):
         seed=args.seed,
         guidance=f"text {args.guidance_scale:g}, image {args.image_guidance_scale:g}",
     )
-    table = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in rows.items())
+    settings = table(["setting", "value"], [(name.replace("_", " "), value) for name, value in rows.items()])
     prompt = "a red heart bouncing"
     return f"""---
 library_name: diffusers
@@ -73,10 +105,7 @@ An animated-sticker generator of the RDTF kind, trained with `train.py`.
 python sample.py --checkpoint {args.output_dir} --prompt "{prompt}" --output sticker.gif
 ```
 
-| setting | value |
-|---|---|
-{table}
-
+{settings}
 ![held-out stickers and what the model makes of them](validation-{step}.png)
 
 ![loss, task probabilities, mean k and feedback over the run](progress.png)

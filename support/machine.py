@@ -1,42 +1,37 @@
 """
-The machine and its processes: which kernels compute in which precision, what stops a run.
+The machine and its processes: which kernels compute, in which precision, on which ranks, and what stops a
+run.
 """
 
 import os
 import signal
 from contextlib import ExitStack, contextmanager, nullcontext
+from datetime import timedelta
+from functools import partial
 
 import torch
-from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+# oneDNN, which computes on the CPU, keeps one kernel per operation and shape. The number of frames in a batch
+# differs from step to step: of the 1024 kernels that it keeps by default most are gone before they are asked
+# for again. It reads this before its first operation.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
+
+# ------------------------------------------------------------------------------------------------------------
+# Precision and kernels
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by --mixed_precision
 
 
-def same_attention():
-    """Contexts for gradient checkpointing: the backward pass runs outside `precision`, and must recompute with the
-    same attention kernel (autocast is carried over by torch itself)."""
-    again = nullcontext() if torch.backends.cuda.flash_sdp_enabled() else sdpa_kernel(SDPBackend.MATH)
-    return nullcontext(), again
-
-
-@contextmanager
-def precision(device_type, mixed_precision):
-    """The context to run the network in. mixed_precision: "no", "fp16" or "bf16"."""
-    with ExitStack() as stack:
-        if mixed_precision != "no":
-            stack.enter_context(torch.autocast(device_type, DTYPES[mixed_precision]))
-        # For sequences as short as those of `tiny`, plain matrix products beat the CPU's flash attention backwards.
-        if device_type == "cpu" and torch.is_grad_enabled():
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        yield
-
-
-def as_weights(norm, inputs):
-    """A hook: LayerNorm computes in the type of its weights, in single precision as a rule. So does autocast on a GPU, but
-    on a CPU it would sum the gradients of weights and biases in bf16, which loses digits with every frame."""
-    return (inputs[0].to(norm.weight.dtype),)
+def device():
+    """The GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def native_bf16():
@@ -46,30 +41,162 @@ def native_bf16():
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def compile_layers(unet, temporal=()):
-    """Compiles layer by layer (torch.compile): the whole network would be compiled anew for each way of packing frames."""
-    torch._dynamo.config.recompile_limit = (
-        64  # of all layers of a class together: beyond it they would run as they are
-    )
+@contextmanager
+def precision(device_type, mixed_precision):
+    """The context to run the network in. mixed_precision: "no", "fp16" or "bf16"."""
+    with ExitStack() as stack:
+        if mixed_precision != "no":
+            stack.enter_context(torch.autocast(device_type, DTYPES[mixed_precision]))
+        # For sequences as short as those of `tiny`, plain matrix products beat the CPU's flash attention
+        # backwards.
+        if device_type == "cpu" and torch.is_grad_enabled():
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        yield
+
+
+def recompute_contexts():
+    """Contexts for gradient checkpointing: the backward pass runs outside `precision`, and must recompute
+    with
+    the same attention kernel (autocast is carried over by torch itself)."""
+    again = nullcontext() if torch.backends.cuda.flash_sdp_enabled() else sdpa_kernel(SDPBackend.MATH)
+    return nullcontext(), again
+
+
+# What DFGN.enable_gradient_checkpointing takes.
+recompute = partial(checkpoint, use_reentrant=False, context_fn=recompute_contexts)
+
+
+def cast_to_weight_dtype(norm, inputs):
+    """A hook: LayerNorm computes in the type of its weights, in single precision as a rule. So does autocast
+    on a GPU, but on a CPU it would sum the gradients of weights and biases in bf16, which loses digits with
+    every
+    frame."""
+    return (inputs[0].to(norm.weight.dtype),)
+
+
+def prepare(unet, device, channels_last=True):
+    """Moves a network to where it computes, in the layout that convolutions want, with norms that keep their
+    precision. channels_last: False for weights that have to stay contiguous. Returns it."""
     for module in unet.modules():
-        if isinstance(module, (ResnetBlock2D, Transformer2DModel, *temporal)):
-            module.compile()
+        if isinstance(module, torch.nn.LayerNorm):
+            module.register_forward_pre_hook(cast_to_weight_dtype)
+    unet.to(device)
+    return unet.to(memory_format=torch.channels_last) if channels_last else unet
+
+
+def compile_layers(unet):
+    """Compiles layer by layer (torch.compile): the whole network would be compiled anew for each way of
+    packing
+    frames."""
+    # of all layers of a class together: beyond it they would run as they are
+    torch._dynamo.config.recompile_limit = 64
+    for layer in unet.layers():
+        for module in layer:
+            if module is not None:
+                module.compile()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Processes
+
+
+class World:
+    """The processes of a run: this one alone, or all that torchrun started. With one process nothing here
+    waits.
+
+    rank, size: of all processes; local_rank, local_size: of those on this machine; main: whether this is rank
+    0;
+    device: where this process computes"""
+
+    def __init__(self):
+        names = dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, LOCAL_WORLD_SIZE=1)
+        numbers = (int(os.environ.get(name, default)) for name, default in names.items())
+        self.rank, self.size, self.local_rank, self.local_size = numbers
+        self.main = self.rank == 0
+        self.device = torch.device("cpu")
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", self.local_rank)
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
+        if self.size > 1:
+            self.connect()
+
+    def connect(self):
+        # Rank 0 decodes, validates and saves while the others wait: far longer than the default timeout
+        # allows.
+        patience = timedelta(hours=12)
+        store, _, _ = next(rendezvous("env://", timeout=patience))
+        # torchrun's store outlives a restart, with the addresses of the processes that are gone (pytorch
+        # issue 135712). On several machines the count differs, and an environment variable helps
+        # (docs/reliability.md).
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if self.local_size == self.size else "0"
+        store = dist.PrefixStore(f"restart-{restart}", store)
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        group = dict(rank=self.rank, world_size=self.size, store=store, timeout=patience)
+        dist.init_process_group(backend, **group)
+
+    def close(self):
+        if self.size > 1:
+            dist.destroy_process_group()
+
+    def print0(self, text):
+        """Prints on rank 0, above a progress bar."""
+        if self.main:
+            tqdm.write(text)
+
+    def barrier(self):
+        if self.size > 1:
+            dist.barrier()
+
+    def sum(self, tensor):
+        """The sum of a tensor over the ranks, on all of them."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def first(self, value):
+        """What rank 0 has as `value`, on all ranks: anything that can be pickled."""
+        if self.size > 1:
+            dist.broadcast_object_list(values := [value])
+            value = values[0]
+        return value
+
+    def distribute(self, unet):
+        """`unet` for training on all ranks (DDP); the same if there is one, or if its weights are sharded."""
+        if self.size == 1 or isinstance(unet, FSDPModule):
+            return unet
+        ids = [self.local_rank] if self.device.type == "cuda" else None
+        return DistributedDataParallel(
+            unet, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
+
+
+def gradient_sync(network, last):
+    """The context of one forward and backward pass of a step: gradients are summed over the ranks in the
+    last."""
+    if isinstance(network, FSDPModule):
+        network.set_requires_gradient_sync(last)
+    return nullcontext() if last or not isinstance(network, DistributedDataParallel) else network.no_sync()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Stopping
 
 
 @contextmanager
 def stop_requests():
-    """Yields a list that collects SIGTERM and SIGINT (Ctrl-C) instead of dying of them. A second Ctrl-C exits at
+    """Yields a list that collects SIGTERM and SIGINT (Ctrl-C) instead of exiting. A second Ctrl-C exits at
     once, with status 130."""
-    asked = []
+    signals = []
 
     def note(number, _):
-        if number == signal.SIGINT and signal.SIGINT in asked:
+        if number == signal.SIGINT and signal.SIGINT in signals:
             os._exit(128 + number)
-        asked.append(number)
+        signals.append(number)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield asked
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -173,8 +173,8 @@ def pictures(path, stills, start):
 
 
 def on_white(picture, resolution):
-    """RGBA picture -> uint8 (resolution, resolution, 3): in the centre of the smallest white square around it, resized
-    (bicubic, as Pillow's to within two levels, but by torch, whose code is faster)."""
+    """RGBA picture -> uint8 (resolution, resolution, 3): in the centre of the smallest white square around
+    it, resized (bicubic, as Pillow's to within two levels, but by torch, whose code is faster)."""
     width, height = picture.size
     square = Image.new("RGB", (max(width, height),) * 2, WHITE)
     square.paste(picture, ((square.width - width) // 2, (square.height - height) // 2), picture)

@@ -10,6 +10,7 @@ weights sharded over ranks.
 """
 
 import warnings
+from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
@@ -18,27 +19,41 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from support.common import UserError
+
 ADAM = dict(betas=(0.9, 0.999), weight_decay=0.01)
-# The gate of a temporal layer is one number that starts at zero:
-# at the weights' own rate it would open too late.
+# The gate of a temporal layer is one number that starts at zero: at the weights' own rate it would open too
+# late.
 ALPHA_LR = 30
 MAX_GRAD_NORM = 1.0
 EMA_DECAY, EMA_POWER = 0.9999, 0.75  # the decay warms up as 1 - (1 + step) ** -EMA_POWER
 
 
 def make_optimizer(unet, learning_rate, eight_bit=False, low_memory=False):
-    """AdamW over the weights of `unet`. With `low_memory` the weights must be bf16: an update smaller than their
-    last digit is then applied with the matching probability instead of being lost.
+    """AdamW over the weights of `unet`. With `low_memory` the weights must be bf16: an update smaller than
+    their last digit is then applied with the matching probability instead of being lost.
 
-    Raises ImportError if torchao is missing."""
+    Raises UserError if torchao is missing."""
     gates = [p for name, p in unet.named_parameters() if name.endswith(".alpha")]
     weights = [p for name, p in unet.named_parameters() if not name.endswith(".alpha")]
     groups = [dict(params=weights), dict(params=gates, lr=ALPHA_LR * learning_rate, weight_decay=0.0)]
-    if eight_bit or low_memory:
+    if not (eight_bit or low_memory):
+        return torch.optim.AdamW(groups, lr=learning_rate, fused=True, **ADAM)
+    try:
         from torchao.optim import AdamW8bit
+    except ImportError as error:
+        raise UserError("--use_8bit_adam and --low_memory need a package: pip install torchao") from error
+    return AdamW8bit(groups, lr=learning_rate, bf16_stochastic_round=low_memory, **ADAM)
 
-        return AdamW8bit(groups, lr=learning_rate, bf16_stochastic_round=low_memory, **ADAM)
-    return torch.optim.AdamW(groups, lr=learning_rate, fused=True, **ADAM)
+
+def clip_gradients(unet):
+    """Clips the gradients to MAX_GRAD_NORM. Returns their norm before that, over all ranks: a float."""
+    norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), MAX_GRAD_NORM)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Averaged weights
 
 
 def local_weights(unet):
@@ -54,9 +69,8 @@ class Average:
 
     def __init__(self, unet, on_cpu=False):
         self.on_cpu = on_cpu
-        self.ema = EMAModel(
-            local_weights(unet), decay=EMA_DECAY, use_ema_warmup=True, power=EMA_POWER, foreach=True
-        )
+        warm_up = dict(use_ema_warmup=True, power=EMA_POWER)
+        self.ema = EMAModel(local_weights(unet), decay=EMA_DECAY, foreach=True, **warm_up)
         self.ema.to(device="cpu" if on_cpu else None, dtype=torch.float32)
 
     def step(self, unet):
@@ -65,16 +79,6 @@ class Average:
             weights = [nn.Parameter(w.detach().to("cpu", torch.float32)) for w in weights]
         self.ema.step(weights)
 
-    def applied(self, unet, function):
-        """Calls `function` while the U-Net holds the averaged weights."""
-        weights = local_weights(unet)
-        self.ema.store(weights)
-        self.ema.copy_to(weights)
-        try:
-            return function()
-        finally:
-            self.ema.restore(weights)
-
     def load(self, unet, step):
         """Goes on from averaged weights that stand in `unet` at the moment, as of optimizer step `step`."""
         for shadow, weight in zip(self.ema.shadow_params, local_weights(unet), strict=True):
@@ -82,20 +86,32 @@ class Average:
         self.ema.optimization_step = step
 
 
-def with_average(average, unet, function):
-    """Calls `function` while the U-Net holds the averaged weights; without them (None) just calls it."""
-    return function() if average is None else average.applied(unet, function)
+@contextmanager
+def averaged(unet, average):
+    """While it lasts, `unet` holds the averaged weights; without them (None) it stays as it is."""
+    if average is None:
+        yield
+        return
+    weights = local_weights(unet)
+    average.ema.store(weights)
+    average.ema.copy_to(weights)
+    try:
+        yield
+    finally:
+        average.ema.restore(weights)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sharding
 
 
 def shard(unet, device):
-    """Splits weights, gradients and AdamW's state over the ranks (FSDP2): a layer's weights are gathered when it
+    """Splits weights, gradients and AdamW's state over the ranks (FSDP2): a layer's weights are gathered when
+    it
     runs and dropped after. Each residual layer goes with its transformer and temporal layer."""
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
-        for i, resnet in enumerate(block.resnets):
-            has_attention = i < len(block.attentions)
-            layers = [resnet, block.attentions[i], block.temporal[i]] if has_attention else [resnet]
-            fully_shard(layers, mesh=mesh)
+    for layer in unet.layers():
+        fully_shard([module for module in layer if module is not None], mesh=mesh)
     # The network's output is a view; nothing changes it in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     fully_shard(unet, mesh=mesh, reshard_after_forward=True)  # what is left: input and output layers

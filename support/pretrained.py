@@ -86,9 +86,9 @@ def check_size(folder, build):
 
 
 def load_pretrained(flag, source, subfolders, load, build=None, config="config.json"):
-    """Calls load(source, subfolder=...), first on the folder or hub id itself, then on those of its subfolders
-    where a Stable Diffusion pipeline keeps the part. Weights are read as safetensors only, code is never run; with
-    `build` a folder is held against `check_size` first. Raises EncoderError."""
+    """Calls load(source, subfolder=...), first on the folder or hub id itself, then on those of its
+    subfolders where a Stable Diffusion pipeline keeps the part. Weights are read as safetensors only, code is
+    never run; with `build` a folder is held against `check_size` first. Raises EncoderError."""
     local = Path(source).is_dir()
     first_error = None
     for subfolder in ("", *subfolders):
@@ -141,8 +141,8 @@ def load_text(flag, source, subfolders, model_class, model_types, dtype=torch.fl
 def start_from_spatial(unet, source):
     """--init_unet: puts a Stable Diffusion 2.x U-Net (folder or hub id) into the spatial part of `unet`.
 
-    The input channels of the given frames start at zero, temporal layers at identity (alpha = 0), and so does the
-    projection of CLIP states where the widths agree: at step 0 the network is that U-Net, frame by frame.
+    The input channels of the given frames start at zero, temporal layers at identity (alpha = 0), and so does
+    the projection of CLIP states where the widths agree: at step 0 the network is that U-Net, frame by frame.
     Raises EncoderError if it cannot be loaded or has other shapes."""
 
     def load(source, subfolder):

@@ -1,40 +1,44 @@
 """
-What can be said about a clip before any learning: its latents as a Gaussian whose mean depends on the caption, fitted
-to the stickers in closed form. `tiny` and `small` start each estimate from it, so that the network learns what a
-Gaussian cannot say: outlines, eyes, and which of them go together. Ours, not the paper's; `full` goes without.
+The preconditioning of `tiny` and `small`: a Gaussian over clips, fitted in closed form, and a wrapper
+that gives a DFGN its estimate of the clean latents. Ours, not the paper's; `full` goes without.
 
-A frame is a point along principal components ("modes"). Modes are independent of each other; within a mode the
-frames of a clip correlate, by the number of frames and by how strong the mode is. A caption moves the mean of
-every frame, by a sum over its words and as a smooth function of the frame's place in the clip: what colour a red
-heart has, and where something that bounces is at first, halfway and at last. Under this model the best estimate of
-clean latents is linear, in the noisy frames and in the given ones, and needs no training: the Wiener filter, and
-for given frames the best linear interpolation.
+    GaussianPrior     variances, correlations, a regression on captions; its best estimate is a Wiener filter
+    Preconditioned    DFGN with the estimate beside its inputs and mixed into its output, called as DFGN is
+    loss_weights, first_latents    what training and sampling do otherwise with it
+
+A frame is a point along principal components ("modes"). Modes are independent of each other; within a mode
+the frames of a clip correlate, by the number of frames and by how strong the mode is. A caption moves the
+mean of every frame, by a sum over its words and as a smooth function of the frame's place in the clip: what
+colour a red heart has, and where something that bounces is at first, halfway and at last. The best estimate
+of clean latents is then linear in the noisy frames and in the given ones. The network learns what a Gaussian
+cannot say: outlines, eyes, and which of them go together.
 """
 
 import math
 
 import torch
 import torch.nn as nn
-
-from masks import LENGTHS, NUM_FRAMES
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
 
 MODES = 1024  # components that are told apart; what is left of a frame has one variance in all directions
-BAND_ENDS = (
-    8,
-    32,
-    128,
-    512,
-)  # from strong modes to weak ones: within a band they share the correlation of frames
+BAND_ENDS = (8, 32, 128, 512)  # from strong modes to weak ones: a band shares the correlation of frames
 WAVES = 4  # cosines over a clip, the first one constant: what a word does to a frame is a sum of them
 FIT_FRAMES = 8192  # most frames that the modes are fitted to
+LATENT_ERROR = 0.3  # assumed error of the network's estimate of clean latents, as a share of their variance
+MAX_LATENT_WEIGHT = 5.0
 RIDGE = 0.1  # of the regression on captions, as a share of the mean square of their features
 
 
-class GaussianPrior(nn.Module):
-    """latent_channels, side: C, and h = w of the latents; text_dim: width of the CLIP states"""
+class GaussianPrior(ModelMixin, ConfigMixin):
+    """latent_channels, side: C, and h = w of the latents; text_dim: width of the CLIP states; lengths:
+    numbers of frames that a clip may have, without gaps. No parameters: all it holds is fitted, nothing is
+    trained."""
 
-    def __init__(self, latent_channels, side, text_dim):
+    @register_to_config
+    def __init__(self, latent_channels, side, text_dim, lengths=(3, 4, 5, 6, 7, 8)):
         super().__init__()
+        self.lengths = tuple(lengths)
         size = latent_channels * side**2  # D
         modes = min(MODES, size - 1)  # M
         bands = sum(end < modes for end in BAND_ENDS) + 1
@@ -44,12 +48,12 @@ class GaussianPrior(nn.Module):
         self.register_buffer("no_text", torch.zeros(text_dim))  # features of the empty caption
         self.register_buffer(
             "shift", torch.zeros(WAVES, text_dim, modes)
-        )  # of the modes, by a caption's features
-        # First for clips without text, then for those with it, whose mean is known better:
-        # variances, the last one of what is left; for every number of frames 3..8 and every band, in the upper left
-        # corner, correlations with a mean diagonal of one
+        )  # of modes, by a caption's features
+        # First for clips without text, then for those with it, whose mean is known better: variances, the
+        # last one of what is left; for every number of frames 3..8 and every band, in the upper left corner,
+        # correlations with a mean diagonal of one
         self.register_buffer("variance", torch.ones(2, modes + 1))
-        alone = torch.eye(NUM_FRAMES).repeat(2 * len(LENGTHS), bands, 1, 1)
+        alone = torch.eye(self.lengths[-1]).repeat(2 * len(self.lengths), bands, 1, 1)
         self.register_buffer("frames", alone)  # (12, bands, 8, 8)
         ends = (0, *BAND_ENDS[: bands - 1], modes)
         self.sizes = [end - start for start, end in zip(ends, ends[1:])]  # of the bands
@@ -57,7 +61,8 @@ class GaussianPrior(nn.Module):
         self.register_buffer("band", band, persistent=False)  # (M + 1,)
 
     def features(self, text):
-        """text as DFGN.forward takes it -> (B, text_dim): the sum of CLIP states, less that of the empty caption"""
+        """text as DFGN.forward takes it -> (B, text_dim): the sum of CLIP states, less that of the empty
+        caption"""
         states, mask = text[:2]
         return (states.float() * mask[..., None]).sum(dim=1) - self.no_text
 
@@ -69,7 +74,8 @@ class GaussianPrior(nn.Module):
         return torch.cos(math.pi * place[..., None] * wave)
 
     def shift_by(self, words, slots, length):
-        """How far captions move the modes of each frame. words: their features (B, text_dim) -> (B, slots, M)"""
+        """How far captions move the modes of each frame. words: their features (B, text_dim) -> (B, slots,
+        M)"""
         return self.waves(slots, length) @ (words @ self.shift).transpose(0, 1)
 
     @torch.no_grad()
@@ -77,15 +83,15 @@ class GaussianPrior(nn.Module):
         """clips: {k: latents (n, k, C, h, w) of clips that have k distinct frames} for k = 3..8, n may be 0;
         texts: {k: their captions, as DFGN.forward takes them}; no_text: the same of one empty caption.
 
-        Three clips of four give mean, modes and what captions do, the fourth says how much clips vary around that:
-        from its own mean and along its own modes a clip seems to vary less than the next one will."""
+        Three clips of four give mean, modes and what captions do, the fourth says how much clips vary around
+        that: from its own mean and along its own modes a clip seems to vary less than the next one will."""
         device = self.mean.device
         self.no_text.copy_(self.features([x.to(device) for x in no_text])[0])
         clips = {k: clip.flatten(2).to(device) for k, clip in clips.items()}  # (n, k, D)
         texts = {k: self.features([x.to(device) for x in text]) for k, text in texts.items()}  # (n, text_dim)
         fourth = {k: torch.arange(len(clip), device=device) % 4 == 0 for k, clip in clips.items()}
         first = {k: ~last if len(last) > 1 else last for k, last in fourth.items()}
-        x = torch.cat([clips[k][first[k]].flatten(0, 1) for k in LENGTHS])  # (N, D)
+        x = torch.cat([clips[k][first[k]].flatten(0, 1) for k in self.lengths])  # (N, D)
         self.std.copy_(x.square().mean().sqrt())
         self.mean.copy_(x.mean(dim=0))
         with torch.random.fork_rng():
@@ -97,45 +103,45 @@ class GaussianPrior(nn.Module):
 
         z = {k: (clip - self.mean) @ self.modes.T for k, clip in clips.items()}  # (n, k, M)
         square = product = 0
-        for k in LENGTHS:  # each frame is explained by its caption's features times each wave
-            words = (
-                torch.einsum("nt,kp->nkpt", texts[k][first[k]], self.waves(k, k)[0]).flatten(2).flatten(0, 1)
-            )
+        for k in self.lengths:  # each frame is explained by its caption's features times each wave
+            words = torch.einsum("nt,kp->nkpt", texts[k][first[k]], self.waves(k, k)[0])
+            words = words.flatten(2).flatten(0, 1)  # (n k, WAVES text_dim)
             square, product = square + words.T @ words, product + words.T @ z[k][first[k]].flatten(0, 1)
         ridge = (RIDGE * square.diagonal().mean()).clamp(min=1e-6) * torch.eye(len(square), device=device)
         self.shift.copy_(torch.linalg.solve(square + ridge, product).view_as(self.shift))
 
-        new = torch.cat([clips[k][fourth[k]].flatten(0, 1) for k in LENGTHS]) - self.mean
+        new = torch.cat([clips[k][fourth[k]].flatten(0, 1) for k in self.lengths]) - self.mean
         rest = new.square().sum() - (new @ self.modes.T).square().sum()
         self.variance[:, -1] = rest / (len(new) * (new.shape[1] - found))
         for has_text in (0, 1):
-            left = {k: z[k] - has_text * self.shift_by(texts[k], k, k) for k in LENGTHS}
-            along = torch.cat([left[k][fourth[k]].flatten(0, 1) for k in LENGTHS])
+            left = {k: z[k] - has_text * self.shift_by(texts[k], k, k) for k in self.lengths}
+            along = torch.cat([left[k][fourth[k]].flatten(0, 1) for k in self.lengths])
             self.variance[has_text, :-1] = along.square().mean(dim=0)
-            for i, k in enumerate(LENGTHS):
+            for i, k in enumerate(self.lengths):
                 for band in range(self.frames.shape[1]):
                     strong = left[k][:, :, self.band[:-1] == band]
                     correlation = torch.einsum("nim,njm->ij", strong, strong)
                     correlation *= k / correlation.trace().clamp(min=1e-12)
                     one_more = torch.eye(k, device=device)  # as if one more clip had unrelated frames
                     correlation = (len(strong) * correlation + one_more) / (len(strong) + 1)
-                    self.frames[has_text * len(LENGTHS) + i, band, :k, :k] = correlation
+                    self.frames[has_text * len(self.lengths) + i, band, :k, :k] = correlation
         self.variance.clamp_(min=1e-6 * self.variance.max())
 
     def conditioned(self, is_given, valid, text):
         """What captions and given frames say before any noisy frame is seen. is_given, valid: bool (B, F)
 
-        Returns shift (B, F, M) of the modes by the caption and, from then on for every band: follow (B, bands, F, F),
-        how a frame follows the given ones, which have no noise; Q (B, bands, F, F), the eigenvectors over frames of
-        how the others still vary; variance (B, F, M + 1) along those, of each mode and of the rest."""
+        Returns shift (B, F, M) of the modes by the caption and, from then on for every band: follow (B,
+        bands, F, F), how a frame follows the given ones, which have no noise; Q (B, bands, F, F), the
+        eigenvectors over frames of how the others still vary; variance (B, F, M + 1) along those, of each
+        mode and of the rest."""
         slots = valid.shape[1]
         words = self.features(text)
         has_text = (words.norm(dim=1) > 0.05 * self.no_text.norm()).long()  # (B,)
         shift = self.shift_by(words, slots, valid.sum(dim=1)) * has_text[:, None, None]
 
         g, u = (m[:, None, :, None].float() for m in (is_given & valid, ~is_given & valid))  # (B, 1, F, 1)
-        length = (valid.sum(dim=1) - LENGTHS[0]).clamp(min=0)
-        T = self.frames[has_text * len(LENGTHS) + length, :, :slots, :slots]  # (B, bands, F, F)
+        length = (valid.sum(dim=1) - self.lengths[0]).clamp(min=0)
+        T = self.frames[has_text * len(self.lengths) + length, :, :slots, :slots]  # (B, bands, F, F)
         among_given = T * g * g.mT + torch.diag_embed(1 - g.squeeze(3))
         follow = u * torch.linalg.solve(among_given, T * g).mT
         left = T * u * u.mT - follow @ (T * g * u.mT)
@@ -144,27 +150,26 @@ class GaussianPrior(nn.Module):
         return shift, follow + torch.diag_embed(g.squeeze(3)), Q, variance
 
     def in_bands(self, function, x, shift, amount):
-        """Calls function(x of a band, band, its amount) for the modes of each band, less `shift`, and for what is left.
-        x: (B, F, D); shift: (B, F, M), or 0; amount: (B, F, M + 1); returns (B, F, D)"""
+        """Calls function(x of a band, band, its amount) for the modes of each band, less `shift`, and for
+        what is left. x: (B, F, D); shift: (B, F, M), or 0; amount: (B, F, M + 1); returns (B, F, D)"""
         z = x @ self.modes.T
         rest = x - z @ self.modes
         parts = zip((z - shift).split(self.sizes, dim=2), amount[:, :, :-1].split(self.sizes, dim=2))
         z = torch.cat([function(part, band, some) for band, (part, some) in enumerate(parts)], dim=2) + shift
         return z @ self.modes + function(rest, -1, amount[:, :, -1:])
 
-    def forward(self, noisy, given, alpha, text, valid=None):
+    def forward(self, noisy, latents, given, alpha, text, valid=None):
         """The best linear estimate of the clean latents, and how far off it will be.
 
-        noisy: (B, F, C, h, w), x_t; given: the same, clean latents of the given frames, zeros elsewhere
-        alpha: (B,) cumulative; text: as DFGN.forward takes it; valid: bool (B, F)
-        Returns estimate (B, F, C, h, w), exact in given frames, and error (B, F), the expected root mean square
-        of its error. In slots that hold no frame both mean nothing.
+        noisy: (B, F, C, h, w), x_t; latents, given: clean latents and bool (B, F), which of them are given
+        alpha: (B,) cumulative; text: as DFGN.forward takes it; valid: bool (B, F) Returns estimate (B, F, C,
+        h, w), exact in given frames, and error (B, F), the expected root mean square of its error. In slots
+        that hold no frame both mean nothing.
         """
         shape = noisy.shape[2:]
-        is_given = (given != 0).flatten(2).any(dim=2)  # (B, F)
         if valid is None:
-            valid = torch.ones_like(is_given)
-        shift, follow, Q, variance = self.conditioned(is_given, valid, text)
+            valid = torch.ones_like(given)
+        shift, follow, Q, variance = self.conditioned(given, valid, text)
         noise = ((1 - alpha) / alpha)[:, None, None]  # variance of the noise in x_t / sqrt(alpha)
         gain = variance / (variance + noise)
 
@@ -172,12 +177,11 @@ class GaussianPrior(nn.Module):
             known = follow[:, band] @ z
             return known + Q[:, band] @ (gain * (Q[:, band].mT @ (z - known)))
 
-        x = torch.where(
-            is_given[:, :, None], given.flatten(2), noisy.flatten(2) / alpha.sqrt()[:, None, None]
-        )
+        is_given, truth = given[:, :, None], latents.flatten(2)  # (B, F, 1), (B, F, D)
+        x = torch.where(is_given, truth, noisy.flatten(2) / alpha.sqrt()[:, None, None])
         x = torch.where(valid[:, :, None], x - self.mean, 0)
         x = self.mean + self.in_bands(without_noise, x, shift, gain)
-        x = torch.where(is_given[:, :, None], given.flatten(2), x)
+        x = torch.where(is_given, truth, x)
 
         share = torch.ones_like(gain) / x.shape[2]  # of each mode, and of the rest, in a frame's mean square
         share[:, :, -1] *= x.shape[2] - len(self.modes)
@@ -186,14 +190,89 @@ class GaussianPrior(nn.Module):
         error = torch.einsum("bnfj,bjn->bf", Q.square(), left)
         return x.unflatten(2, shape), error.clamp(min=0).sqrt()
 
-    def draw(self, noise, given, text):
-        """A clip of this Gaussian, made from standard normal `noise`; given, text: as in `forward`; all of them
-        (B, F, C, h, w)."""
-        is_given = (given != 0).flatten(2).any(dim=2)[:, :, None]  # (B, F, 1)
-        shift, follow, Q, variance = self.conditioned(
-            is_given[..., 0], torch.ones_like(is_given[..., 0]), text
-        )
-        x = torch.where(is_given, given.flatten(2) - self.mean, 0)
+    def draw(self, noise, latents, given, text):
+        """A clip of this Gaussian, made from standard normal `noise` (B, F, C, h, w), exact in given frames.
+        latents, given, text: as in `forward`; every slot holds a frame. Returns (B, F, C, h, w)."""
+        is_given, truth = given[:, :, None], latents.flatten(2)  # (B, F, 1), (B, F, D)
+        shift, follow, Q, variance = self.conditioned(given, torch.ones_like(given), text)
+        x = torch.where(is_given, truth - self.mean, 0)
         x = self.mean + self.in_bands(lambda z, band, _: follow[:, band] @ z, x, shift, variance)
         x = x + self.in_bands(lambda n, band, v: Q[:, band] @ (v.sqrt() * n), noise.flatten(2), 0, variance)
-        return torch.where(is_given, given.flatten(2), x).unflatten(2, noise.shape[2:])
+        return torch.where(is_given, truth, x).unflatten(2, noise.shape[2:])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The wrapper, and what follows from it
+
+
+class Preconditioned(nn.Module):
+    """A denoiser that is called as DFGN is and returns what it returns, with a DFGN inside whose last layer
+    estimates the clean latents, in units of their standard deviation.
+
+    Clean latents have few degrees of freedom, noise has all of them, and a narrow network cannot carry it
+    from input to output (Li and He, "Back to Basics: Let Denoising Generative Models Denoise"). The prior's
+    estimate is one more input, and is mixed with the network's by the errors of both; the noise follows from
+    x_t.
+
+    unet: DFGN with condition_channels = 2 C, or a wrapper of it; prior: a fitted GaussianPrior
+    alphas_cumprod: float (timesteps,), of the noise schedule
+    """
+
+    def __init__(self, unet, prior, alphas_cumprod):
+        super().__init__()
+        self.unet, self.prior = unet, prior
+        self.register_buffer("alphas_cumprod", alphas_cumprod.to(prior.device), persistent=False)
+
+    @property
+    def device(self):
+        return self.prior.device
+
+    def forward(self, noisy, latents, given, timestep, text, valid=None):
+        """As DFGN.forward, with latents of C channels."""
+        alpha, std = self.alphas_cumprod[timestep], self.prior.std  # (B,)
+        with torch.autocast(noisy.device.type, enabled=False):
+            estimate, error = self.prior(noisy, latents, given, alpha, text, valid)
+        alpha = alpha[:, None, None, None, None]
+
+        c_in = (alpha * std**2 + 1 - alpha).rsqrt()
+        shown = torch.where(given[:, :, None, None, None], latents, 0.0)
+        condition = torch.cat([shown / std, estimate / std], dim=2)  # (B, F, 2C, h, w)
+        out = self.unet(c_in * noisy, condition, torch.ones_like(given), timestep, text, valid).float()
+
+        c_out = error.square() / (error.square() + LATENT_ERROR * std**2)  # (B, F), 0 in given frames
+        clean = torch.lerp(estimate, std * out, c_out[:, :, None, None, None])
+        noise = (noisy - alpha.sqrt() * clean) / (1 - alpha).sqrt()
+        return noise if valid is None else torch.where(valid[:, :, None, None, None], noise, 0.0)
+
+
+def precondition(unet, prior, alphas_cumprod):
+    """The denoiser of a model: Preconditioned, or `unet` itself where there is no prior (None)."""
+    return unet if prior is None else Preconditioned(unet, prior, alphas_cumprod)
+
+
+def balanced_weights(latent_std, alphas_cumprod):
+    """The weight of the noise's squared error at each timestep under which the error of the clean latents, of
+    standard deviation `latent_std`, counts with min(snr + 1, 5): float32 (timesteps,). Under Eq. 1 the large
+    timesteps, at which subject, colour and place are decided, would weigh next to nothing."""
+    snr = alphas_cumprod * latent_std**2 / (1 - alphas_cumprod)
+    return (snr + 1).clamp(max=MAX_LATENT_WEIGHT) / snr
+
+
+def loss_weights(denoiser, alphas_cumprod):
+    """How much the squared error of the noise weighs at each timestep: float32 (timesteps,). Ones for a bare
+    DFGN, as in Eq. 1; balanced_weights for a preconditioned one."""
+    if not isinstance(denoiser, Preconditioned):
+        return torch.ones_like(alphas_cumprod)
+    return balanced_weights(float(denoiser.prior.std), alphas_cumprod)
+
+
+def first_latents(denoiser, scheduler, noise, clip_noise, latents, given, text):
+    """What sampling starts from: (B, F, C, h, w). `noise` for a bare DFGN.
+
+    Even the noisiest timestep shows the strongest modes of a clip, its colour above all: with noise alone a
+    preconditioned network would see those of no clip in particular. It starts from a clip of its prior, made
+    from `clip_noise` and noised with `noise`. latents, given, text: as DFGN.forward takes them."""
+    if not isinstance(denoiser, Preconditioned):
+        return noise
+    clean = denoiser.prior.draw(clip_noise, latents, given, text)
+    return scheduler.add_noise(clean, noise, scheduler.timesteps[:1])

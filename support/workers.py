@@ -98,8 +98,8 @@ def in_processes(work, items, num_workers):
 
 
 def read_picture(path, resolution):
-    """media.read_image in a decoding process, with the limits of time and memory of load_clips: the first frame
-    of a file from anywhere. Returns uint8 (resolution, resolution, 3); raises MediaError."""
+    """media.read_image in a decoding process, with the limits of time and memory of load_clips: the first
+    frame of a file from anywhere. Returns uint8 (resolution, resolution, 3); raises MediaError."""
     (picture,) = in_processes(partial(media.read_image, resolution=resolution), [path], 1)
     if isinstance(picture, str):  # the reason why there is none
         raise media.MediaError(f"{printable(path)} cannot be decoded ({picture}); choose another picture.")

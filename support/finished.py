@@ -1,0 +1,130 @@
+"""
+A finished model: found under runs/, on disk or on the hub, and read. What is in its folder may come from
+anywhere.
+"""
+
+import json
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
+
+from support.common import UserError
+from support.encoders import Encoders
+from support.machine import DTYPES
+from support.media import MAX_SIDE
+from support.pretrained import EncoderError, check_size
+
+MAX_SCALE = 1000  # of guidance: beyond it every picture is saturated
+
+
+class CheckpointError(UserError):
+    """A model that cannot be used."""
+
+
+def newest_run(runs="runs"):
+    """The folder below `runs` that was finished last. Raises CheckpointError if there is none."""
+    finished = sorted(Path(runs).glob("*/model_index.json"), key=lambda path: path.stat().st_mtime)
+    if not finished:
+        raise CheckpointError(
+            f"no finished model under {runs}/: `python train.py` makes one, or name one with --checkpoint."
+        )
+    return finished[-1].parent
+
+
+def local_folder(checkpoint):
+    """The folder of a model that is named by its path or its hub id. Raises CheckpointError."""
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(str(checkpoint)))
+        except (OSError, ValueError, HFValidationError) as error:  # HTTP errors are OSErrors
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(
+                f"--checkpoint {checkpoint} is not a folder, nor a hub id that can be fetched: give the output_dir "
+                f"of a training run ({reason})."
+            ) from error
+    if not (folder / "model_index.json").is_file():
+        raise CheckpointError(
+            f"--checkpoint {checkpoint} holds no model_index.json: give the output_dir of a finished training run, "
+            "or a checkpoint-N folder inside it."
+        )
+    return folder
+
+
+def check_settings(settings):
+    """Raises ValueError, KeyError or TypeError unless the content of model_index.json can be sampled with."""
+    if not (type(settings["resolution"]) is int and 8 <= settings["resolution"] <= MAX_SIDE):
+        raise ValueError(f"model_index.json says resolution = {settings['resolution']}")
+    if settings["mixed_precision"] not in DTYPES:
+        raise ValueError(f"model_index.json says mixed_precision = {settings['mixed_precision']}")
+    for name in ("guidance_scale", "image_guidance_scale"):
+        if not abs(settings[name]) < MAX_SCALE:
+            raise ValueError(f"model_index.json says {name} = {settings[name]}")
+
+
+def check_fit(unet, encoders, resolution):
+    """Raises ValueError unless the parts work on the same latents and texts, and frames have such latents."""
+    side, rest = divmod(resolution, encoders.codec.factor)
+    prior = encoders.prior
+    if rest or side < 1 or (prior is not None and prior.config.side != side):
+        raise ValueError(f"model_index.json says resolution = {resolution}, which its parts are not made for")
+    channels, config = encoders.codec.latent_channels, unet.config
+    found = dict(
+        latent_channels=channels,
+        condition_channels=channels if prior is None else 2 * channels,
+        clip_dim=encoders.clip.width,
+        t5_dim=encoders.t5.width,
+    )
+    wanted = dict(config, condition_channels=config.condition_channels or config.latent_channels)
+    if prior is not None and (prior.config.latent_channels, prior.config.text_dim) != (
+        channels,
+        found["clip_dim"],
+    ):
+        raise ValueError("its prior is of another model")
+    for name, value in found.items():
+        if wanted[name] != value:
+            raise ValueError(f"its U-Net has {name} = {wanted[name]}, its other parts {value}")
+
+
+def read_model(checkpoint, network, device="cpu", vae=None, clip=None, t5=None):
+    """Reads a finished run or one of its checkpoint-N folders, on disk or of the hub; EMA weights where there
+    are any.
+
+    network: class of its U-Net; vae, clip, t5: where the pre-trained parts are now, if not where the run
+    recorded them. Returns (unet, encoders, settings) in the CPU's memory and on `device`, settings being the
+    content of model_index.json. Raises CheckpointError.
+    """
+    folder = local_folder(checkpoint)
+    part = folder / ("unet_ema" if (folder / "unet_ema").is_dir() else "unet")
+    try:
+        settings = json.loads((folder / "model_index.json").read_text())
+        check_settings(settings)
+        config = network.load_config(part)
+        if config.get("_class_name") != network.__name__:
+            raise ValueError(f"its U-Net is a {config.get('_class_name')}, not a {network.__name__}")
+        check_size(part, lambda part: network.from_config(config))
+        unet = network.from_pretrained(part, low_cpu_mem_usage=False, use_safetensors=True)
+        named = dict(vae=vae, clip=clip, t5=t5)
+        sources = settings | {name: source for name, source in named.items() if source}
+        encoders = Encoders.load(folder, sources, device)
+        check_fit(unet, encoders, settings["resolution"])
+    except EncoderError as error:
+        raise CheckpointError(str(error)) from error
+    # Missing, damaged, of another size, or made to break what reads it.
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        SafetensorError,
+    ) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"--checkpoint {checkpoint} cannot be read, use another one ({reason})."
+        ) from error
+    return unet, encoders, settings

@@ -1,0 +1,97 @@
+"""
+How a run of train.py begins and how it is ended early. Rank 0 makes what all ranks then read.
+"""
+
+import json
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+from support import checkpoint, stickers
+from support.cache import digest_files
+from support.common import UserError
+from support.encoders import Encoders, PatchPCA
+from support.folder import scan_folder
+from support.machine import DTYPES
+from support.options import SCHEDULE_FLAGS, check_resolution
+
+
+def claim_output(args, world, on_exit):
+    """Locks the output folder, until on_exit, an ExitStack, ends. Returns the checkpoint to go on from, or
+    None, and the schedule of this run, which it must have had: {flag: value}. Raises UserError."""
+    resume = None
+    if world.main:
+        on_exit.enter_context(checkpoint.output_lock(args.output_dir))
+        wanted = args.resume_from_checkpoint
+        resume = checkpoint.choose_checkpoint(args.output_dir, wanted, world.print0)
+    resume = world.first(resume)
+    global_batch = world.size * args.train_batch_size * args.gradient_accumulation_steps
+    schedule = dict({name: getattr(args, name) for name in SCHEDULE_FLAGS}, global_batch=global_batch)
+    if resume is not None:
+        checkpoint.check_schedule(resume, schedule)
+    if world.main:
+        checkpoint.remove_leftovers(args.output_dir)
+    return resume, schedule
+
+
+def find_stickers(args, world):
+    """Returns the folder, its stickers, and [(name, reason)] of what cannot be used; the built-in set is
+    drawn."""
+    folder = Path(args.data) if args.data else stickers.default_folder(root=args.cache_dir)
+    if not args.data and world.main:
+        stickers.draw_stickers(folder)
+    world.barrier()
+    found, problems = scan_folder(folder)
+    return folder, found, problems
+
+
+def load_frozen_parts(args, world, found, resume, levels, fit_codec):
+    """The codec and text encoders: those that a checkpoint records, unless they are named anew; in a fresh
+    start without a VAE the built-in codec is fitted. Raises UserError.
+
+    levels: resolutions of the U-Net; fit_codec(codec, stickers, resolution, workers)"""
+    sources, folder = dict(vae=args.vae, clip=args.clip, t5=args.t5), resume or args.output_dir
+    if resume is not None:
+        recorded = json.loads((resume / "model_index.json").read_text())
+        sources = {name: sources.get(name) or value for name, value in recorded.items()}
+    elif world.main:
+        shutil.rmtree(folder / "prior", ignore_errors=True)  # of a run that ended before its first step
+        if not args.vae:
+            codec = PatchPCA(*args.codec)
+            check_resolution(args.resolution, codec.factor, levels)
+            fit_codec(codec, found, args.resolution, args.num_workers)
+            codec.save_pretrained(folder / "codec")
+    world.barrier()
+    encoders = Encoders.load(folder, sources, world.device, DTYPES[args.mixed_precision])
+    check_resolution(args.resolution, encoders.codec.factor, levels)
+    return encoders
+
+
+def digest_first(args, world, folder, found):
+    """Rank 0 looks at all files, so that the other ranks need not."""
+    if world.main:
+        digest_files(folder, found, args.cache_dir)
+    world.barrier()
+
+
+def too_many_bad_steps(output_dir, step, count):
+    """Raises UserError: `count` steps in a row were not finite."""
+    saved = [path for number, path in checkpoint.list_checkpoints(output_dir) if number < step]
+    newest = f"The last good checkpoint is {saved[-1]}." if saved else "No checkpoint had been saved yet."
+    raise UserError(
+        f"{count} steps in a row, up to step {step}, gave a loss or gradients that are not finite: lower "
+        f"--learning_rate, or use --mixed_precision bf16 or no. {newest}"
+    )
+
+
+def leave(output_dir, step, world, stop_signals):
+    """Ends a run that was asked to stop and has saved, with 128 plus the signal's number."""
+    world.close()
+    if world.main and not (output_dir / f"checkpoint-{step}" / "files.json").exists():
+        raise UserError(
+            f"stopped after step {step}, as asked, which could not be saved: --resume_from_checkpoint latest goes on "
+            "from the checkpoint before."
+        )
+    world.print0(f"stopped after step {step}, as asked; --resume_from_checkpoint latest goes on")
+    sys.exit(128 + (stop_signals[0] if stop_signals else signal.SIGTERM))

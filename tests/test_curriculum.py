@@ -1,21 +1,20 @@
 """
 The curriculum's promises: it always gives probabilities, follows Eqs. 2-4, pushes the loss back, and resumes
-exactly.
-
-$ python -m pytest tests/test_curriculum.py
+exactly; its simulation measures what it says.
 """
 
 import json
 import math
-import subprocess
+import re
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import curriculum
 from curriculum import Curriculum
+from lab import simulate_curriculum
+from lab.simulate_curriculum import PLANTS, measure, simulate
 from masks import LENGTHS, TASKS
 
 HOSTILE = {
@@ -239,12 +238,72 @@ def test_an_incomplete_state_is_refused():
         Curriculum("dcl", 10).load_state_dict(state)
 
 
+# python curriculum.py
+
+
+@pytest.fixture
+def printed(capsys):
+    """The lines of the twelve steps, as numbers; without a loss for the first."""
+    curriculum.main()
+    lines = re.findall(r"^ ?\d+ +(?:-|\d).*$", capsys.readouterr().out, re.MULTILINE)
+    return [[float(word) for word in line.replace(" - ", " nan ").split()] for line in lines]
+
+
+def test_the_printed_steps_obey_the_equations(printed):
+    assert [line[0] for line in printed] == list(range(1, 13))
+    losses = [line[1] for line in printed][1:]
+    assert math.isnan(printed[0][1]) and {0.5, 1.0, 2.0} == set(losses)
+    near = lambda value: pytest.approx(value, abs=4e-3)  # printed with three digits, times K_P
+    smoothed, signals, outputs = [], [], []
+    for t, (_, _, L_c, history, L_s, p, i, d, P_star, mean, u, *_) in list(enumerate(printed))[1:]:
+        smoothed, signals = smoothed + [L_c], signals + [L_s]
+        outputs = outputs + [P_star]
+        assert L_c == near(np.mean(losses[:t])) and history == near(np.mean(smoothed))
+        assert L_s == near((L_c - history) / history)
+        assert p == near(curriculum.K_P * L_s) and i == near(curriculum.K_I * np.mean(signals))
+        assert d == near(curriculum.K_D * (L_s - (signals[-2] if t > 1 else 0)))
+        assert P_star == near(p + i + d) and mean == near(np.mean(outputs))
+        assert u == near(1 / (1 + math.exp(P_star - mean)))
+
+
+def test_the_printed_steps_are_those_of_the_curriculum_that_trains(printed):
+    this = Curriculum("dcl", 12)
+    for step, line in enumerate(printed):
+        if step:
+            this.update(line[1])
+        P, static = this.probabilities(step), Curriculum("linear", 12).probabilities(step)
+        assert line[11:14] == pytest.approx(100 * static.sum(1), abs=0.51)
+        assert line[14:17] == pytest.approx(100 * P.sum(1), abs=0.51)
+        assert line[17] == pytest.approx((P * LENGTHS).sum(), abs=0.006)
+
+
+def test_the_sentences_between_the_printed_steps_are_true(printed):
+    def column(index):
+        return [line[index] for line in printed]
+
+    history, L_s, i, d, P_star, u, interpolation, generation, mean_k = map(
+        column, (3, 4, 6, 7, 8, 10, 14, 16, 17)
+    )
+    assert u[0] == 0.5 and not any(L_s[:4]) and interpolation[:4] == sorted(interpolation[:4], reverse=True)
+    for t in range(4, 8):  # the loss falls
+        assert P_star[t] < 0 and u[t] > u[3] and generation[t] > generation[3] and mean_k[t] > mean_k[3]
+    for t in range(8, 12):  # the loss jumps
+        assert u[t] < 0.5 and interpolation[t] > interpolation[7] and mean_k[t] < mean_k[0]
+    assert d[8] > 0 > L_s[8] and L_s[9] > 0 and i[-1] < 0
+    assert (printed[4][2], history[4], L_s[4]) == (0.875, 0.969, -0.097)  # the step worked out by hand
+
+
 # The simulation
 
 
 @pytest.fixture(scope="module")
-def measured():
-    return curriculum.measure(curriculum.simulate()["relative_loss"])
+def log():
+    return simulate()
+
+
+@pytest.fixture(scope="module")
+def measured(log):
+    return measure(log["relative_loss"])
 
 
 def test_dcl_nowhere_spreads_the_loss_more_than_the_linear_curriculum(measured):
@@ -255,14 +314,14 @@ def test_dcl_nowhere_spreads_the_loss_more_than_the_linear_curriculum(measured):
 
 def test_dcl_damps_slow_swings_under_disturbance(measured):
     for plant in ("slow", "steps"):
-        _, linear, dcl, no_feedback = measured["slow"][curriculum.PLANTS.index(plant)].mean(-1)
+        _, linear, dcl, no_feedback = measured["slow"][PLANTS.index(plant)].mean(-1)
         assert dcl <= 0.95 * linear
         assert dcl <= 0.95 * no_feedback  # it is the feedback that does it
 
 
 def test_the_simulation_runs_the_curriculum_that_trains():
-    log = curriculum.simulate(seeds=range(3, 5), total_steps=60, batch_size=4)
-    for plant in range(len(curriculum.PLANTS)):
+    log = simulate(seeds=range(3, 5), total_steps=60, batch_size=4)
+    for plant in range(len(PLANTS)):
         this = Curriculum("dcl", 60)
         for step in range(60):
             P = this.probabilities(step)
@@ -276,26 +335,33 @@ def test_detrending_takes_away_trends_and_leaves_swings():
     steps = np.arange(6000)
     straight = np.exp(1 - steps / 3000)[:, None, None, None]
     swing = np.exp(0.1 * np.sin(2 * np.pi * steps / 400))[:, None, None, None]
-    assert curriculum.measure(straight)["spread"].item() < 1e-9
-    both = curriculum.measure(straight * swing)
+    assert measure(straight)["spread"].item() < 1e-9
+    both = measure(straight * swing)
     assert both["spread"].item() == pytest.approx(0.1 / math.sqrt(2), rel=0.02)
     assert both["slow"].item() == pytest.approx(0.9 * 0.1 / math.sqrt(2), rel=0.02)  # sinc(100 / 400) = 0.9
 
 
-def run_script(*arguments):
-    script = Path(curriculum.__file__)
-    return subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True)
+@pytest.fixture
+def run(log, monkeypatch):
+    """Calls the program with these flags; the simulation has been done."""
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["simulate_curriculum.py", *map(str, flags)])
+        monkeypatch.setattr(simulate_curriculum, "simulate", lambda: log)
+        simulate_curriculum.main()
+
+    return run
 
 
-def test_the_command_prints_the_table_and_writes_the_plot_and_nothing_else(tmp_path):
-    pytest.importorskip("matplotlib")
-    result = run_script("--plot", str(tmp_path / "curve.png"))
-    assert result.returncode == 0, result.stderr
-    assert [line.split()[0] for line in result.stdout.splitlines()[-4:]] == list(curriculum.PLANTS)
+def test_the_simulation_prints_a_table_and_writes_the_plot_and_nothing_else(run, tmp_path, capsys):
+    run("--plot", tmp_path / "curve.png")
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[-4:]] == list(PLANTS)
     assert [path.name for path in tmp_path.iterdir()] == ["curve.png"]
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_plot_that_is_no_png_is_one_clear_sentence(tmp_path):
-    result = run_script("--plot", str(tmp_path / "curve.txt"))
-    assert result.returncode == 2 and "ends in .png" in result.stderr and "Traceback" not in result.stderr
+def test_a_plot_that_is_no_png_is_one_sentence(run, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        run("--plot", tmp_path / "curve.txt")
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and "ends in .png" in said and said.count("\n") == 1

@@ -243,54 +243,60 @@ def test_an_incomplete_state_is_refused():
 
 @pytest.fixture
 def printed(capsys):
-    """The lines of the twelve steps, as numbers; without a loss for the first."""
+    """What the twelve lines say: a dict of columns, (12,) each; tasks and drawn, in percent, (12, 3)."""
     curriculum.main()
     lines = re.findall(r"^ ?\d+ +(?:-|\d).*$", capsys.readouterr().out, re.MULTILINE)
-    return [[float(word) for word in line.replace(" - ", " nan ").split()] for line in lines]
+    values = np.array([line.replace(" - ", " nan ").split() for line in lines], float)  # (12, 18)
+    names = ("t", "loss", "L_c", "history", "L_s", "p", "i", "d", "P_star", "mean", "u")
+    columns = dict(zip(names, values.T), mean_k=values[:, -1])
+    return columns | dict(static=values[:, 11:14], drawn=values[:, 14:17])
 
 
 def test_the_printed_steps_obey_the_equations(printed):
-    assert [line[0] for line in printed] == list(range(1, 13))
-    losses = [line[1] for line in printed][1:]
-    assert math.isnan(printed[0][1]) and {0.5, 1.0, 2.0} == set(losses)
-    near = lambda value: pytest.approx(value, abs=4e-3)  # printed with three digits, times K_P
-    smoothed, signals, outputs = [], [], []
-    for t, (_, _, L_c, history, L_s, p, i, d, P_star, mean, u, *_) in list(enumerate(printed))[1:]:
-        smoothed, signals = smoothed + [L_c], signals + [L_s]
-        outputs = outputs + [P_star]
-        assert L_c == near(np.mean(losses[:t])) and history == near(np.mean(smoothed))
-        assert L_s == near((L_c - history) / history)
-        assert p == near(curriculum.K_P * L_s) and i == near(curriculum.K_I * np.mean(signals))
-        assert d == near(curriculum.K_D * (L_s - (signals[-2] if t > 1 else 0)))
-        assert P_star == near(p + i + d) and mean == near(np.mean(outputs))
-        assert u == near(1 / (1 + math.exp(P_star - mean)))
+    def running_mean(values):
+        return np.cumsum(values) / np.arange(1, len(values) + 1)
+
+    assert printed["t"].tolist() == list(range(1, 13)) and math.isnan(printed["loss"][0])
+    this = {name: column[1:] for name, column in printed.items()}  # of the steps that read a loss
+    for name, expected in dict(
+        L_c=running_mean(this["loss"]),
+        history=running_mean(this["L_c"]),
+        L_s=(this["L_c"] - this["history"]) / this["history"],
+        p=curriculum.K_P * this["L_s"],
+        i=curriculum.K_I * running_mean(this["L_s"]),
+        d=curriculum.K_D * np.diff(this["L_s"], prepend=0),
+        P_star=this["p"] + this["i"] + this["d"],
+        mean=running_mean(this["P_star"]),
+        u=1 / (1 + np.exp(this["P_star"] - this["mean"])),
+    ).items():
+        np.testing.assert_allclose(this[name], expected, atol=4e-3, err_msg=name)  # three digits, times K_P
 
 
 def test_the_printed_steps_are_those_of_the_curriculum_that_trains(printed):
-    this = Curriculum("dcl", 12)
-    for step, line in enumerate(printed):
+    this, linear = Curriculum("dcl", 12), Curriculum("linear", 12)
+    for step in range(12):
         if step:
-            this.update(line[1])
-        P, static = this.probabilities(step), Curriculum("linear", 12).probabilities(step)
-        assert line[11:14] == pytest.approx(100 * static.sum(1), abs=0.51)
-        assert line[14:17] == pytest.approx(100 * P.sum(1), abs=0.51)
-        assert line[17] == pytest.approx((P * LENGTHS).sum(), abs=0.006)
+            this.update(printed["loss"][step])
+        P = this.probabilities(step)
+        np.testing.assert_allclose(
+            printed["static"][step], 100 * linear.probabilities(step).sum(1), atol=0.51
+        )
+        np.testing.assert_allclose(printed["drawn"][step], 100 * P.sum(1), atol=0.51)
+        assert printed["mean_k"][step] == pytest.approx((P * LENGTHS).sum(), abs=0.006)
 
 
 def test_the_sentences_between_the_printed_steps_are_true(printed):
-    def column(index):
-        return [line[index] for line in printed]
-
-    history, L_s, i, d, P_star, u, interpolation, generation, mean_k = map(
-        column, (3, 4, 6, 7, 8, 10, 14, 16, 17)
-    )
-    assert u[0] == 0.5 and not any(L_s[:4]) and interpolation[:4] == sorted(interpolation[:4], reverse=True)
-    for t in range(4, 8):  # the loss falls
-        assert P_star[t] < 0 and u[t] > u[3] and generation[t] > generation[3] and mean_k[t] > mean_k[3]
-    for t in range(8, 12):  # the loss jumps
-        assert u[t] < 0.5 and interpolation[t] > interpolation[7] and mean_k[t] < mean_k[0]
-    assert d[8] > 0 > L_s[8] and L_s[9] > 0 and i[-1] < 0
-    assert (printed[4][2], history[4], L_s[4]) == (0.875, 0.969, -0.097)  # the step worked out by hand
+    steady, falls, jumps = slice(0, 4), slice(4, 8), slice(8, 12)
+    u, L_s, mean_k = printed["u"], printed["L_s"], printed["mean_k"]
+    interpolation, _, generation = printed["drawn"].T
+    assert (u[steady] == 0.5).all() and not L_s[steady].any()
+    assert (printed["P_star"][falls] < 0).all() and (u[falls] > 0.5).all()
+    assert (generation[falls] > generation[3]).all() and (mean_k[falls] > mean_k[3]).all()
+    assert (u[jumps] < 0.5).all() and (mean_k[jumps] < mean_k[3]).all()
+    assert (interpolation[jumps] > interpolation[7]).all() and (np.diff(printed["static"][:, 0]) < 0).all()
+    assert printed["d"][8] > 0 > printed["p"][8] and printed["p"][9] > 0 > printed["i"][-1]  # D first, I last
+    by_hand = [printed[name][4] for name in ("L_c", "history", "L_s")]
+    assert by_hand == [0.875, 0.969, -0.097]
 
 
 # The simulation

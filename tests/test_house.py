@@ -197,8 +197,8 @@ class Parsed(Exception):
     """The command line was understood: the program would start now."""
 
 
-def parse_and_stop(parser, *args, parse=argparse.ArgumentParser.parse_args):
-    parse(parser, *args)
+def parse_and_stop(parser, *args, parse=argparse.ArgumentParser.parse_args, **more):
+    parse(parser, *args, **more)
     raise Parsed
 
 

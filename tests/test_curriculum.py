@@ -1,21 +1,20 @@
 """
 The curriculum's promises: it always gives probabilities, follows Eqs. 2-4, pushes the loss back, and resumes
-exactly.
-
-$ python -m pytest tests/test_curriculum.py
+exactly; its simulation measures what it says.
 """
 
 import json
 import math
-import subprocess
+import re
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import curriculum
 from curriculum import Curriculum
+from lab import simulate_curriculum
+from lab.simulate_curriculum import PLANTS, measure, simulate
 from masks import LENGTHS, TASKS
 
 HOSTILE = {
@@ -239,12 +238,78 @@ def test_an_incomplete_state_is_refused():
         Curriculum("dcl", 10).load_state_dict(state)
 
 
+# python curriculum.py
+
+
+@pytest.fixture
+def printed(capsys):
+    """What the twelve lines say: a dict of columns, (12,) each; tasks and drawn, in percent, (12, 3)."""
+    curriculum.main()
+    lines = re.findall(r"^ ?\d+ +(?:-|\d).*$", capsys.readouterr().out, re.MULTILINE)
+    values = np.array([line.replace(" - ", " nan ").split() for line in lines], float)  # (12, 18)
+    names = ("t", "loss", "L_c", "history", "L_s", "p", "i", "d", "P_star", "mean", "u")
+    columns = dict(zip(names, values.T), mean_k=values[:, -1])
+    return columns | dict(static=values[:, 11:14], drawn=values[:, 14:17])
+
+
+def test_the_printed_steps_obey_the_equations(printed):
+    def running_mean(values):
+        return np.cumsum(values) / np.arange(1, len(values) + 1)
+
+    assert printed["t"].tolist() == list(range(1, 13)) and math.isnan(printed["loss"][0])
+    this = {name: column[1:] for name, column in printed.items()}  # of the steps that read a loss
+    for name, expected in dict(
+        L_c=running_mean(this["loss"]),
+        history=running_mean(this["L_c"]),
+        L_s=(this["L_c"] - this["history"]) / this["history"],
+        p=curriculum.K_P * this["L_s"],
+        i=curriculum.K_I * running_mean(this["L_s"]),
+        d=curriculum.K_D * np.diff(this["L_s"], prepend=0),
+        P_star=this["p"] + this["i"] + this["d"],
+        mean=running_mean(this["P_star"]),
+        u=1 / (1 + np.exp(this["P_star"] - this["mean"])),
+    ).items():
+        np.testing.assert_allclose(this[name], expected, atol=4e-3, err_msg=name)  # three digits, times K_P
+
+
+def test_the_printed_steps_are_those_of_the_curriculum_that_trains(printed):
+    this, linear = Curriculum("dcl", 12), Curriculum("linear", 12)
+    for step in range(12):
+        if step:
+            this.update(printed["loss"][step])
+        P = this.probabilities(step)
+        np.testing.assert_allclose(
+            printed["static"][step], 100 * linear.probabilities(step).sum(1), atol=0.51
+        )
+        np.testing.assert_allclose(printed["drawn"][step], 100 * P.sum(1), atol=0.51)
+        assert printed["mean_k"][step] == pytest.approx((P * LENGTHS).sum(), abs=0.006)
+
+
+def test_the_sentences_between_the_printed_steps_are_true(printed):
+    steady, falls, jumps = slice(0, 4), slice(4, 8), slice(8, 12)
+    u, L_s, mean_k = printed["u"], printed["L_s"], printed["mean_k"]
+    interpolation, _, generation = printed["drawn"].T
+    assert (u[steady] == 0.5).all() and not L_s[steady].any()
+    assert (printed["P_star"][falls] < 0).all() and (u[falls] > 0.5).all()
+    assert (generation[falls] > generation[3]).all() and (mean_k[falls] > mean_k[3]).all()
+    assert (u[jumps] < 0.5).all() and (mean_k[jumps] < mean_k[3]).all()
+    assert (interpolation[jumps] > interpolation[7]).all() and (np.diff(printed["static"][:, 0]) < 0).all()
+    assert printed["d"][8] > 0 > printed["p"][8] and printed["p"][9] > 0 > printed["i"][-1]  # D first, I last
+    by_hand = [printed[name][4] for name in ("L_c", "history", "L_s")]
+    assert by_hand == [0.875, 0.969, -0.097]
+
+
 # The simulation
 
 
 @pytest.fixture(scope="module")
-def measured():
-    return curriculum.measure(curriculum.simulate()["relative_loss"])
+def log():
+    return simulate()
+
+
+@pytest.fixture(scope="module")
+def measured(log):
+    return measure(log["relative_loss"])
 
 
 def test_dcl_nowhere_spreads_the_loss_more_than_the_linear_curriculum(measured):
@@ -255,14 +320,14 @@ def test_dcl_nowhere_spreads_the_loss_more_than_the_linear_curriculum(measured):
 
 def test_dcl_damps_slow_swings_under_disturbance(measured):
     for plant in ("slow", "steps"):
-        _, linear, dcl, no_feedback = measured["slow"][curriculum.PLANTS.index(plant)].mean(-1)
+        _, linear, dcl, no_feedback = measured["slow"][PLANTS.index(plant)].mean(-1)
         assert dcl <= 0.95 * linear
         assert dcl <= 0.95 * no_feedback  # it is the feedback that does it
 
 
 def test_the_simulation_runs_the_curriculum_that_trains():
-    log = curriculum.simulate(seeds=range(3, 5), total_steps=60, batch_size=4)
-    for plant in range(len(curriculum.PLANTS)):
+    log = simulate(seeds=range(3, 5), total_steps=60, batch_size=4)
+    for plant in range(len(PLANTS)):
         this = Curriculum("dcl", 60)
         for step in range(60):
             P = this.probabilities(step)
@@ -276,26 +341,33 @@ def test_detrending_takes_away_trends_and_leaves_swings():
     steps = np.arange(6000)
     straight = np.exp(1 - steps / 3000)[:, None, None, None]
     swing = np.exp(0.1 * np.sin(2 * np.pi * steps / 400))[:, None, None, None]
-    assert curriculum.measure(straight)["spread"].item() < 1e-9
-    both = curriculum.measure(straight * swing)
+    assert measure(straight)["spread"].item() < 1e-9
+    both = measure(straight * swing)
     assert both["spread"].item() == pytest.approx(0.1 / math.sqrt(2), rel=0.02)
     assert both["slow"].item() == pytest.approx(0.9 * 0.1 / math.sqrt(2), rel=0.02)  # sinc(100 / 400) = 0.9
 
 
-def run_script(*arguments):
-    script = Path(curriculum.__file__)
-    return subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True)
+@pytest.fixture
+def run(log, monkeypatch):
+    """Calls the program with these flags; the simulation has been done."""
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["simulate_curriculum.py", *map(str, flags)])
+        monkeypatch.setattr(simulate_curriculum, "simulate", lambda: log)
+        simulate_curriculum.main()
+
+    return run
 
 
-def test_the_command_prints_the_table_and_writes_the_plot_and_nothing_else(tmp_path):
-    pytest.importorskip("matplotlib")
-    result = run_script("--plot", str(tmp_path / "curve.png"))
-    assert result.returncode == 0, result.stderr
-    assert [line.split()[0] for line in result.stdout.splitlines()[-4:]] == list(curriculum.PLANTS)
+def test_the_simulation_prints_a_table_and_writes_the_plot_and_nothing_else(run, tmp_path, capsys):
+    run("--plot", tmp_path / "curve.png")
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[-4:]] == list(PLANTS)
     assert [path.name for path in tmp_path.iterdir()] == ["curve.png"]
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_plot_that_is_no_png_is_one_clear_sentence(tmp_path):
-    result = run_script("--plot", str(tmp_path / "curve.txt"))
-    assert result.returncode == 2 and "ends in .png" in result.stderr and "Traceback" not in result.stderr
+def test_a_plot_that_is_no_png_is_one_sentence(run, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        run("--plot", tmp_path / "curve.txt")
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and "ends in .png" in said and said.count("\n") == 1

@@ -1,4 +1,6 @@
-"""The dual masks: Table 7 row by row, masks for k < 8, admissible rows, dropout, and the masked loss."""
+"""The dual masks: Table 7 row by row, masks for k < 8, admissible rows, dropout, the loss, the print-out."""
+
+import re
 
 import numpy as np
 import pytest
@@ -53,6 +55,7 @@ def test_table7_row_by_row():
         assert row.text == (row.name not in ("G3", "G4"))
     assert {row.task for row in TABLE7} == set(TASKS)
     assert masks.TEXT_ONLY.name == "G0"
+    assert list(masks.ROWS.values()) == list(TABLE7)
 
 
 def test_text_alone_is_half_of_generation():
@@ -90,17 +93,9 @@ def test_rows_are_drawn_by_weight():
 
 def test_dropout_rates():
     kept = [draw_dropout(np.random.default_rng((0, i))) for i in range(20000)]
-    share = {
-        pair: kept.count(pair) / len(kept)
-        for pair in ((True, True), (False, True), (True, False), (False, False))
-    }
-    for pair, expected in {
-        (True, True): 0.8,
-        (False, True): 0.1,
-        (True, False): 0.05,
-        (False, False): 0.05,
-    }.items():
-        assert share[pair] == pytest.approx(expected, abs=0.015)
+    expected = {(True, True): 0.8, (False, True): 0.1, (True, False): 0.05, (False, False): 0.05}
+    for pair, rate in expected.items():  # (text kept, given frames kept)
+        assert kept.count(pair) / len(kept) == pytest.approx(rate, abs=0.015)
 
 
 def test_trained_patterns():
@@ -129,3 +124,33 @@ def test_filler_never_reaches_the_loss_or_its_gradient():
     poisoned = noise.clone()
     poisoned[0, 4:] = float("nan")
     assert torch.equal(masked_loss(pred, poisoned, valid), clean)
+
+
+# python masks.py
+
+
+def test_the_printed_table_is_table_7(capsys):
+    masks.main()
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line[:2] in PAPER]
+    table = {name: words for name, *words in lines if len(words) == 11}
+    assert list(table) == list(PAPER) and len(lines) == 2 * len(table)
+    for name, (task, *given, text, weight) in table.items():
+        assert (task, "".join(given)) == PAPER[name]
+        assert (text == "yes", float(weight)) == (masks.ROWS[name].text, masks.ROWS[name].weight)
+
+
+def test_the_printed_masks_are_those_of_the_functions(capsys):
+    masks.main()
+    lines = capsys.readouterr().out.splitlines()
+    start = lines.index("row" + "".join(f"  k = {k}     " for k in LENGTHS).rstrip()) + 1
+    for row, line, below in zip(TABLE7, lines[start::2], lines[start + 1 :: 2]):
+        name, *pictures = line.split()
+        counts = re.findall(r"(\d) \+ (\d)( \(no\))?", below)
+        assert name == row.name
+        for k, picture, (given, unknown, not_drawn) in zip(LENGTHS, pictures, counts, strict=True):
+            assert [slot == "1" for slot in picture] == condition_mask(row, k).tolist()
+            assert [slot != "." for slot in picture] == loss_mask(k).tolist()
+            assert (int(given), int(given) + int(unknown)) == (condition_mask(row, k).sum(), k)
+            assert bool(not_drawn) == (row not in admissible_rows(row.task, k))
+    for k, picture in zip(LENGTHS, lines[-1].split(), strict=True):
+        assert [slot == "1" for slot in picture] == loss_mask(k).tolist()

@@ -85,12 +85,13 @@ class Run(NamedTuple):
     args: Any  # the flags
     world: World  # the processes
     encoders: Encoders  # codec, text encoders, prior
-    scheduler: Any  # of the noise
+    scheduler: Any  # the noise schedule
     dataset: data.LatentDataset
     clips: list  # to train on
     held_out: list
     prompts: list  # of the validation sheet
-    denoiser: Any  # the network as it is called: on all ranks, preconditioned or not
+    network: Any  # the U-Net on all ranks
+    denoiser: Any  # the same as it is called, preconditioned or not
     loss_weight: torch.Tensor  # (1000,), of each timestep; ones, but for a preconditioned network
     global_batch: int
     about: dict  # what a checkpoint says of the run
@@ -121,10 +122,10 @@ def noise_loss(run, denoiser, batch):
 
 
 def accumulate_gradients(run, training, probabilities, stop_signals):
-    """Draws the samples of this rank, in micro-batches, and adds up their gradients. probabilities: (3, 6),
-    P(task, k)
+    """Draws the samples of this rank, in micro-batches, and adds up their gradients.
 
-    Returns loss, mean k, and whether any rank was asked to stop: equal on all ranks."""
+    probabilities: (3, 6), P(task, k). Returns loss, mean k, and whether any rank was asked to stop: equal on
+    all ranks."""
     args, world, step = run.args, run.world, training.step
     size, micro_steps = args.train_batch_size, args.gradient_accumulation_steps
     totals = torch.zeros(3, device=world.device)
@@ -133,8 +134,7 @@ def accumulate_gradients(run, training, probabilities, stop_signals):
         indices = range(first, first + size)
         where = args.seed, step, indices, run.global_batch
         batch = data.draw_batch(run.dataset, run.clips, probabilities, *where, args.ddu)
-        network = getattr(run.denoiser, "unet", run.denoiser)
-        with gradient_sync(network, last=micro == micro_steps - 1):
+        with gradient_sync(run.network, last=micro == micro_steps - 1):
             loss = noise_loss(run, run.denoiser, batch).mean() / micro_steps
             training.scaler.scale(loss).backward()
         totals[0] += loss.detach()
@@ -146,8 +146,8 @@ def accumulate_gradients(run, training, probabilities, stop_signals):
 
 def update(training, loss):
     """Weights, averages and curriculum after one step; a step whose loss or gradients are not finite changes
-    none of them. Both numbers are sums over the ranks, so all ranks see it. Returns the begin of an entry of
-    the log."""
+    none of them. Both numbers are sums over the ranks, so all ranks see it. Returns what the log says of
+    it."""
     training.scaler.unscale_(training.optimizer)
     grad_norm = clip_gradients(training.unet)
     good = math.isfinite(loss) and math.isfinite(grad_norm)
@@ -172,20 +172,18 @@ def update(training, loss):
 
 
 def train(run, training, stop_signals):
-    """Algorithm 1. One line each of its pseudocode:
-
-    static probabilities, feedback, difficulty map, balance   curriculum.probabilities
-    draw samples, their task, row and k, apply both masks     data.draw_batch, in accumulate_gradients
-    train the network on them                                 accumulate_gradients and update
-    the loss that the next step's feedback reads              curriculum.update, in update
-    """
+    """Algorithm 1: ends when the steps are done, or leaves with 128 plus a signal's number. Raises
+    UserError."""
     args, world = run.args, run.world
     total = args.max_train_steps
     bar = tqdm(desc="training", unit="step", total=total, initial=training.step, disable=not world.main)
     log_path, since, due = args.output_dir / "log.jsonl", (training.step, time.perf_counter()), False
     while training.step < total:
+        # Static probabilities f_s, feedback P* (Eq. 2 to 4), difficulty map m_ad, their balance
         probabilities = training.curriculum.probabilities(training.step)
+        # Samples X', their task, row and k, both masks; the gradients of the network on them
         loss, mean_k, stop = accumulate_gradients(run, training, probabilities, stop_signals)
+        # The network, and the current loss that the next step's feedback reads
         entry = update(training, loss)
         bar.update()
         good, last = training.bad_in_row == 0, training.step == total
@@ -240,8 +238,7 @@ def validation_loss(run, denoiser):
 
 def validate(run, training):
     """Under averaged weights: returns the held-out loss, and writes the sheet and the first prompt's sticker.
-    Rank 0
-    does it alone, unless it holds only a part of the weights: then all do the same."""
+    Rank 0 does it alone, unless it holds only a part of the weights: then all do the same."""
     args, world, unet, loss = run.args, run.world, training.unet, None
     if world.main or args.shard:
         denoiser = precondition(unet, run.encoders.prior, run.scheduler.alphas_cumprod)
@@ -323,66 +320,61 @@ def begin_training(args, world, unet):
     )
 
 
-def set_up(args, world, on_exit):
-    """Returns (Run, Training), fresh or resumed. What on_exit, an ExitStack, holds is undone however the run
-    ends."""
-    resume, schedule = setup.claim_output(args, world, on_exit)
-    report = log.make_reporter(args) if world.main else None
-    folder, found, problems = setup.find_stickers(args, world)
-    levels = len(SIZES[args.preset]["block_out_channels"])
-    encoders = setup.load_frozen_parts(args, world, found, resume, levels, data.fit_codec)
+def open_stickers(args, world, folder, found, problems, encoders):
+    """Latents of the stickers, encoded where they are missing by all ranks together, and what is said of
+    them."""
     setup.digest_first(args, world, folder, found)
-    workers = args.num_workers // world.local_size  # all ranks encode what is missing
+    workers = args.num_workers // world.local_size
     dataset = data.open_dataset(folder, found, encoders.codec, args.resolution, args.cache_dir, workers)
     clips, held_out = dataset.split("train", args.ddu), dataset.split("validation", args.ddu)
     if not clips:
         raise UserError(f"--data {folder}: no clip is left to train on; `python data.py {folder}` says why.")
-    problems += dataset.dropped
+    problems = problems + dataset.dropped
     summary = f"{len(clips)} clips to train on, {len(held_out)} held out, {len(problems)} dropped"
     log.report_folder(world.print0, folder, summary, problems, any(clip.caption for clip in clips))
     prompts = args.validation_prompts
     if prompts is None:
         captions = [clip.caption for clip in held_out if clip.caption][:6]
         prompts = captions if args.data else stickers.PROMPTS
+    return dict(dataset=dataset, clips=clips, held_out=held_out, prompts=prompts, summary=summary)
 
+
+def resume_training(world, resume, training, dataset):
+    saved = checkpoint.load_checkpoint(resume, training)
+    world.print0(f"resuming {resume} at step {training.step}")
+    if saved["latents"] != dataset.identity:
+        world.print0("warning: the stickers have changed since: the run goes on with the new ones")
+
+
+def set_up(args, world, on_exit):
+    """Returns (Run, Training), fresh or resumed. What on_exit, an ExitStack, holds is undone when the run
+    ends."""
+    resume, schedule = setup.claim_output(args, world, on_exit)
+    report = log.make_reporter(args) if world.main else None
+    folder, found, problems = setup.find_stickers(args, world)
+    levels = len(SIZES[args.preset]["block_out_channels"])
+    encoders = setup.load_frozen_parts(args, world, found, resume, levels, data.fit_codec)
+    opened = open_stickers(args, world, folder, found, problems, encoders)
+    dataset, clips = opened["dataset"], opened["clips"]
     if args.prior and resume is None:
         fit_prior(args, world, encoders, dataset, clips)
     unet = build_network(args, world, encoders, fresh=resume is None)
     training = begin_training(args, world, unet)
     if resume is not None:
-        saved = checkpoint.load_checkpoint(resume, training)
-        world.print0(f"resuming {resume} at step {training.step}")
-        if saved["latents"] != dataset.identity:
-            world.print0(
-                f"warning: the stickers in {folder} have changed since: the run goes on with the new ones"
-            )
+        resume_training(world, resume, training, dataset)
     if world.main:
         log.begin_log(args.output_dir / "log.jsonl", training.step if resume is not None else -1)
-    scheduler = make_scheduler()
-    denoiser = precondition(world.distribute(unet), encoders.prior, scheduler.alphas_cumprod)
+
+    network, scheduler, global_batch = world.distribute(unet), make_scheduler(), schedule["global_batch"]
+    denoiser = precondition(network, encoders.prior, scheduler.alphas_cumprod)
     weight = loss_weights(denoiser, scheduler.alphas_cumprod).to(world.device)
-    world.print0(
-        f"{args.preset}: {sum(p.numel() for p in unet.parameters()) / 1e6:.1f}M parameters on {world.size} x "
-        f"{world.device.type}, {args.mixed_precision}, {schedule['global_batch']} clips per step, "
-        f"{args.max_train_steps} steps"
-    )
     about = dict(schedule=schedule, latents=dataset.identity)
-    run = Run(
-        args,
-        world,
-        encoders,
-        scheduler,
-        dataset,
-        clips,
-        held_out,
-        prompts,
-        denoiser,
-        weight,
-        schedule["global_batch"],
-        about,
-        summary,
-        report,
-    )
+    fixed = dict(network=network, denoiser=denoiser, loss_weight=weight, global_batch=global_batch)
+    run = Run(args, world, encoders, scheduler, **fixed, **opened, about=about, report=report)
+    parameters = sum(weight.numel() for weight in unet.parameters())
+    machine = f"{world.size} x {world.device.type}, {args.mixed_precision}"
+    steps = f"{global_batch} clips per step, {args.max_train_steps} steps"
+    world.print0(f"{args.preset}: {parameters / 1e6:.1f}M parameters on {machine}, {steps}")
     return run, training
 
 

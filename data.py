@@ -1,18 +1,15 @@
 """
-A folder of stickers -> latents on disk -> batches.
+A folder of stickers -> the key frames of each -> latents on disk -> batches.
 
-    python data.py stickers/                          what would be used, what is dropped and why
-    python data.py stickers/ --preview sheet.png      the same, with a histogram of lengths and a sheet
-                                                      of key frames
+    python data.py stickers/                        what would be used, what is dropped and why
+    python data.py stickers/ --preview sheet.png    the same, with a histogram of lengths and a sheet of key
+                                                    frames
     python data.py stickers/ --encode --vae DIR_OR_ID --resolution 256
-                                                      encode every key frame into the latent cache, which
-                                                      train.py reads (it would encode what is missing itself)
-
-A batch is clips, tasks, k, rows, dropout, "#", timesteps and noise, drawn for (seed, step, index of the sample).
+                                                    encode every key frame into the latent cache that train.py
+                                                    reads (it would encode what is missing itself)
 """
 
 import argparse
-import errno
 import hashlib
 import os
 import sys
@@ -30,23 +27,23 @@ from tqdm import tqdm
 
 import masks
 from masks import LENGTHS, NUM_FRAMES, TASKS
-from support import media
+from support import media, pictures
 from support.cache import CACHE_VERSION, claim, digest_files, forget_cached, read_index
-from support.common import default_cache, printable
-from support.encoders import EncoderError, PretrainedVAE
+from support.common import UserError, default_cache, evenly, one_sentence, printable
+from support.encoders import PretrainedVAE
 from support.folder import DataError, scan_folder
-from support.workers import attempt, in_processes
+from support.workers import catch_out_of_memory, in_processes
 
 MIN_FRAMES = LENGTHS[0]  # distinct frames that a clip needs
-SLOTS = LENGTHS[-1]  # frames of the longest list
-HASH_PROBABILITY = 0.2  # that a word of a caption becomes "#" (section 3.2; the value is the released code's)
+HASH_PROBABILITY = 0.2  # that a word of a caption becomes "#": the released code's, the paper gives none
 NUM_TIMESTEPS = 1000  # diffusion steps (Table 6)
 LEAST_SIDE = 8  # pixels of --resolution: the smallest that a VAE encodes
+NONE_USABLE = "none of the stickers can be used: `python data.py FOLDER` says why for each file."
 
 # ------------------------------------------------------------------------------------------------------------
-# Key frames
+# Key frames ("Clustering-based frame extraction")
 
-THUMBNAIL = 32
+THUMBNAIL = 32  # pixels, width and height
 
 
 def thumbnails(frames):
@@ -57,14 +54,14 @@ def thumbnails(frames):
 
 
 def product(a, b):
-    """Matrix product by torch: processes that decode side by side hold it to a thread each, numpy's would take all cores."""
+    """Matrix product by torch: decoding processes hold it to one thread, numpy's would take all cores."""
     return (torch.from_numpy(a) @ torch.from_numpy(b)).numpy()
 
 
 def kmeans(gram, k, rng, restarts=6, iterations=50):
     """Lloyd's k-means with k-means++ starts, on inner products alone: the clips are short and their features
-    long, so the N x N Gram matrix holds all that is needed. All R restarts advance together. An empty cluster takes
-    the frame farthest from its centroid.
+    long, so the N x N Gram matrix holds all that is needed. All R restarts advance together. An empty cluster
+    takes the frame farthest from its centroid.
 
     gram: float64 (N, N) inner products of the features; at least k of them distinct
     Returns (assignment int (N,), squared distances float (N, k) to the centroids)
@@ -78,9 +75,8 @@ def kmeans(gram, k, rng, restarts=6, iterations=50):
         member = np.eye(k)[assignment]  # (R, N, k)
         share = member / member.sum(axis=1, keepdims=True)
         inner = product(gram, share)
-        return (
-            norms[:, None] - 2 * inner + (inner * share).sum(axis=1, keepdims=True)
-        )  # |x|^2 - 2 x c + |c|^2
+        # |x|^2 - 2 x c + |c|^2
+        return norms[:, None] - 2 * inner + (inner * share).sum(axis=1, keepdims=True)
 
     centers = [rng.integers(n, size=restarts)]  # k times (R,)
     nearest = pairwise[centers[0]]  # (R, N)
@@ -111,12 +107,12 @@ def kmeans(gram, k, rng, restarts=6, iterations=50):
 
 
 def extract_key_frames(features, lengths=LENGTHS, seed=0):
-    """Clustering-based frame extraction for every k that the clip allows (section 4.2).
+    """Clustering-based frame extraction for every k that the clip allows.
 
     features: (N, D), one vector per frame
     lengths: values of k, ascending
-    Returns {k: int array (k,)}: for each k of `lengths` up to the number of distinct frames, the frame nearest the
-    centroid of each of k clusters, in the order of time; empty where even the first k is beyond it.
+    Returns {k: int array (k,)}: for each k of `lengths` up to the number of distinct frames, the frame nearest
+    the centroid of each of k clusters, in the order of time; empty where even the first k is beyond it.
     """
     distinct = len({feature.tobytes() for feature in features})
     x = features.astype(np.float64)
@@ -145,14 +141,14 @@ class Clip(NamedTuple):
     """The frames of one sticker that training can ask for."""
 
     pixels: np.ndarray  # uint8 (M, R, R, 3), M <= 41
-    key_frames: dict  # {k: positions in `pixels`}
-    equal: np.ndarray  # 8 positions in `pixels`, or None for a clip of fewer than 8 frames
+    key_frames: dict  # {k: rows of `pixels`}
+    equal: np.ndarray  # 8 rows of `pixels`, or None for a clip of fewer than 8 frames
     count: int  # frames in the file
 
 
 def load_clip(sticker, resolution):
-    """Decodes one sticker. Returns a Clip, or the reason (str) for dropping it;
-    nothing that a file holds raises, but for want of memory."""
+    """Decodes one sticker. Returns a Clip, or the reason (str) for dropping it. Whatever the file holds, only
+    errors for lack of memory are raised."""
     try:
         frames, _ = media.read_clip(sticker.path, resolution)
     except media.MediaError as error:
@@ -161,20 +157,29 @@ def load_clip(sticker, resolution):
     if not key_frames:
         return f"fewer than {MIN_FRAMES} distinct frames (it has {len(frames)} in all)"
     equal = equal_frames(len(frames)) if len(frames) >= NUM_FRAMES else None
-    wanted = np.unique(np.concatenate([*key_frames.values(), *([] if equal is None else [equal])]))
-    place = {frame: i for i, frame in enumerate(wanted)}
-    key_frames = {k: np.array([place[f] for f in indices]) for k, indices in key_frames.items()}
-    equal = None if equal is None else np.array([place[f] for f in equal])
-    return Clip(frames[wanted], key_frames, equal, len(frames))
+    kept = np.unique(np.concatenate([*key_frames.values(), *([] if equal is None else [equal])]))  # (M,)
+    key_frames = {k: np.searchsorted(kept, indices) for k, indices in key_frames.items()}
+    equal = None if equal is None else np.searchsorted(kept, equal)
+    return Clip(frames[kept], key_frames, equal, len(frames))
 
 
 def load_clips(stickers, resolution, num_workers):
-    """Yields load_clip for each sticker, in order, from `num_workers` processes; a file may cost one of them:
-    it alone is dropped (in_processes). With 0 this process decodes: then media.MAX_SECONDS, looked at between
-    frames, is the only limit of time, there is none of memory, and a crash ends the run."""
+    """Yields load_clip for each sticker, in order, from `num_workers` processes (0: this one). A file that ends
+    its process, or takes too much time or memory, is dropped alone: see workers.in_processes."""
     load = partial(load_clip, resolution=resolution)
-    alone = map(partial(attempt, load), stickers)
-    yield from in_processes(load, stickers, num_workers) if num_workers else alone
+    if num_workers:
+        yield from in_processes(load, stickers, num_workers)
+    else:
+        yield from map(partial(catch_out_of_memory, load), stickers)
+
+
+def with_bar(clips, title, count):
+    """The clips, behind a bar where somebody sees it."""
+    return tqdm(clips, title, count, unit="file", disable=not sys.stderr.isatty())
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Latents on disk
 
 
 class CachedClip(NamedTuple):
@@ -186,9 +191,8 @@ class CachedClip(NamedTuple):
     count: int  # frames in the file
     shard: int
     start: int  # first row in its shard
-    places: (
-        np.ndarray
-    )  # int8 (7, 8): rows of the key frames for k = 3..8, then of the equally spaced frames; -1 = none
+    # int8 (7, 8): rows of the key frames for k = 3..8, then of the equally spaced frames; -1 = none
+    places: np.ndarray
 
     @property
     def longest(self):
@@ -256,7 +260,7 @@ def write_shard(folder, digests, clips, codec):
             index["reason"].append(clip)
             continue
         latents.append(codec.encode(torch.from_numpy(clip.pixels)).half().cpu().numpy())
-        places = np.full((len(LENGTHS) + 1, SLOTS), -1, np.int8)
+        places = np.full((len(LENGTHS) + 1, NUM_FRAMES), -1, np.int8)
         for k, frames in clip.key_frames.items():
             places[k - LENGTHS[0], :k] = frames
         if clip.equal is not None:
@@ -303,7 +307,7 @@ def open_dataset(folder, stickers, codec, resolution, cache_dir, num_workers=0):
             forget_cached(missing, place, seen)
     dataset = LatentDataset(place, stickers, digests)
     if not dataset.clips:
-        raise DataError("none of the stickers can be used: `python data.py FOLDER` says why for each file.")
+        raise DataError(NONE_USABLE)
     return dataset
 
 
@@ -324,11 +328,12 @@ class Batch(NamedTuple):
 
 @lru_cache(maxsize=2)
 def epoch_order(seed, epoch, count):
+    """The order in which an epoch shows `count` clips."""
     return np.random.default_rng((seed, epoch, count)).permutation(count)
 
 
 def hash_words(caption, rng):
-    """Replaces each word by "#" with HASH_PROBABILITY (section 3.2)."""
+    """Replaces each word by "#" with HASH_PROBABILITY."""
     return " ".join("#" if rng.random() < HASH_PROBABILITY else word for word in caption.split())
 
 
@@ -369,31 +374,28 @@ def draw_batch(dataset, clips, probabilities, seed, step, indices, global_batch,
     return Batch(*tensors, list(captions), list(tasks), list(lengths))
 
 
+# ------------------------------------------------------------------------------------------------------------
+# What the frozen parts of small models learn from the stickers
+
+
 def fit_codec(codec, stickers, resolution, num_workers, most_clips=384, frames_per_clip=4):
-    """Fits a codec that learns from the stickers (PatchPCA) to an even selection of the training files."""
-    train = [sticker for sticker in stickers if sticker.split == "train"]
-    chosen = (
-        [train[i] for i in np.unique(np.linspace(0, len(train) - 1, most_clips).astype(int))] if train else []
-    )
-    loaded = tqdm(
-        load_clips(chosen, resolution, num_workers),
-        "fitting the codec",
-        len(chosen),
-        unit="file",
-        disable=not sys.stderr.isatty(),
-    )
-    clips = [clip for clip in loaded if isinstance(clip, Clip)]
-    if not clips:
-        raise DataError("none of the stickers can be used: `python data.py FOLDER` says why for each file.")
-    frames = [
-        clip.pixels[np.linspace(0, len(clip.pixels) - 1, frames_per_clip).astype(int)] for clip in clips
-    ]
+    """Fits a codec (encoders.PatchPCA) to an even selection of the training files.
+
+    Raises DataError if none is usable."""
+    chosen = evenly([sticker for sticker in stickers if sticker.split == "train"], most_clips)
+    clips = with_bar(load_clips(chosen, resolution, num_workers), "fitting the codec", len(chosen))
+    frames = []
+    for clip in clips:
+        if isinstance(clip, Clip):
+            frames.append(clip.pixels[np.linspace(0, len(clip.pixels) - 1, frames_per_clip).astype(int)])
+    if not frames:
+        raise DataError(NONE_USABLE)
     codec.fit(torch.from_numpy(np.concatenate(frames)))
 
 
 def fit_prior(prior, dataset, clips, encoders, most_clips=1024):
     """Fits a GaussianPrior to the latents and captions of an even selection of `clips`."""
-    chosen = [clips[i] for i in np.unique(np.linspace(0, len(clips) - 1, most_clips).astype(int))]
+    chosen = evenly(clips, most_clips)
     latents, texts = {}, {}
     for k in LENGTHS:
         having = [clip for clip in chosen if clip.longest >= k] or chosen[:1]
@@ -404,31 +406,7 @@ def fit_prior(prior, dataset, clips, encoders, most_clips=1024):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What is in a folder
-
-
-def preview(clips, captions, counts):
-    """A picture of a data set: a histogram of lengths
-    above rows of key frames with their captions (PIL.Image)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(9, 2.2), dpi=100)
-    axes.hist(counts, bins=np.arange(0.5, max(counts) + 1.5, max(1, max(counts) // 60)), color="#4c72b0")
-    axes.set(xlabel="frames in the file", ylabel="clips")
-    figure.tight_layout()
-    figure.canvas.draw()
-    histogram = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy())
-    plt.close(figure)
-
-    rows = [clip.pixels[clip.key_frames[max(clip.key_frames)]] for clip in clips]
-    sheet = media.sheet(rows, captions)
-    picture = Image.new("RGB", (max(sheet.width, histogram.width), sheet.height + histogram.height), "white")
-    picture.paste(histogram, (0, 0))
-    picture.paste(sheet, (0, histogram.height))
-    return picture
+# The command: what is in a folder
 
 
 def parse_args():
@@ -437,100 +415,73 @@ def parse_args():
     add = parser.add_argument
     add("folder", help="folder of stickers")
     add("--preview", metavar="FILE.png", help="write a histogram of lengths and a sheet of key frames")
-    add("--encode", action="store_true", help="encode every key frame into the latent cache that train.py reads")
+    add("--encode", action="store_true", help="encode every key frame into the latent cache of train.py")
     add("--vae", metavar="DIR_OR_ID", help="the VAE to encode with: a folder or a hub id")
     add("--resolution", type=int, help="side of the frames in pixels (default: 256 with --encode, else 96)")
-    add("--cache_dir", help=f"where latents are kept (default: {default_cache()})")
+    add("--cache_dir", default=default_cache(), help="where latents are kept (default: %(default)s)")
     add("--num_workers", type=int, default=os.cpu_count() or 1, help="decoding processes, 0 = this one alone")
     # fmt: on
     args = parser.parse_args()
     if args.resolution is None:
         args.resolution = 256 if args.encode else 96
     if not LEAST_SIDE <= args.resolution <= media.MAX_SIDE:
-        parser.error(f"--resolution {args.resolution}: must be {LEAST_SIDE} to {media.MAX_SIDE} pixels.")
+        raise UserError(f"--resolution {args.resolution}: must be {LEAST_SIDE} to {media.MAX_SIDE} pixels.")
     if args.num_workers < 0:
-        parser.error(f"--num_workers {args.num_workers}: must not be negative.")
+        raise UserError(f"--num_workers {args.num_workers}: must not be negative.")
     if args.encode and not args.vae:
-        parser.error(
-            "--encode needs --vae: the built-in codec is fitted, and its latents encoded, by train.py."
-        )
+        raise UserError("--encode needs --vae: train.py fits the built-in codec and encodes with it.")
     if args.preview:
-        shown, place = printable(args.preview), Path(args.preview).parent
-        if not args.preview.lower().endswith(".png"):
-            parser.error(f"--preview {shown}: the sheet is a PNG, give it a name that ends in .png.")
-        if not os.access(place, os.W_OK | os.X_OK) or not place.is_dir():
-            parser.error(f"--preview {shown}: its folder cannot be written to, make it or choose another.")
+        pictures.check_png("--preview", args.preview)
     return args
-
-
-def encode(args):
-    """Fills the latent cache of a folder. Returns a LatentDataset."""
-    stickers, _ = scan_folder(args.folder)
-    codec = PretrainedVAE(args.vae, "cuda" if torch.cuda.is_available() else "cpu")
-    if args.resolution % codec.factor:
-        raise DataError(f"--resolution {args.resolution}: must be a multiple of the VAE's {codec.factor}.")
-    dataset = open_dataset(
-        args.folder, stickers, codec, args.resolution, args.cache_dir or default_cache(), args.num_workers
-    )
-    source, place = map(media.printable, (args.folder, dataset.folder))
-    print(f"{len(dataset.clips)} clips of {source} are in {place}")
-    return dataset
 
 
 def inspect(args):
     """Decodes a folder, says what is used and what is dropped, and draws the preview."""
-    stickers, problems = scan_folder(args.folder)
-    used, shown, counts = [], [], []
-    clips = tqdm(
-        load_clips(stickers, args.resolution, args.num_workers),
-        "reading stickers",
-        len(stickers),
-        unit="file",
-        disable=not sys.stderr.isatty(),
-    )
-    for sticker, clip in zip(stickers, clips):
-        if isinstance(clip, Clip):
-            used.append(sticker)
-            counts.append(clip.count)
-            if (len(used) - 1) % max(1, len(stickers) // 24) == 0:  # the first one, and some two dozen more
-                shown.append((clip, sticker.caption or printable(sticker.name)))
-        else:
-            problems.append((sticker.name, clip))
+    stickers, dropped = scan_folder(args.folder)
+    used, shown = [], []
+    clips = load_clips(stickers, args.resolution, args.num_workers)
+    for sticker, clip in zip(stickers, with_bar(clips, "reading stickers", len(stickers))):
+        if isinstance(clip, str):
+            dropped.append((sticker.name, clip))
+            continue
+        if len(used) % max(1, len(stickers) // 24) == 0:  # the first one, and some two dozen more
+            key_frames = clip.pixels[clip.key_frames[max(clip.key_frames)]]
+            shown.append((key_frames, sticker.caption or printable(sticker.name)))
+        used.append((sticker, clip.count))
 
-    for name, reason in problems:
+    for name, reason in dropped:
         print(f"dropped {printable(name)}: {reason}")
     print(
-        f"{printable(args.folder)}: {len(used)} stickers used, {len(problems)} dropped, "
-        f"{sum(s.split == 'validation' for s in used)} of the used held out for validation, "
-        f"{sum(not s.caption for s in used)} without a caption"
+        f"{printable(args.folder)}: {len(used)} stickers used, {len(dropped)} dropped, "
+        f"{sum(sticker.split == 'validation' for sticker, _ in used)} of the used held out for validation, "
+        f"{sum(not sticker.caption for sticker, _ in used)} without a caption"
     )
     if not used:
         raise DataError(f"{printable(args.folder)} holds no usable sticker: the reasons are above.")
+    counts = [count for _, count in used]
     print("frames per clip: " + ", ".join(f"{c} x {n}" for n, c in sorted(Counter(counts).items())[:40]))
     if args.preview:
-        preview(*zip(*shown), counts).save(args.preview)
+        pictures.preview(*zip(*shown), counts).save(args.preview)
         print(f"wrote {printable(args.preview)}")
 
 
+def encode(args):
+    """Fills the latent cache of a folder."""
+    stickers, _ = scan_folder(args.folder)
+    codec = PretrainedVAE(args.vae, "cuda" if torch.cuda.is_available() else "cpu")
+    if args.resolution % codec.factor:
+        raise DataError(f"--resolution {args.resolution}: must be a multiple of the VAE's {codec.factor}.")
+    dataset = open_dataset(args.folder, stickers, codec, args.resolution, args.cache_dir, args.num_workers)
+    print(f"{len(dataset.clips)} clips of {printable(args.folder)} are in {printable(dataset.folder)}")
+
+
 def main():
-    sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack letters of a name
-    try:
+    with one_sentence("data.py"):
         args = parse_args()
         if args.preview or not args.encode:
             inspect(args)
         if args.encode:
             encode(args)
-    except (DataError, media.MediaError, EncoderError) as error:
-        message = error
-    except OSError as error:
-        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        name = printable(error.filename or "a file")
-        message = f"{name} cannot be used ({error.strerror}): make room or choose another place."
-    else:
-        return
-    print(f"data.py: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ The one place where sticker files come in and go out.
     frames, durations = read_clip("stickers/heart.gif", 256)    # (N, 256, 256, 3) uint8, (N,) milliseconds
     picture = read_image("first.png", 256)                      # (256, 256, 3) uint8
     write_clip("out/heart.webp", frames, fps=8)                 # .gif .webp .mp4, or .png for a sheet
-    sheet([given, made], labels=["given", "made"]).save("sheet.png")
 
 On its way in, the bytes of a file tell its format (the suffix is not believed), its header is held against
 the limits below before a pixel is decoded, and of every frame only the resized result is kept: memory is
@@ -16,7 +15,6 @@ residue of earlier frames in many APNGs.
 import io
 import os
 import re
-import textwrap
 import time
 import warnings
 from fractions import Fraction
@@ -27,9 +25,10 @@ import av
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence, UnidentifiedImageError
+from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 
 from support.common import UserError, printable
+from support.pictures import sheet
 
 SUFFIXES = (".gif", ".webp", ".png", ".apng", ".mp4", ".webm")  # what a sticker folder is searched for
 OUTPUTS = (".gif", ".webp", ".mp4", ".png")  # what write_clip knows
@@ -236,7 +235,7 @@ def read_image(path, resolution):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Out: files, and sheets for the eye
+# Out
 
 
 def check_suffix(path):
@@ -332,29 +331,3 @@ def write_clip(path, frames, fps):
     finally:
         if unfinished.exists():
             unfinished.unlink()
-
-
-def sheet(rows, labels=None, scale=1, marks=None):
-    """Clips under one another, frames side by side -> PIL.Image.
-
-    rows: list of (N_i, H_i, W_i, 3) uint8; labels: a text per row, drawn above it; scale: integer factor of
-    nearest enlargement; marks: a list of bools per row, True draws a border around a given frame (Figure 6).
-    """
-    gap, border, given, line = 4, 3, (230, 90, 20), 18  # pixels, and a colour
-    font = ImageFont.load_default(14)
-    width = gap + max(len(row) * (row.shape[2] * scale + gap) for row in rows)
-    texts = [textwrap.wrap(label, max(8, width // 8)) for label in labels or [""] * len(rows)]
-    heights = [gap + line * len(text) + row.shape[1] * scale for row, text in zip(rows, texts)]
-    page = Image.new("RGB", (width, sum(heights) + gap), WHITE)
-    draw, top = ImageDraw.Draw(page), 0
-    for row, text, height, given_frames in zip(rows, texts, heights, marks or [()] * len(rows)):
-        draw.text((gap, top + 1), "\n".join(text), (0, 0, 0), font, spacing=line - 14)
-        top += height
-        for column, frame in enumerate(row):
-            picture = Image.fromarray(frame.repeat(scale, axis=0).repeat(scale, axis=1))
-            x, y = gap + column * (picture.width + gap), top - picture.height
-            if column < len(given_frames) and given_frames[column]:
-                right, bottom = x + picture.width - 1, top - 1
-                draw.rectangle((x - border, y - border, right + border, bottom + border), given)
-            page.paste(picture, (x, y))
-    return page

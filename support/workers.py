@@ -21,7 +21,7 @@ HANG_SECONDS = 60  # until a process is ended that decodes one file: twice media
 LOOK_AHEAD = 4  # files that each decoding process may be ahead of the reader: they wait in memory
 
 
-def attempt(work, item):
+def catch_out_of_memory(work, item):
     """work(item), or the reason (str) where that does not fit into memory."""
     try:
         return work(item)
@@ -51,7 +51,7 @@ def run_in_worker(work, item):
     before = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (memory_limit, before[1]))
     try:
-        return attempt(work, item)
+        return catch_out_of_memory(work, item)
     finally:  # the result lies within the limit, and may take as much again on its way through the pipe
         resource.setrlimit(resource.RLIMIT_DATA, before)
         signal.alarm(0)

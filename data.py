@@ -12,8 +12,6 @@ A folder of stickers -> the key frames of each -> latents on disk -> batches.
 import argparse
 import hashlib
 import os
-import sys
-import time
 from collections import Counter
 from contextlib import closing
 from functools import lru_cache, partial
@@ -27,8 +25,7 @@ from tqdm import tqdm
 
 import masks
 from masks import LENGTHS, NUM_FRAMES, TASKS
-from support import media, pictures
-from support.cache import CACHE_VERSION, claim, digest_files, forget_cached, read_index
+from support import cache, media, pictures
 from support.common import UserError, default_cache, evenly, one_sentence, printable
 from support.encoders import PretrainedVAE
 from support.folder import DataError, scan_folder
@@ -111,8 +108,8 @@ def extract_key_frames(features, lengths=LENGTHS, seed=0):
 
     features: (N, D), one vector per frame
     lengths: values of k, ascending
-    Returns {k: int array (k,)}: for each k of `lengths` up to the number of distinct frames, the frame nearest
-    the centroid of each of k clusters, in the order of time; empty where even the first k is beyond it.
+    Returns {k: int array (k,)}: for each k of `lengths` up to the number of distinct frames the frame nearest
+    to the centroid of each of k clusters, in the order of time. Empty where no k is that small.
     """
     distinct = len({feature.tobytes() for feature in features})
     x = features.astype(np.float64)
@@ -164,8 +161,8 @@ def load_clip(sticker, resolution):
 
 
 def load_clips(stickers, resolution, num_workers):
-    """Yields load_clip for each sticker, in order, from `num_workers` processes (0: this one). A file that ends
-    its process, or takes too much time or memory, is dropped alone: see workers.in_processes."""
+    """Yields load_clip for each sticker, in order, from `num_workers` processes (0: this one). A file that
+    ends its process, or takes too much time or memory, is dropped alone: see workers.in_processes."""
     load = partial(load_clip, resolution=resolution)
     if num_workers:
         yield from in_processes(load, stickers, num_workers)
@@ -173,13 +170,8 @@ def load_clips(stickers, resolution, num_workers):
         yield from map(partial(catch_out_of_memory, load), stickers)
 
 
-def with_bar(clips, title, count):
-    """The clips, behind a bar where somebody sees it."""
-    return tqdm(clips, title, count, unit="file", disable=not sys.stderr.isatty())
-
-
 # ------------------------------------------------------------------------------------------------------------
-# Latents on disk
+# Latents on disk, and which of their rows stand for which k
 
 
 class CachedClip(NamedTuple):
@@ -188,124 +180,87 @@ class CachedClip(NamedTuple):
     name: str
     caption: str
     split: str  # "train" or "validation"
-    count: int  # frames in the file
-    shard: int
-    start: int  # first row in its shard
-    # int8 (7, 8): rows of the key frames for k = 3..8, then of the equally spaced frames; -1 = none
-    places: np.ndarray
+    shard: Path  # the file of its latents
+    start: int  # its first row there
+    rows: (
+        np.ndarray
+    )  # int8 (7, 8): its rows of the key frames for k = 3..8, then of the equally spaced; -1 = none
 
     @property
     def longest(self):
         """The largest k that the clip allows."""
-        return int((self.places[:-1, 0] >= 0).sum()) + LENGTHS[0] - 1
+        return int((self.rows[:-1, 0] >= 0).sum()) + LENGTHS[0] - 1
 
     @property
     def has_equal(self):
         """Whether it has 8 equally spaced frames."""
-        return self.places[-1, 0] >= 0
+        return self.rows[-1, 0] >= 0
+
+
+def row_table(clip):
+    """`CachedClip.rows` of a Clip."""
+    rows = np.full((len(LENGTHS) + 1, NUM_FRAMES), -1, np.int8)
+    for k, frames in clip.key_frames.items():
+        rows[LENGTHS.index(k), :k] = frames
+    if clip.equal is not None:
+        rows[-1] = clip.equal
+    return rows
+
+
+def encode_clips(stickers, codec, resolution, num_workers):
+    """Yields for each sticker its latents float16 (M, C, h, w) and row_table, or why it is dropped (str)."""
+    with closing(
+        load_clips(stickers, resolution, num_workers)
+    ) as clips:  # no process stays when the codec fails
+        for clip in clips:
+            if isinstance(clip, Clip):
+                yield codec.encode(torch.from_numpy(clip.pixels)).half().cpu(), row_table(clip)
+            else:
+                yield clip
 
 
 class LatentDataset:
-    """The clips of one folder with their latents.
+    """The clips of one folder with their latents, which lie in the cache folder `folder`.
 
-    clips: list of CachedClip, in the order of the folder
+    clips: list of CachedClip, in the order of the stickers
     identity: changes with any file of the folder, the codec or the resolution
     dropped: [(name, reason)]
     """
 
     def __init__(self, folder, stickers, digests):
-        self.folder, self.clips, self.dropped, self.shards = folder, [], [], []
+        self.folder, self.clips, self.dropped = folder, [], []
         names = [f"{sticker.name!r} {digest}" for sticker, digest in zip(stickers, digests)]
         self.identity = hashlib.sha256("\n".join([folder.name, *names]).encode()).hexdigest()[:20]
-        places, where, reasons = {}, {}, {}
-        for index in sorted(folder.glob("*.npz")):
-            if (arrays := read_index(index)) is None:
-                continue
-            number = len(self.shards)
-            self.shards.append(index.with_suffix(".npy"))
-            for digest, start, count, table in zip(
-                *(arrays[n] for n in ("digest", "start", "count", "places"))
-            ):
-                where[str(digest)], places[str(digest)] = (int(count), number, int(start)), table
-            reasons.update(zip(arrays["dropped"].tolist(), arrays["reason"].tolist()))
-        for sticker, digest in zip(stickers, digests):
-            if digest in where:
-                labels = sticker.name, sticker.caption, sticker.split
-                self.clips.append(CachedClip(*labels, *where[digest], places[digest]))
+        entries = cache.read_entries(folder)
+        for sticker, entry in zip(stickers, map(entries.get, digests)):
+            if isinstance(entry, str):
+                self.dropped.append((sticker.name, entry))
             else:
-                self.dropped.append((sticker.name, reasons[digest]))
-        self.latents = {}  # shard number -> memory map, opened when first read
+                self.clips.append(CachedClip(sticker.name, sticker.caption, sticker.split, *entry))
+        self.latents = {}  # shard -> its latents, mapped when first read
 
     def split(self, name, ddu=True):
-        """The clips of "train" or "validation".
-        Without dual masks (`ddu`) clips of fewer than 8 frames are dropped."""
+        """The clips of "train" or "validation"; without dual masks (`ddu`) those of at least 8 frames."""
         return [clip for clip in self.clips if clip.split == name and (ddu or clip.has_equal)]
 
     def read(self, clip, k=None):
-        """The k key frames of a clip, or with k None its equally spaced ones:
-        latents float32 (k | 8, C, h, w)."""
+        """The k key frames of a clip, or with k None its equally spaced ones: float32 (k | 8, C, h, w)."""
         if clip.shard not in self.latents:
-            self.latents[clip.shard] = np.load(self.shards[clip.shard], mmap_mode="r")
-        rows = clip.places[-1] if k is None else clip.places[k - LENGTHS[0], :k]
-        return np.asarray(self.latents[clip.shard][clip.start + rows.astype(int)], dtype=np.float32)
-
-
-def write_shard(folder, digests, clips, codec):
-    """Encodes `clips` (of load_clip, in the order of `digests`) into a shard of `folder`."""
-    latents, index = [], dict(digest=[], start=[], count=[], places=[], dropped=[], reason=[])
-    rows = 0
-    for digest, clip in zip(digests, clips):
-        if not isinstance(clip, Clip):
-            index["dropped"].append(digest)
-            index["reason"].append(clip)
-            continue
-        latents.append(codec.encode(torch.from_numpy(clip.pixels)).half().cpu().numpy())
-        places = np.full((len(LENGTHS) + 1, NUM_FRAMES), -1, np.int8)
-        for k, frames in clip.key_frames.items():
-            places[k - LENGTHS[0], :k] = frames
-        if clip.equal is not None:
-            places[-1] = clip.equal
-        for name, value in (("digest", digest), ("start", rows), ("count", clip.count), ("places", places)):
-            index[name].append(value)
-        rows += len(latents[-1])
-    name = hashlib.sha256("".join(digests).encode()).hexdigest()[:20]
-    frames = np.concatenate(latents) if latents else np.zeros((0, 1, 1, 1), np.float16)
-    for suffix, save in (
-        (".npy", lambda file: np.save(file, frames)),
-        (".npz", lambda file: np.savez(file, **{n: np.array(v) for n, v in index.items()})),
-    ):
-        writing = folder / f"{name}{suffix}.tmp"
-        with open(writing, "wb") as file:
-            save(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(writing, folder / f"{name}{suffix}")
+            self.latents[clip.shard] = cache.map_latents(clip.shard)
+        rows = clip.rows[-1] if k is None else clip.rows[LENGTHS.index(k), :k]
+        return self.latents[clip.shard][clip.start + rows.astype(int)].float().numpy()
 
 
 def open_dataset(folder, stickers, codec, resolution, cache_dir, num_workers=0):
-    """The latents of the stickers of `folder` under this codec; what is missing is encoded first, shared with
-    whatever other processes do the same. Captions and splits are those of `stickers`: they may change without
-    making a latent stale. Raises DataError if no file is usable."""
-    key = hashlib.sha256(f"{CACHE_VERSION} {codec.identity} {resolution}".encode()).hexdigest()
-    place = Path(cache_dir) / f"latents-{key[:20]}"
-    digests = digest_files(folder, stickers, cache_dir)
-    missing, seen = dict(zip(digests, stickers)), set()  # {digest: sticker}; equal files are encoded once
-    forget_cached(missing, place, seen)
-    total = len(missing)
-    with tqdm(
-        desc="encoding stickers", total=total, unit="file", disable=not (total and sys.stderr.isatty())
-    ) as bar:
-        while missing:
-            with claim(place, missing, seen) as mine:
-                bar.update(total - len(missing) - bar.n)  # what the others have done meanwhile
-                clips = load_clips([missing[digest] for digest in mine], resolution, num_workers)
-                if mine:
-                    with closing(clips):  # no decoding process stays when the encoder or the disk fails
-                        write_shard(place, mine, (clip for clip in clips if bar.update() or True), codec)
-            if not mine:
-                time.sleep(0.2)  # until the others are done, or dead
-            forget_cached(missing, place, seen)
-    dataset = LatentDataset(place, stickers, digests)
+    """The LatentDataset of the stickers of `folder` under this codec; what is missing is encoded first,
+    shared with whatever other processes do the same. Captions and splits are those of `stickers`: they may
+    change without making a latent stale. Raises DataError if no file is usable."""
+    key = hashlib.sha256(f"{cache.CACHE_VERSION} {codec.identity} {resolution}".encode()).hexdigest()
+    latents = Path(cache_dir) / f"latents-{key[:20]}"
+    digests = cache.digest_files(folder, stickers, cache_dir)
+    encode = partial(encode_clips, codec=codec, resolution=resolution, num_workers=num_workers)
+    cache.fill(latents, dict(zip(digests, stickers)), encode)
+    dataset = LatentDataset(latents, stickers, digests)
     if not dataset.clips:
         raise DataError(NONE_USABLE)
     return dataset
@@ -383,9 +338,9 @@ def fit_codec(codec, stickers, resolution, num_workers, most_clips=384, frames_p
 
     Raises DataError if none is usable."""
     chosen = evenly([sticker for sticker in stickers if sticker.split == "train"], most_clips)
-    clips = with_bar(load_clips(chosen, resolution, num_workers), "fitting the codec", len(chosen))
+    clips = load_clips(chosen, resolution, num_workers)
     frames = []
-    for clip in clips:
+    for clip in tqdm(clips, "fitting the codec", len(chosen), unit="file", disable=None):
         if isinstance(clip, Clip):
             frames.append(clip.pixels[np.linspace(0, len(clip.pixels) - 1, frames_per_clip).astype(int)])
     if not frames:
@@ -440,7 +395,8 @@ def inspect(args):
     stickers, dropped = scan_folder(args.folder)
     used, shown = [], []
     clips = load_clips(stickers, args.resolution, args.num_workers)
-    for sticker, clip in zip(stickers, with_bar(clips, "reading stickers", len(stickers))):
+    clips = tqdm(clips, "reading stickers", len(stickers), unit="file", disable=None)
+    for sticker, clip in zip(stickers, clips):
         if isinstance(clip, str):
             dropped.append((sticker.name, clip))
             continue

@@ -29,7 +29,7 @@ from support import cache, media, pictures
 from support.common import UserError, default_cache, evenly, one_sentence, printable
 from support.encoders import PretrainedVAE
 from support.folder import DataError, scan_folder
-from support.workers import catch_out_of_memory, in_processes
+from support.workers import in_processes
 
 MIN_FRAMES = LENGTHS[0]  # distinct frames that a clip needs
 HASH_PROBABILITY = 0.2  # that a word of a caption becomes "#": the released code's, the paper gives none
@@ -163,11 +163,7 @@ def load_clip(sticker, resolution):
 def load_clips(stickers, resolution, num_workers):
     """Yields load_clip for each sticker, in order, from `num_workers` processes (0: this one). A file that
     ends its process, or takes too much time or memory, is dropped alone: see workers.in_processes."""
-    load = partial(load_clip, resolution=resolution)
-    if num_workers:
-        yield from in_processes(load, stickers, num_workers)
-    else:
-        yield from map(partial(catch_out_of_memory, load), stickers)
+    return in_processes(partial(load_clip, resolution=resolution), stickers, num_workers)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -44,10 +44,10 @@ from tqdm import tqdm
 import masks
 import sample
 from curriculum import Curriculum
-from data import Clip, LatentDataset, draw_batch, extract_key_frames, load_clips, thumbnails, write_shard
+from data import Clip, LatentDataset, draw_batch, extract_key_frames, load_clips, row_table, thumbnails
 from masks import LENGTHS
 from model import DFGN, SIZES, make_scheduler
-from support import media, stickers
+from support import cache, media, stickers
 from support.checkpoint import find_damage, list_checkpoints, save_checkpoint
 from support.encoders import Encoders, NgramVectors, PatchPCA, PretrainedVAE, WordVectors
 from support.folder import Sticker
@@ -700,8 +700,9 @@ def bench_cache(quick, rows=24, shard=256, count=2000):
             made = []
             for _ in range(shard):
                 key_frames = {k: np.sort(rng.choice(rows, k, replace=False)) for k in LENGTHS}
-                made.append(Clip(pixels, key_frames, np.arange(8), rows))
-            write_shard(place, names[first : first + shard], made, RandomCodec())
+                table = row_table(Clip(pixels, key_frames, np.arange(8), rows))
+                made.append((RandomCodec().encode(pixels).half(), table))
+            cache.write_shard(place / f"{first}.safetensors", names[first : first + shard], made)
         found = [Sticker(Path(name), name, "a red heart bouncing", "train") for name in names]
         dataset = LatentDataset(place, found, names)
         for clip in dataset.clips:  # the baseline: one file per clip
@@ -715,7 +716,7 @@ def bench_cache(quick, rows=24, shard=256, count=2000):
         def one_file_per_clip():
             for clip, k in draws:
                 file = np.load(place / f"{clip.name}.one.npy")
-                np.asarray(file[clip.places[k - LENGTHS[0], :k]], np.float32)
+                np.asarray(file[clip.rows[k - LENGTHS[0], :k]], np.float32)
 
         def cached():
             for clip, k in draws:

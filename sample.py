@@ -201,8 +201,8 @@ def parse_args():
     add("--num_samples", type=int, default=1, help=f"stickers to make {default}")
     add("--fps", type=float, default=8.0, help=f"frames per second of the file {default}")
     add("--output", default="sticker.gif", type=Path,
-        help=f".gif, .webp, .mp4, or .png for a sheet {default}; several samples get numbered names, or a row "
-        "each of the sheet")
+        help=f".gif, .webp, .mp4, or .png for a sheet {default}; several samples get numbered names, or a "
+        "row each of the sheet")
     # fmt: on
     args = parser.parse_args()
     check_args(args)

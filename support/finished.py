@@ -47,8 +47,8 @@ def local_folder(checkpoint):
             ) from error
     if not (folder / "model_index.json").is_file():
         raise CheckpointError(
-            f"--checkpoint {checkpoint} holds no model_index.json: give the output_dir of a finished training "
-            "run, or a checkpoint-N folder inside it."
+            f"--checkpoint {checkpoint} holds no model_index.json: give the output_dir of a finished "
+            "training run, or a checkpoint-N folder inside it."
         )
     return folder
 

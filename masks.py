@@ -44,6 +44,7 @@ TABLE7 = (
     Row("G4", "generation",    (1, 0, 0, 0, 0, 0, 0, 0), False, 1.0),
     Row("G0", "generation",    (0, 0, 0, 0, 0, 0, 0, 0), True,  4.0),
 )  # fmt: skip
+ROWS = {row.name: row for row in TABLE7}
 TEXT_ONLY = TABLE7[-1]  # the one row of the ablation without dual masks (Table 3, "DFGN")
 
 

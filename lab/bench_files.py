@@ -15,11 +15,12 @@ from PIL import Image, ImageSequence
 from tqdm import tqdm
 
 from curriculum import Curriculum
-from data import Clip, LatentDataset, draw_batch, extract_key_frames, load_clips, thumbnails, write_shard
+from data import Clip, LatentDataset, draw_batch, extract_key_frames, load_clips, row_table, thumbnails
 from lab.timing import DEVICE, ROOT, row, timed
 from masks import LENGTHS
 from model import DFGN, SIZES, make_scheduler
 from support import media, stickers
+from support.cache import write_shard
 from support.checkpoint import find_damage, list_checkpoints, save_checkpoint
 from support.encoders import Encoders, PatchPCA
 from support.folder import Sticker
@@ -114,25 +115,19 @@ def bench_data(quick):
 CACHED_FRAMES, SHARD_CLIPS, READS = 24, 256, 2000  # frames of a clip, clips of a shard, clips read
 
 
-class RandomCodec:
-    """As many latents as a Stable Diffusion VAE gives, without the VAE."""
-
-    def encode(self, frames):
-        return torch.randn(len(frames), 4, 32, 32)
-
-
 def write_cache(folder, count, rng):
     """A cache of `count` random clips, and beside it one file per clip. Returns a LatentDataset."""
-    pixels = np.zeros((CACHED_FRAMES, 8, 8, 3), np.uint8)
+    pixels, shape = np.zeros((CACHED_FRAMES, 8, 8, 3), np.uint8), (CACHED_FRAMES, 4, 32, 32)
     names = [f"{i:064d}" for i in range(count)]
     for first in tqdm(range(0, count, SHARD_CLIPS), desc="writing a cache"):
-        clips = []
+        entries = []
         for _ in range(SHARD_CLIPS):
             key_frames = {k: np.sort(rng.choice(CACHED_FRAMES, k, replace=False)) for k in LENGTHS}
-            clips.append(Clip(pixels, key_frames, np.arange(8), CACHED_FRAMES))
-        write_shard(folder, names[first : first + SHARD_CLIPS], clips, RandomCodec())
+            table = row_table(Clip(pixels, key_frames, np.arange(8), CACHED_FRAMES))
+            entries.append((torch.randn(shape).half(), table))  # as many latents as of a Stable Diffusion VAE
+        write_shard(folder / f"{first}.safetensors", names[first : first + SHARD_CLIPS], entries)
     for name in names:
-        np.save(folder / f"{name}.one.npy", np.zeros((CACHED_FRAMES, 4, 32, 32), np.float16))
+        np.save(folder / f"{name}.one.npy", np.zeros(shape, np.float16))
     found = [Sticker(Path(name), name, "a red heart bouncing", "train") for name in names]
     return LatentDataset(folder, found, names)
 
@@ -150,7 +145,7 @@ def bench_cache(quick):
         def one_file_per_clip():
             for clip, k in draws:
                 file = np.load(Path(place) / f"{clip.name}.one.npy")
-                np.asarray(file[clip.places[k - LENGTHS[0], :k]], np.float32)
+                np.asarray(file[clip.rows[k - LENGTHS[0], :k]], np.float32)
 
         def cached():
             for clip, k in draws:

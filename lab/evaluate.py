@@ -29,7 +29,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from support.finished import local_folder
 from tqdm import tqdm
 
 import sample
@@ -43,6 +42,7 @@ from masks import NUM_FRAMES
 from support import machine, stickers
 from support.checkpoint import list_checkpoints
 from support.common import UserError, evenly, one_sentence, replacing
+from support.finished import local_folder
 from support.flags import Parser, number, part_flags, work_flags
 from support.folder import metadata_rows, scan_folder
 

@@ -114,7 +114,7 @@ CACHED_FRAMES, READS = 24, 2000  # frames of a clip, clips read
 
 
 def encode_random(names):
-    """Yields for each clip latents as large as a Stable Diffusion VAE's, and random key frames for every k."""
+    """Yields for each clip latents as large as a Stable Diffusion VAE's, and random key frames for all k."""
     pixels = np.zeros((CACHED_FRAMES, 8, 8, 3), np.uint8)
     for name in names:
         rng = np.random.default_rng(int(name))

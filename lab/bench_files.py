@@ -12,15 +12,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageSequence
-from tqdm import tqdm
 
 from curriculum import Curriculum
 from data import Clip, LatentDataset, draw_batch, extract_key_frames, load_clips, row_table, thumbnails
 from lab.timing import DEVICE, ROOT, row, timed
 from masks import LENGTHS
 from model import DFGN, SIZES, make_scheduler
-from support import media, stickers
-from support.cache import write_shard
+from support import cache, media, stickers
 from support.checkpoint import find_damage, list_checkpoints, save_checkpoint
 from support.encoders import Encoders, PatchPCA
 from support.folder import Sticker
@@ -112,22 +110,25 @@ def bench_data(quick):
 # ------------------------------------------------------------------------------------------------------------
 # The latent cache
 
-CACHED_FRAMES, SHARD_CLIPS, READS = 24, 256, 2000  # frames of a clip, clips of a shard, clips read
+CACHED_FRAMES, READS = 24, 2000  # frames of a clip, clips read
 
 
-def write_cache(folder, count, rng):
-    """A cache of `count` random clips, and beside it one file per clip. Returns a LatentDataset."""
-    pixels, shape = np.zeros((CACHED_FRAMES, 8, 8, 3), np.uint8), (CACHED_FRAMES, 4, 32, 32)
-    names = [f"{i:064d}" for i in range(count)]
-    for first in tqdm(range(0, count, SHARD_CLIPS), desc="writing a cache"):
-        entries = []
-        for _ in range(SHARD_CLIPS):
-            key_frames = {k: np.sort(rng.choice(CACHED_FRAMES, k, replace=False)) for k in LENGTHS}
-            table = row_table(Clip(pixels, key_frames, np.arange(8), CACHED_FRAMES))
-            entries.append((torch.randn(shape).half(), table))  # as many latents as of a Stable Diffusion VAE
-        write_shard(folder / f"{first}.safetensors", names[first : first + SHARD_CLIPS], entries)
+def encode_random(names):
+    """Yields for each clip latents as large as a Stable Diffusion VAE's, and random key frames for all k."""
+    pixels = np.zeros((CACHED_FRAMES, 8, 8, 3), np.uint8)
     for name in names:
-        np.save(folder / f"{name}.one.npy", np.zeros(shape, np.float16))
+        rng = np.random.default_rng(int(name))
+        key_frames = {k: np.sort(rng.choice(CACHED_FRAMES, k, replace=False)) for k in LENGTHS}
+        clip = Clip(pixels, key_frames, np.arange(8), CACHED_FRAMES)
+        yield torch.randn(CACHED_FRAMES, 4, 32, 32).half(), row_table(clip)
+
+
+def write_cache(folder, count):
+    """A cache of `count` random clips, and beside it one file per clip. Returns a LatentDataset."""
+    names = [f"{i:064d}" for i in range(count)]
+    cache.fill(folder, dict(zip(names, names)), encode_random)
+    for name in names:
+        np.save(folder / f"{name}.npy", np.zeros((CACHED_FRAMES, 4, 32, 32), np.float16))
     found = [Sticker(Path(name), name, "a red heart bouncing", "train") for name in names]
     return LatentDataset(folder, found, names)
 
@@ -137,15 +138,15 @@ def bench_cache(quick):
     samples with their noise. From the operating system's own cache, as in training."""
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as place:
-        dataset = write_cache(Path(place), 512 if quick else 2048, rng)
+        dataset = write_cache(Path(place), 512 if quick else 2048)
         chosen = rng.integers(len(dataset.clips), size=READS), rng.integers(3, 9, READS)
         draws = [(dataset.clips[i], int(k)) for i, k in zip(*chosen)]
         uniform = Curriculum("none", 1).probabilities(0)
 
         def one_file_per_clip():
             for clip, k in draws:
-                file = np.load(Path(place) / f"{clip.name}.one.npy")
-                np.asarray(file[clip.rows[k - LENGTHS[0], :k]], np.float32)
+                file = np.load(Path(place) / f"{clip.name}.npy")
+                np.asarray(file[clip.rows[LENGTHS.index(k), :k]], np.float32)
 
         def cached():
             for clip, k in draws:

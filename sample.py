@@ -27,9 +27,9 @@ from model import DFGN, NUM_TIMESTEPS, make_scheduler
 from support import media
 from support.common import UserError, one_sentence
 from support.finished import MAX_SCALE, newest_run, read_model
+from support.flags import Parser, number, part_flags
 from support.machine import device as this_device
 from support.machine import precision, prepare
-from support.options import add_part_flags
 from support.pictures import sheet
 from support.prior import first_latents, precondition
 from support.workers import read_picture
@@ -182,24 +182,25 @@ def parse_image(text):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="Generate, interpolate and extend animated stickers.")
+    parser = Parser(description="Generate, interpolate and extend animated stickers.")
     # fmt: off
     add, default = parser.add_argument, "(default: %(default)s)"
+    scale, frames = number(float, -MAX_SCALE, MAX_SCALE), number(int, masks.LENGTHS[0], masks.NUM_FRAMES)
     add("--checkpoint", metavar="DIR_OR_ID",
         help="a finished run, a checkpoint-N folder in it, or a hub id (default: the newest run under runs/)")
-    add_part_flags(add, "what the checkpoint records")
+    part_flags(add, "what the checkpoint records")
     add("--prompt", default="", help="what the sticker shows")
     add("--negative_prompt", default="", help="what it should not show")
     add("--image", nargs="+", action="extend", type=parse_image, default=[], metavar="SLOT:FILE",
         help="given frames: picture files and the frames, counted from 0, where they stand")
-    add("--num_frames", type=int, default=masks.NUM_FRAMES, help=f"frames of the sticker, 3 to 8 {default}")
-    add("--num_inference_steps", type=int, default=50, help=f"DDIM steps {default}")
-    add("--eta", type=float, default=1.0, help=f"0 = deterministic, 1 = as random as DDPM {default}")
-    add("--guidance_scale", type=float, help="text guidance; 1 = none (default: as the checkpoint records)")
-    add("--image_guidance_scale", type=float, help="guidance by given frames; 1 = none (default: the same)")
-    add("--seed", type=int, default=0, help=f"another seed, another sticker {default}")
-    add("--num_samples", type=int, default=1, help=f"stickers to make {default}")
-    add("--fps", type=float, default=8.0, help=f"frames per second of the file {default}")
+    add("--num_frames", type=frames, default=masks.NUM_FRAMES, help=f"frames of the sticker {default}")
+    add("--num_inference_steps", type=number(int, 1, NUM_TIMESTEPS), default=50, help=f"DDIM steps {default}")
+    add("--eta", type=number(float, 0, 1), default=1.0, help=f"0: deterministic, 1: as DDPM {default}")
+    add("--guidance_scale", type=scale, help="text guidance; 1 = none (default: as the checkpoint records)")
+    add("--image_guidance_scale", type=scale, help="guidance by given frames; 1 = none (default: the same)")
+    add("--seed", type=number(int, 0), default=0, help=f"another seed, another sticker {default}")
+    add("--num_samples", type=number(int, 1), default=1, help=f"stickers to make {default}")
+    add("--fps", type=number(float, 0.1, 1000), default=8.0, help=f"frames per second of the file {default}")
     add("--output", default="sticker.gif", type=Path,
         help=f".gif, .webp, .mp4, or .png for a sheet {default}; several samples get numbered names, or a "
         "row each of the sheet")
@@ -210,22 +211,8 @@ def parse_args():
 
 
 def check_args(args):
-    """Raises UserError for values out of range and for flags that do not fit together."""
+    """Raises UserError for flags that do not fit together."""
     slots = [slot for slot, _ in args.image]
-    ranges = dict(
-        num_frames=(masks.LENGTHS[0], masks.NUM_FRAMES),
-        num_inference_steps=(1, NUM_TIMESTEPS),
-        num_samples=(1, 10**6),
-        seed=(0, 2**63),
-        fps=(0.1, 1000),
-        eta=(0, 1),
-        guidance_scale=(-MAX_SCALE, MAX_SCALE),
-        image_guidance_scale=(-MAX_SCALE, MAX_SCALE),
-    )
-    for name, (least, most) in ranges.items():
-        value = getattr(args, name)
-        if value is not None and not least <= value <= most:
-            raise UserError(f"--{name} {value}: must lie in {least}..{most}.")
     for slot, file in args.image:
         if slot >= args.num_frames:
             raise UserError(

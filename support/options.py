@@ -8,7 +8,8 @@ from pathlib import Path
 
 from diffusers.optimization import SchedulerType
 
-from support.common import UserError, default_cache
+from support.common import UserError
+from support.flags import Parser, number, part_flags, work_flags
 from support.machine import native_bf16
 
 # A resumed run continues the saved one only if these are as they were.
@@ -17,54 +18,31 @@ SCHEDULE_FLAGS = (
     "low_memory mixed_precision curriculum temporal ddu seed"
 ).split()
 
-POSITIVE = (
-    "resolution max_train_steps train_batch_size gradient_accumulation_steps learning_rate "
-    "checkpointing_steps"
-).split()
-NOT_NEGATIVE = "lr_warmup_steps checkpoints_total_limit validation_steps num_workers seed".split()
-
-
-def add_part_flags(add, default):
-    """The flags that name pre-trained parts. add: of a parser; default: what is used without them, in
-    words."""
-    parts = dict(vae="AutoencoderKL", clip="CLIP text model, tokenizer", t5="T5 encoder, tokenizer")
-    for name, part in parts.items():
-        add(f"--{name}", metavar="DIR_OR_ID", help=f"{part} (default: {default})")
-
 
 def make_parser(presets):
     """presets: {name: {flag: default}}. The defaults that --help shows are those of the --preset given with
     it."""
-    first = argparse.ArgumentParser(add_help=False)
+    first = Parser(add_help=False)
     listed = ", ".join(name for name in presets if name != "toy")  # `toy` is for tests
-    first.add_argument(
-        "--preset",
-        choices=presets,
-        default="tiny",
-        metavar="NAME",
-        help=f"size, and defaults of the training: {listed}",
-    )
-    parser = argparse.ArgumentParser(
-        description="Train an animated-sticker generator from scratch.",
-        parents=[first],
-    )
+    about = f"size, and defaults of the training: {listed}"
+    first.add_argument("--preset", choices=presets, default="tiny", metavar="NAME", help=about)
+    parser = Parser(description="Train an animated-sticker generator from scratch.", parents=[first])
     # fmt: off
     add, default = parser.add_argument, "(default: %(default)s)"
+    count, natural = number(int, 1), number(int, 0)
     add("--data", metavar="DIR", help="folder of stickers (default: draws the built-in set)")
     add("--output_dir", help="where the run is written (default: runs/PRESET)")
-    add("--cache_dir", default=default_cache(), type=Path,
-        help=f"where drawn stickers and latents are kept {default}")
-    add("--resolution", type=int, help=f"side of the frames in pixels {default}")
-    add("--max_train_steps", type=int, help=f"optimizer steps; the curriculum spans them {default}")
-    add("--train_batch_size", type=int, help=f"clips per process and micro-step {default}")
-    add("--gradient_accumulation_steps", type=int, default=1, help=f"micro-steps per step {default}")
-    add("--learning_rate", type=float, help=f"peak learning rate of AdamW {default}")
+    add("--resolution", type=count, help=f"side of the frames in pixels {default}")
+    add("--max_train_steps", type=count, help=f"optimizer steps; the curriculum spans them {default}")
+    add("--train_batch_size", type=count, help=f"clips per process and micro-step {default}")
+    add("--gradient_accumulation_steps", type=count, default=1, help=f"micro-steps per step {default}")
+    add("--learning_rate", type=number(float, 1e-12), help=f"peak learning rate of AdamW {default}")
     add("--lr_scheduler", choices=[s.value for s in SchedulerType if s.value != "piecewise_constant"],
         help=f"learning rate over steps {default}")
-    add("--lr_warmup_steps", type=int, help=f"steps of linear warm-up {default}")
+    add("--lr_warmup_steps", type=natural, help=f"steps of linear warm-up {default}")
     add("--mixed_precision", choices=["no", "fp16", "bf16"],
         help="autocast; the weights stay in fp32 (default: bf16 where the machine has it, else no)")
-    add_part_flags(add, "the built-in one")
+    part_flags(add, "the built-in one")
     add("--init_unet", metavar="DIR_OR_ID", help="start the spatial part from a Stable Diffusion 2.x U-Net")
     add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, more time")
     add("--use_8bit_adam", action="store_true", help="AdamW's moments in 8 bits (needs torchao)")
@@ -82,19 +60,18 @@ def make_parser(presets):
         help=f"temporal layer; conv3d is the ablation of Table 3 {default}")
     add("--ddu", choices=["on", "off"], default="on",
         help=f"dual masks; off is the ablation of Table 3: text alone, always 8 frames {default}")
-    add("--seed", type=int, default=0, help=f"every random draw follows from it {default}")
-    add("--checkpointing_steps", type=int, default=500, help=f"save every so many steps {default}")
-    add("--checkpoints_total_limit", type=int, default=2, help=f"keep the last so many, 0 = all {default}")
+    add("--seed", type=natural, default=0, help=f"every random draw follows from it {default}")
+    add("--checkpointing_steps", type=count, default=500, help=f"save every so many steps {default}")
+    add("--checkpoints_total_limit", type=natural, default=2, help=f"keep the last ones, 0 = all {default}")
     add("--resume_from_checkpoint", metavar="latest|PATH",
         help="continue a run; latest without a checkpoint starts fresh")
-    add("--validation_steps", type=int, default=2000,
+    add("--validation_steps", type=natural, default=2000,
         help=f"sample sheet and held-out loss every so many steps and at the end; 0 = at the end {default}")
     add("--validation_prompts", nargs="+", metavar="TEXT",
         help="prompts on the sheet (default: fixed ones for the built-in stickers, else held-out captions)")
     add("--report_to", choices=["none", "tensorboard", "wandb"], default="none",
         help=f"log there too {default}")
-    add("--num_workers", type=int, default=min(8, os.cpu_count() or 1),
-        help=f"processes that decode before training, 0 = this one alone {default}")
+    work_flags(add)
     # fmt: on
     parser.set_defaults(**presets[first.parse_known_args()[0].preset])
     return parser
@@ -115,12 +92,6 @@ def parse_args(presets):
         source = getattr(args, name)
         if source and Path(source).is_dir():
             setattr(args, name, str(Path(source).resolve()))
-    for name in POSITIVE:
-        if not 0 < getattr(args, name) < float("inf"):
-            raise UserError(f"--{name} {getattr(args, name)}: must be positive and finite.")
-    for name in NOT_NEGATIVE:
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name} {getattr(args, name)}: must not be negative.")
     return args
 
 

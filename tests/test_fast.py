@@ -1,4 +1,4 @@
-"""Every fast path against the plain one: outputs and every gradient. Frames that are not computed and gradient
+"""Every fast path against the plain one: outputs and all gradients. Frames that are not computed and gradient
 checkpointing: test_model.py; shards and averages: test_full.py."""
 
 import shutil

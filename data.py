@@ -1,22 +1,17 @@
 """
-A folder of stickers -> latents on disk -> batches.
+A folder of stickers -> the key frames of each -> latents on disk -> batches.
 
-    python data.py stickers/                          what would be used, what is dropped and why
-    python data.py stickers/ --preview sheet.png      the same, with a histogram of lengths and a sheet
-                                                      of key frames
+    python data.py stickers/                        what would be used, what is dropped and why
+    python data.py stickers/ --preview sheet.png    the same, with a histogram of lengths and a sheet of key
+                                                    frames
     python data.py stickers/ --encode --vae DIR_OR_ID --resolution 256
-                                                      encode every key frame into the latent cache, which
-                                                      train.py reads (it would encode what is missing itself)
-
-A batch is clips, tasks, k, rows, dropout, "#", timesteps and noise, drawn for (seed, step, index of the sample).
+                                                    encode every key frame into the latent cache that train.py
+                                                    reads (it would encode what is missing itself)
 """
 
 import argparse
-import errno
 import hashlib
 import os
-import sys
-import time
 from collections import Counter
 from contextlib import closing
 from functools import lru_cache, partial
@@ -30,23 +25,22 @@ from tqdm import tqdm
 
 import masks
 from masks import LENGTHS, NUM_FRAMES, TASKS
-from support import media
-from support.cache import CACHE_VERSION, claim, digest_files, forget_cached, read_index
-from support.common import default_cache, printable
-from support.encoders import EncoderError, PretrainedVAE
+from support import cache, media, pictures
+from support.common import UserError, default_cache, evenly, one_sentence, printable
+from support.encoders import PretrainedVAE
 from support.folder import DataError, scan_folder
-from support.workers import attempt, in_processes
+from support.workers import in_processes
 
 MIN_FRAMES = LENGTHS[0]  # distinct frames that a clip needs
-SLOTS = LENGTHS[-1]  # frames of the longest list
-HASH_PROBABILITY = 0.2  # that a word of a caption becomes "#" (section 3.2; the value is the released code's)
+HASH_PROBABILITY = 0.2  # that a word of a caption becomes "#": the released code's, the paper gives none
 NUM_TIMESTEPS = 1000  # diffusion steps (Table 6)
 LEAST_SIDE = 8  # pixels of --resolution: the smallest that a VAE encodes
+NONE_USABLE = "none of the stickers can be used: `python data.py FOLDER` says why for each file."
 
 # ------------------------------------------------------------------------------------------------------------
-# Key frames
+# Key frames ("Clustering-based frame extraction")
 
-THUMBNAIL = 32
+THUMBNAIL = 32  # pixels, width and height
 
 
 def thumbnails(frames):
@@ -57,14 +51,14 @@ def thumbnails(frames):
 
 
 def product(a, b):
-    """Matrix product by torch: processes that decode side by side hold it to a thread each, numpy's would take all cores."""
+    """Matrix product by torch: decoding processes hold it to one thread, numpy's would take all cores."""
     return (torch.from_numpy(a) @ torch.from_numpy(b)).numpy()
 
 
 def kmeans(gram, k, rng, restarts=6, iterations=50):
     """Lloyd's k-means with k-means++ starts, on inner products alone: the clips are short and their features
-    long, so the N x N Gram matrix holds all that is needed. All R restarts advance together. An empty cluster takes
-    the frame farthest from its centroid.
+    long, so the N x N Gram matrix holds all that is needed. All R restarts advance together. An empty cluster
+    takes the frame farthest from its centroid.
 
     gram: float64 (N, N) inner products of the features; at least k of them distinct
     Returns (assignment int (N,), squared distances float (N, k) to the centroids)
@@ -78,9 +72,8 @@ def kmeans(gram, k, rng, restarts=6, iterations=50):
         member = np.eye(k)[assignment]  # (R, N, k)
         share = member / member.sum(axis=1, keepdims=True)
         inner = product(gram, share)
-        return (
-            norms[:, None] - 2 * inner + (inner * share).sum(axis=1, keepdims=True)
-        )  # |x|^2 - 2 x c + |c|^2
+        # |x|^2 - 2 x c + |c|^2
+        return norms[:, None] - 2 * inner + (inner * share).sum(axis=1, keepdims=True)
 
     centers = [rng.integers(n, size=restarts)]  # k times (R,)
     nearest = pairwise[centers[0]]  # (R, N)
@@ -111,12 +104,12 @@ def kmeans(gram, k, rng, restarts=6, iterations=50):
 
 
 def extract_key_frames(features, lengths=LENGTHS, seed=0):
-    """Clustering-based frame extraction for every k that the clip allows (section 4.2).
+    """Clustering-based frame extraction for every k that the clip allows.
 
     features: (N, D), one vector per frame
     lengths: values of k, ascending
-    Returns {k: int array (k,)}: for each k of `lengths` up to the number of distinct frames, the frame nearest the
-    centroid of each of k clusters, in the order of time; empty where even the first k is beyond it.
+    Returns {k: int array (k,)}: for each k of `lengths` up to the number of distinct frames the frame nearest
+    to the centroid of each of k clusters, in the order of time. Empty where no k is that small.
     """
     distinct = len({feature.tobytes() for feature in features})
     x = features.astype(np.float64)
@@ -145,14 +138,14 @@ class Clip(NamedTuple):
     """The frames of one sticker that training can ask for."""
 
     pixels: np.ndarray  # uint8 (M, R, R, 3), M <= 41
-    key_frames: dict  # {k: positions in `pixels`}
-    equal: np.ndarray  # 8 positions in `pixels`, or None for a clip of fewer than 8 frames
+    key_frames: dict  # {k: rows of `pixels`}
+    equal: np.ndarray  # 8 rows of `pixels`, or None for a clip of fewer than 8 frames
     count: int  # frames in the file
 
 
 def load_clip(sticker, resolution):
-    """Decodes one sticker. Returns a Clip, or the reason (str) for dropping it;
-    nothing that a file holds raises, but for want of memory."""
+    """Decodes one sticker. Returns a Clip, or the reason (str) for dropping it. Whatever the file holds, only
+    errors for lack of memory are raised."""
     try:
         frames, _ = media.read_clip(sticker.path, resolution)
     except media.MediaError as error:
@@ -161,20 +154,20 @@ def load_clip(sticker, resolution):
     if not key_frames:
         return f"fewer than {MIN_FRAMES} distinct frames (it has {len(frames)} in all)"
     equal = equal_frames(len(frames)) if len(frames) >= NUM_FRAMES else None
-    wanted = np.unique(np.concatenate([*key_frames.values(), *([] if equal is None else [equal])]))
-    place = {frame: i for i, frame in enumerate(wanted)}
-    key_frames = {k: np.array([place[f] for f in indices]) for k, indices in key_frames.items()}
-    equal = None if equal is None else np.array([place[f] for f in equal])
-    return Clip(frames[wanted], key_frames, equal, len(frames))
+    kept = np.unique(np.concatenate([*key_frames.values(), *([] if equal is None else [equal])]))  # (M,)
+    key_frames = {k: np.searchsorted(kept, indices) for k, indices in key_frames.items()}
+    equal = None if equal is None else np.searchsorted(kept, equal)
+    return Clip(frames[kept], key_frames, equal, len(frames))
 
 
 def load_clips(stickers, resolution, num_workers):
-    """Yields load_clip for each sticker, in order, from `num_workers` processes; a file may cost one of them:
-    it alone is dropped (in_processes). With 0 this process decodes: then media.MAX_SECONDS, looked at between
-    frames, is the only limit of time, there is none of memory, and a crash ends the run."""
-    load = partial(load_clip, resolution=resolution)
-    alone = map(partial(attempt, load), stickers)
-    yield from in_processes(load, stickers, num_workers) if num_workers else alone
+    """Yields load_clip for each sticker, in order, from `num_workers` processes (0: this one). A file that
+    ends its process, or takes too much time or memory, is dropped alone: see workers.in_processes."""
+    return in_processes(partial(load_clip, resolution=resolution), stickers, num_workers)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Latents on disk, and which of their rows stand for which k
 
 
 class CachedClip(NamedTuple):
@@ -183,127 +176,89 @@ class CachedClip(NamedTuple):
     name: str
     caption: str
     split: str  # "train" or "validation"
-    count: int  # frames in the file
-    shard: int
-    start: int  # first row in its shard
-    places: (
+    shard: Path  # the file of its latents
+    start: int  # its first row there
+    rows: (
         np.ndarray
-    )  # int8 (7, 8): rows of the key frames for k = 3..8, then of the equally spaced frames; -1 = none
+    )  # int8 (7, 8): its rows of the key frames for k = 3..8, then of the equally spaced; -1 = none
 
     @property
     def longest(self):
         """The largest k that the clip allows."""
-        return int((self.places[:-1, 0] >= 0).sum()) + LENGTHS[0] - 1
+        return int((self.rows[:-1, 0] >= 0).sum()) + LENGTHS[0] - 1
 
     @property
     def has_equal(self):
         """Whether it has 8 equally spaced frames."""
-        return self.places[-1, 0] >= 0
+        return self.rows[-1, 0] >= 0
+
+
+def row_table(clip):
+    """`CachedClip.rows` of a Clip."""
+    rows = np.full((len(LENGTHS) + 1, NUM_FRAMES), -1, np.int8)
+    for k, frames in clip.key_frames.items():
+        rows[LENGTHS.index(k), :k] = frames
+    if clip.equal is not None:
+        rows[-1] = clip.equal
+    return rows
+
+
+def encode_clips(stickers, codec, resolution, num_workers):
+    """Yields for each sticker its latents float16 (M, C, h, w) and row_table, or why it is dropped (str)."""
+    with closing(
+        load_clips(stickers, resolution, num_workers)
+    ) as clips:  # no process stays when the codec fails
+        for clip in clips:
+            if isinstance(clip, Clip):
+                yield codec.encode(torch.from_numpy(clip.pixels)).half().cpu(), row_table(clip)
+            else:
+                yield clip
 
 
 class LatentDataset:
-    """The clips of one folder with their latents.
+    """The clips of one folder with their latents, which lie in the cache folder `folder`.
 
-    clips: list of CachedClip, in the order of the folder
+    clips: list of CachedClip, in the order of the stickers
     identity: changes with any file of the folder, the codec or the resolution
     dropped: [(name, reason)]
     """
 
     def __init__(self, folder, stickers, digests):
-        self.folder, self.clips, self.dropped, self.shards = folder, [], [], []
+        self.folder, self.clips, self.dropped = folder, [], []
         names = [f"{sticker.name!r} {digest}" for sticker, digest in zip(stickers, digests)]
         self.identity = hashlib.sha256("\n".join([folder.name, *names]).encode()).hexdigest()[:20]
-        places, where, reasons = {}, {}, {}
-        for index in sorted(folder.glob("*.npz")):
-            if (arrays := read_index(index)) is None:
-                continue
-            number = len(self.shards)
-            self.shards.append(index.with_suffix(".npy"))
-            for digest, start, count, table in zip(
-                *(arrays[n] for n in ("digest", "start", "count", "places"))
-            ):
-                where[str(digest)], places[str(digest)] = (int(count), number, int(start)), table
-            reasons.update(zip(arrays["dropped"].tolist(), arrays["reason"].tolist()))
-        for sticker, digest in zip(stickers, digests):
-            if digest in where:
-                labels = sticker.name, sticker.caption, sticker.split
-                self.clips.append(CachedClip(*labels, *where[digest], places[digest]))
+        entries = cache.read_entries(folder)
+        for sticker, entry in zip(stickers, map(entries.get, digests)):
+            if isinstance(entry, str):
+                self.dropped.append((sticker.name, entry))
             else:
-                self.dropped.append((sticker.name, reasons[digest]))
-        self.latents = {}  # shard number -> memory map, opened when first read
+                self.clips.append(CachedClip(sticker.name, sticker.caption, sticker.split, *entry))
+        self.latents = {}  # shard -> its latents, mapped when first read
 
     def split(self, name, ddu=True):
-        """The clips of "train" or "validation".
-        Without dual masks (`ddu`) clips of fewer than 8 frames are dropped."""
+        """The clips of "train" or "validation"; without dual masks (`ddu`) those of at least 8 frames."""
         return [clip for clip in self.clips if clip.split == name and (ddu or clip.has_equal)]
 
     def read(self, clip, k=None):
-        """The k key frames of a clip, or with k None its equally spaced ones:
-        latents float32 (k | 8, C, h, w)."""
+        """The k key frames of a clip, or with k None its equally spaced ones: float32 (k | 8, C, h, w)."""
         if clip.shard not in self.latents:
-            self.latents[clip.shard] = np.load(self.shards[clip.shard], mmap_mode="r")
-        rows = clip.places[-1] if k is None else clip.places[k - LENGTHS[0], :k]
-        return np.asarray(self.latents[clip.shard][clip.start + rows.astype(int)], dtype=np.float32)
-
-
-def write_shard(folder, digests, clips, codec):
-    """Encodes `clips` (of load_clip, in the order of `digests`) into a shard of `folder`."""
-    latents, index = [], dict(digest=[], start=[], count=[], places=[], dropped=[], reason=[])
-    rows = 0
-    for digest, clip in zip(digests, clips):
-        if not isinstance(clip, Clip):
-            index["dropped"].append(digest)
-            index["reason"].append(clip)
-            continue
-        latents.append(codec.encode(torch.from_numpy(clip.pixels)).half().cpu().numpy())
-        places = np.full((len(LENGTHS) + 1, SLOTS), -1, np.int8)
-        for k, frames in clip.key_frames.items():
-            places[k - LENGTHS[0], :k] = frames
-        if clip.equal is not None:
-            places[-1] = clip.equal
-        for name, value in (("digest", digest), ("start", rows), ("count", clip.count), ("places", places)):
-            index[name].append(value)
-        rows += len(latents[-1])
-    name = hashlib.sha256("".join(digests).encode()).hexdigest()[:20]
-    frames = np.concatenate(latents) if latents else np.zeros((0, 1, 1, 1), np.float16)
-    for suffix, save in (
-        (".npy", lambda file: np.save(file, frames)),
-        (".npz", lambda file: np.savez(file, **{n: np.array(v) for n, v in index.items()})),
-    ):
-        writing = folder / f"{name}{suffix}.tmp"
-        with open(writing, "wb") as file:
-            save(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(writing, folder / f"{name}{suffix}")
+            self.latents[clip.shard] = cache.map_latents(clip.shard)
+        rows = clip.rows[-1] if k is None else clip.rows[LENGTHS.index(k), :k]
+        return self.latents[clip.shard][clip.start + rows.astype(int)].float().numpy()
 
 
 def open_dataset(folder, stickers, codec, resolution, cache_dir, num_workers=0):
-    """The latents of the stickers of `folder` under this codec; what is missing is encoded first, shared with
-    whatever other processes do the same. Captions and splits are those of `stickers`: they may change without
-    making a latent stale. Raises DataError if no file is usable."""
-    key = hashlib.sha256(f"{CACHE_VERSION} {codec.identity} {resolution}".encode()).hexdigest()
-    place = Path(cache_dir) / f"latents-{key[:20]}"
-    digests = digest_files(folder, stickers, cache_dir)
-    missing, seen = dict(zip(digests, stickers)), set()  # {digest: sticker}; equal files are encoded once
-    forget_cached(missing, place, seen)
-    total = len(missing)
-    with tqdm(
-        desc="encoding stickers", total=total, unit="file", disable=not (total and sys.stderr.isatty())
-    ) as bar:
-        while missing:
-            with claim(place, missing, seen) as mine:
-                bar.update(total - len(missing) - bar.n)  # what the others have done meanwhile
-                clips = load_clips([missing[digest] for digest in mine], resolution, num_workers)
-                if mine:
-                    with closing(clips):  # no decoding process stays when the encoder or the disk fails
-                        write_shard(place, mine, (clip for clip in clips if bar.update() or True), codec)
-            if not mine:
-                time.sleep(0.2)  # until the others are done, or dead
-            forget_cached(missing, place, seen)
-    dataset = LatentDataset(place, stickers, digests)
+    """The LatentDataset of the stickers of `folder` under this codec; what is missing is encoded first,
+    shared with whatever other processes do the same. Captions and splits are those of `stickers`: they may
+    change without making a latent stale. Raises DataError if no file is usable."""
+    key = hashlib.sha256(f"{cache.CACHE_VERSION} {codec.identity} {resolution}".encode()).hexdigest()
+    latents = Path(cache_dir) / f"latents-{key[:20]}"
+    digests = cache.digest_files(folder, stickers, cache_dir)
+    encode = partial(encode_clips, codec=codec, resolution=resolution, num_workers=num_workers)
+    cache.fill(latents, dict(zip(digests, stickers)), encode)
+    dataset = LatentDataset(latents, stickers, digests)
     if not dataset.clips:
-        raise DataError("none of the stickers can be used: `python data.py FOLDER` says why for each file.")
+        raise DataError(NONE_USABLE)
     return dataset
 
 
@@ -324,11 +279,12 @@ class Batch(NamedTuple):
 
 @lru_cache(maxsize=2)
 def epoch_order(seed, epoch, count):
+    """The order in which an epoch shows `count` clips."""
     return np.random.default_rng((seed, epoch, count)).permutation(count)
 
 
 def hash_words(caption, rng):
-    """Replaces each word by "#" with HASH_PROBABILITY (section 3.2)."""
+    """Replaces each word by "#" with HASH_PROBABILITY."""
     return " ".join("#" if rng.random() < HASH_PROBABILITY else word for word in caption.split())
 
 
@@ -369,31 +325,28 @@ def draw_batch(dataset, clips, probabilities, seed, step, indices, global_batch,
     return Batch(*tensors, list(captions), list(tasks), list(lengths))
 
 
+# ------------------------------------------------------------------------------------------------------------
+# What the frozen parts of small models learn from the stickers
+
+
 def fit_codec(codec, stickers, resolution, num_workers, most_clips=384, frames_per_clip=4):
-    """Fits a codec that learns from the stickers (PatchPCA) to an even selection of the training files."""
-    train = [sticker for sticker in stickers if sticker.split == "train"]
-    chosen = (
-        [train[i] for i in np.unique(np.linspace(0, len(train) - 1, most_clips).astype(int))] if train else []
-    )
-    loaded = tqdm(
-        load_clips(chosen, resolution, num_workers),
-        "fitting the codec",
-        len(chosen),
-        unit="file",
-        disable=not sys.stderr.isatty(),
-    )
-    clips = [clip for clip in loaded if isinstance(clip, Clip)]
-    if not clips:
-        raise DataError("none of the stickers can be used: `python data.py FOLDER` says why for each file.")
-    frames = [
-        clip.pixels[np.linspace(0, len(clip.pixels) - 1, frames_per_clip).astype(int)] for clip in clips
-    ]
+    """Fits a codec (encoders.PatchPCA) to an even selection of the training files.
+
+    Raises DataError if none is usable."""
+    chosen = evenly([sticker for sticker in stickers if sticker.split == "train"], most_clips)
+    clips = load_clips(chosen, resolution, num_workers)
+    frames = []
+    for clip in tqdm(clips, "fitting the codec", len(chosen), unit="file", disable=None):
+        if isinstance(clip, Clip):
+            frames.append(clip.pixels[np.linspace(0, len(clip.pixels) - 1, frames_per_clip).astype(int)])
+    if not frames:
+        raise DataError(NONE_USABLE)
     codec.fit(torch.from_numpy(np.concatenate(frames)))
 
 
 def fit_prior(prior, dataset, clips, encoders, most_clips=1024):
     """Fits a GaussianPrior to the latents and captions of an even selection of `clips`."""
-    chosen = [clips[i] for i in np.unique(np.linspace(0, len(clips) - 1, most_clips).astype(int))]
+    chosen = evenly(clips, most_clips)
     latents, texts = {}, {}
     for k in LENGTHS:
         having = [clip for clip in chosen if clip.longest >= k] or chosen[:1]
@@ -404,31 +357,7 @@ def fit_prior(prior, dataset, clips, encoders, most_clips=1024):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What is in a folder
-
-
-def preview(clips, captions, counts):
-    """A picture of a data set: a histogram of lengths
-    above rows of key frames with their captions (PIL.Image)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(9, 2.2), dpi=100)
-    axes.hist(counts, bins=np.arange(0.5, max(counts) + 1.5, max(1, max(counts) // 60)), color="#4c72b0")
-    axes.set(xlabel="frames in the file", ylabel="clips")
-    figure.tight_layout()
-    figure.canvas.draw()
-    histogram = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy())
-    plt.close(figure)
-
-    rows = [clip.pixels[clip.key_frames[max(clip.key_frames)]] for clip in clips]
-    sheet = media.sheet(rows, captions)
-    picture = Image.new("RGB", (max(sheet.width, histogram.width), sheet.height + histogram.height), "white")
-    picture.paste(histogram, (0, 0))
-    picture.paste(sheet, (0, histogram.height))
-    return picture
+# The command: what is in a folder
 
 
 def parse_args():
@@ -437,100 +366,74 @@ def parse_args():
     add = parser.add_argument
     add("folder", help="folder of stickers")
     add("--preview", metavar="FILE.png", help="write a histogram of lengths and a sheet of key frames")
-    add("--encode", action="store_true", help="encode every key frame into the latent cache that train.py reads")
+    add("--encode", action="store_true", help="encode every key frame into the latent cache of train.py")
     add("--vae", metavar="DIR_OR_ID", help="the VAE to encode with: a folder or a hub id")
     add("--resolution", type=int, help="side of the frames in pixels (default: 256 with --encode, else 96)")
-    add("--cache_dir", help=f"where latents are kept (default: {default_cache()})")
+    add("--cache_dir", default=default_cache(), help="where latents are kept (default: %(default)s)")
     add("--num_workers", type=int, default=os.cpu_count() or 1, help="decoding processes, 0 = this one alone")
     # fmt: on
     args = parser.parse_args()
     if args.resolution is None:
         args.resolution = 256 if args.encode else 96
     if not LEAST_SIDE <= args.resolution <= media.MAX_SIDE:
-        parser.error(f"--resolution {args.resolution}: must be {LEAST_SIDE} to {media.MAX_SIDE} pixels.")
+        raise UserError(f"--resolution {args.resolution}: must be {LEAST_SIDE} to {media.MAX_SIDE} pixels.")
     if args.num_workers < 0:
-        parser.error(f"--num_workers {args.num_workers}: must not be negative.")
+        raise UserError(f"--num_workers {args.num_workers}: must not be negative.")
     if args.encode and not args.vae:
-        parser.error(
-            "--encode needs --vae: the built-in codec is fitted, and its latents encoded, by train.py."
-        )
+        raise UserError("--encode needs --vae: train.py fits the built-in codec and encodes with it.")
     if args.preview:
-        shown, place = printable(args.preview), Path(args.preview).parent
-        if not args.preview.lower().endswith(".png"):
-            parser.error(f"--preview {shown}: the sheet is a PNG, give it a name that ends in .png.")
-        if not os.access(place, os.W_OK | os.X_OK) or not place.is_dir():
-            parser.error(f"--preview {shown}: its folder cannot be written to, make it or choose another.")
+        pictures.check_png("--preview", args.preview)
     return args
-
-
-def encode(args):
-    """Fills the latent cache of a folder. Returns a LatentDataset."""
-    stickers, _ = scan_folder(args.folder)
-    codec = PretrainedVAE(args.vae, "cuda" if torch.cuda.is_available() else "cpu")
-    if args.resolution % codec.factor:
-        raise DataError(f"--resolution {args.resolution}: must be a multiple of the VAE's {codec.factor}.")
-    dataset = open_dataset(
-        args.folder, stickers, codec, args.resolution, args.cache_dir or default_cache(), args.num_workers
-    )
-    source, place = map(media.printable, (args.folder, dataset.folder))
-    print(f"{len(dataset.clips)} clips of {source} are in {place}")
-    return dataset
 
 
 def inspect(args):
     """Decodes a folder, says what is used and what is dropped, and draws the preview."""
-    stickers, problems = scan_folder(args.folder)
-    used, shown, counts = [], [], []
-    clips = tqdm(
-        load_clips(stickers, args.resolution, args.num_workers),
-        "reading stickers",
-        len(stickers),
-        unit="file",
-        disable=not sys.stderr.isatty(),
-    )
+    stickers, dropped = scan_folder(args.folder)
+    used, shown = [], []
+    clips = load_clips(stickers, args.resolution, args.num_workers)
+    clips = tqdm(clips, "reading stickers", len(stickers), unit="file", disable=None)
     for sticker, clip in zip(stickers, clips):
-        if isinstance(clip, Clip):
-            used.append(sticker)
-            counts.append(clip.count)
-            if (len(used) - 1) % max(1, len(stickers) // 24) == 0:  # the first one, and some two dozen more
-                shown.append((clip, sticker.caption or printable(sticker.name)))
-        else:
-            problems.append((sticker.name, clip))
+        if isinstance(clip, str):
+            dropped.append((sticker.name, clip))
+            continue
+        if len(used) % max(1, len(stickers) // 24) == 0:  # the first one, and some two dozen more
+            key_frames = clip.pixels[clip.key_frames[max(clip.key_frames)]]
+            shown.append((key_frames, sticker.caption or printable(sticker.name)))
+        used.append((sticker, clip.count))
 
-    for name, reason in problems:
+    for name, reason in dropped:
         print(f"dropped {printable(name)}: {reason}")
     print(
-        f"{printable(args.folder)}: {len(used)} stickers used, {len(problems)} dropped, "
-        f"{sum(s.split == 'validation' for s in used)} of the used held out for validation, "
-        f"{sum(not s.caption for s in used)} without a caption"
+        f"{printable(args.folder)}: {len(used)} stickers used, {len(dropped)} dropped, "
+        f"{sum(sticker.split == 'validation' for sticker, _ in used)} of the used held out for validation, "
+        f"{sum(not sticker.caption for sticker, _ in used)} without a caption"
     )
     if not used:
         raise DataError(f"{printable(args.folder)} holds no usable sticker: the reasons are above.")
+    counts = [count for _, count in used]
     print("frames per clip: " + ", ".join(f"{c} x {n}" for n, c in sorted(Counter(counts).items())[:40]))
     if args.preview:
-        preview(*zip(*shown), counts).save(args.preview)
+        pictures.preview(*zip(*shown), counts).save(args.preview)
         print(f"wrote {printable(args.preview)}")
 
 
+def encode(args):
+    """Fills the latent cache of a folder."""
+    stickers, _ = scan_folder(args.folder)
+    codec = PretrainedVAE(args.vae, "cuda" if torch.cuda.is_available() else "cpu")
+    if args.resolution % codec.factor:
+        raise DataError(f"--resolution {args.resolution}: must be a multiple of the VAE's {codec.factor}.")
+    dataset = open_dataset(args.folder, stickers, codec, args.resolution, args.cache_dir, args.num_workers)
+    print(f"{len(dataset.clips)} clips of {printable(args.folder)} are in {printable(dataset.folder)}")
+
+
 def main():
-    sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack letters of a name
-    try:
+    with one_sentence("data.py"):
         args = parse_args()
         if args.preview or not args.encode:
             inspect(args)
         if args.encode:
             encode(args)
-    except (DataError, media.MediaError, EncoderError) as error:
-        message = error
-    except OSError as error:
-        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        name = printable(error.filename or "a file")
-        message = f"{name} cannot be used ({error.strerror}): make room or choose another place."
-    else:
-        return
-    print(f"data.py: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 if __name__ == "__main__":

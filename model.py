@@ -8,8 +8,7 @@ itself, with an STI (spatial temporal interaction) layer after each of its spati
     DFGN      the U-Net
     SIZES     toy (for tests), tiny, small, full (0.96B parameters)
 
-$ python model.py         # sizes, parameters per part, every layer of `full` with its shape and operations
-$ python model.py tiny    # the layers of another size
+$ python model.py    # sizes, parameters per part, every layer of `full` (or of `python model.py tiny`)
 
 Shapes: B clips, F frame slots per clip, N valid frames in the batch, C latent channels, d channels of a
 layer, H x W the height and width of a layer, L text tokens.
@@ -50,10 +49,9 @@ def make_scheduler():
 
 
 class Frames:
-    """Where the valid frames of a batch stand. Spatial layers work on the N valid frames alone, packed into
-    one batch; temporal layers need the clip's axis back and get zeros in the slots that hold no frame.
-
-    valid: bool (B, F), or None when every slot is valid."""
+    """Where the valid frames of a batch stand; valid: bool (B, F), or None when every slot is valid.
+    Spatial layers work on the N valid frames alone, packed into one batch; temporal layers need the clip's
+    axis back and get zeros in the slots that hold no frame."""
 
     def __init__(self, valid, batch, slots, device):
         self.batch, self.slots = batch, slots
@@ -225,6 +223,8 @@ class Block(nn.Module):
 class DFGN(ModelMixin, ConfigMixin):
     """Noise prediction network G_theta([x_t, y, z], t) (Table 6)."""
 
+    recompute = None  # see enable_gradient_checkpointing
+
     @register_to_config
     def __init__(
         self,
@@ -245,7 +245,7 @@ class DFGN(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         c, widths, emb_dim = self.config, block_out_channels, 4 * block_out_channels[0]
-        condition_channels = latent_channels if condition_channels is None else condition_channels
+        condition_channels = condition_channels or latent_channels
 
         # text: one linear layer per encoder into a shared space ("Guidance")
         self.clip_projection = nn.Linear(clip_dim, cross_attention_dim)
@@ -258,11 +258,11 @@ class DFGN(ModelMixin, ConfigMixin):
         # down
         self.conv_in = nn.Conv2d(latent_channels + condition_channels, widths[0], kernel_size=3, padding=1)
         width, skips = widths[0], [widths[0]]  # skips: widths of the skip connections, a stack
+        count = layers_per_block
         self.down_blocks = nn.ModuleList()
-        for level, (next_width, attention) in enumerate(zip(widths, attention_levels)):
-            in_widths = [width] + (layers_per_block - 1) * [next_width]
-            block, width = Block(c, in_widths, next_width, layers_per_block * [attention]), next_width
-            skips += layers_per_block * [width]
+        for level, (out, attention) in enumerate(zip(widths, attention_levels)):
+            block, width = Block(c, [width] + (count - 1) * [out], out, count * [attention]), out
+            skips += count * [width]
             if level < len(widths) - 1:
                 block.downsamplers.append(Downsample2D(width, use_conv=True, name="op"))
                 skips.append(width)
@@ -272,11 +272,11 @@ class DFGN(ModelMixin, ConfigMixin):
         self.mid_block = Block(c, [width, width], width, [True, False])
 
         # up
+        count = layers_per_block + 1
         self.up_blocks = nn.ModuleList()
-        for level, next_width in reversed(list(enumerate(widths))):
-            count = layers_per_block + 1
-            in_widths = [below + skips.pop() for below in [width] + (count - 1) * [next_width]]
-            block, width = Block(c, in_widths, next_width, count * [attention_levels[level]]), next_width
+        for level, out in reversed(list(enumerate(widths))):
+            in_widths = [below + skips.pop() for below in [width] + (count - 1) * [out]]
+            block, width = Block(c, in_widths, out, count * [attention_levels[level]]), out
             if level > 0:
                 block.upsamplers.append(Upsample2D(width, use_conv=True))
             self.up_blocks.append(block)
@@ -284,12 +284,10 @@ class DFGN(ModelMixin, ConfigMixin):
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, width, eps=1e-5)
         self.conv_out = nn.Conv2d(width, latent_channels, kernel_size=3, padding=1)
 
-        self.recompute = None
         self.initialize()
 
     def initialize(self):
-        """Every residual branch, and the output, starts at zero, as in the code that latent diffusion was
-        trained with."""
+        """Every residual branch, and the output, starts at zero, as in latent diffusion's own code."""
         last = [module.conv2 for module in self.modules() if isinstance(module, ResnetBlock2D)]
         last += [module.proj_out for module in self.modules() if isinstance(module, Transformer2DModel)]
         for layer in (*last, self.conv_out):
@@ -320,17 +318,16 @@ class DFGN(ModelMixin, ConfigMixin):
         noisy: (B, F, C, H, W) noisy latents
         latents: (B, F, C', H, W) clean latents, C' = condition_channels; only given frames are looked at
         given: bool (B, F), the condition mask; where it is False, zeros stand beside the noisy latents
-        timestep: integers (B,), one diffusion step for all frames of a clip text: (clip, clip_mask, t5,
-        t5_mask): token states (B, L, clip_dim | t5_dim), bool (B, L), True = token valid: bool (B, F), the
-        loss mask; False = the slot holds no frame; None = all do
+        timestep: integers (B,), one diffusion step for all frames of a clip
+        text: (clip, clip_mask, t5, t5_mask), states (B, L, clip_dim | t5_dim) and bool (B, L), True = a token
+        valid: bool (B, F), the loss mask; False = the slot holds no frame; None = all do
         Returns (B, F, C, H, W), zeros in the slots that hold no frame.
         """
         frames = Frames(valid, *noisy.shape[:2], noisy.device)
 
         clip, clip_mask, t5, t5_mask = text
-        text = torch.cat([self.clip_projection(clip), self.t5_projection(t5)], dim=1)[
-            frames.clip
-        ]  # (N, L, D)
+        text = torch.cat([self.clip_projection(clip), self.t5_projection(t5)], dim=1)  # (B, L, D)
+        text = text[frames.clip]  # (N, L, D)
         text_mask = torch.cat([clip_mask, t5_mask], dim=1)[frames.clip]  # (N, L)
         emb = self.time_proj(timestep).to(noisy.dtype)  # (B, d_0)
         emb = self.time_embedding(emb)[frames.clip]  # (N, 4 d_0)
@@ -380,7 +377,6 @@ SIZES = {
     }.items()
 }  # fmt: skip
 
-
 # ------------------------------------------------------------------------------------------------------------
 # python model.py: on the meta device, where tensors have shapes and nothing is computed
 
@@ -394,12 +390,7 @@ def main():
         latents, given = torch.zeros(1, 8, 4, 32, 32), torch.zeros(1, 8, dtype=torch.bool)
         tokens = torch.zeros(1, 77, 1024), torch.ones(1, 77, dtype=torch.bool)
         inputs = (latents, latents, given, torch.zeros(1), (*tokens, *tokens))
-    parts = {
-        "text": "_projection",
-        "residual": ".resnets.",
-        "transformers": ".attentions.",
-        "STI": ".temporal.",
-    }
+    parts = dict(text="_projection", residual=".resnets.", transformers=".attentions.", STI=".temporal.")
     print_sizes(unets, parts)
     print(f"\n{size}: one clip of 8 frames, latents of 4 x 32 x 32, 77 + 77 tokens\n")
     print_layers(unets[size], inputs)

@@ -29,8 +29,8 @@ from support.common import UserError, one_sentence
 from support.finished import MAX_SCALE, newest_run, read_model
 from support.machine import device as this_device
 from support.machine import precision, prepare
-from support.media import sheet
 from support.options import add_part_flags
+from support.pictures import sheet
 from support.prior import first_latents, precondition
 from support.workers import read_picture
 
@@ -201,8 +201,8 @@ def parse_args():
     add("--num_samples", type=int, default=1, help=f"stickers to make {default}")
     add("--fps", type=float, default=8.0, help=f"frames per second of the file {default}")
     add("--output", default="sticker.gif", type=Path,
-        help=f".gif, .webp, .mp4, or .png for a sheet {default}; several samples get numbered names, or one row "
-        "each of the sheet")
+        help=f".gif, .webp, .mp4, or .png for a sheet {default}; several samples get numbered names, or a "
+        "row each of the sheet")
     # fmt: on
     args = parser.parse_args()
     check_args(args)

@@ -1,165 +1,87 @@
 """
-The held-out loss of every (task, k): is the paper's order of difficulty true for a trained network?
+The held-out loss of every (task, k), measured: is the paper's order of difficulty true for a trained network?
 
-    cells = measure_loss(...)               # {(task, k): losses of single draws}, equal draws for every cell
-    summarize_loss(cells, latent_std)       # means, standard errors, which of the paper's inequalities hold
+    cells = measure_loss(...)       # {(task, k): losses of single draws}, equal draws for every cell
 
-The paper takes H(interpolation, N) <= H(prediction, N) <= H(generation, N) and growth with N for plausible
-(section 5); its curriculum rests on it. N is k, the number of valid frames.
+summary.py makes means, standard errors and the paper's inequalities of it. N of the paper is k, the number of
+valid frames.
 """
 
-import os
+from functools import partial
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import masks
-from lab.metrics import mean_se
 from masks import LENGTHS, NUM_FRAMES, TASKS
-from model import loss_weights, make_scheduler
-from support.machine import precision
-
-RANGES = ((0, 200), (200, 400), (400, 600), (600, 800), (800, 1000))  # of timesteps
-
-# ------------------------------------------------------------------------------------------------------------
-# Measuring
+from model import make_scheduler
+from support import machine
+from support.common import replacing
 
 
-def kept(path, compute):
+def cached_npz(path, compute):
     """The dict of arrays of an .npz file; where there is none, compute() is called and written, whole or not
     at all."""
     if not path.is_file():
         arrays = compute()
-        writing = path.with_suffix(f".{os.getpid()}.tmp")
-        with open(writing, "wb") as file:
+        with replacing(path) as writing, open(writing, "wb") as file:
             np.savez(file, **arrays)
-        os.replace(writing, path)
     with np.load(path) as arrays:
         return dict(arrays)
 
 
+def draw(dataset, clips, task, k, i, timestep_order, seed):
+    """Draw i of one cell: latents and noise (8, C, h, w), timestep, given and valid (8,), caption.
+
+    Clip, timestep and noise are the same in every cell, so that cells can be compared draw by draw. Timesteps
+    are spread evenly over 0..999, in the order of `timestep_order`."""
+    rng = np.random.default_rng((seed, 78, i))
+    clip = clips[i % len(clips)]
+    share = (timestep_order[i] + rng.random()) / len(timestep_order)
+    timestep = int(share * make_scheduler().config.num_train_timesteps)
+    frames = dataset.read(clip, k)
+    noise = rng.standard_normal((NUM_FRAMES, *frames.shape[1:]), dtype=np.float32)
+    row = masks.TEXT_ONLY if task == "text" else masks.draw_row(task, k, rng)
+    latents = np.zeros_like(noise)
+    latents[:k] = frames
+    caption = clip.caption if row.text else ""
+    return latents, noise, timestep, masks.condition_mask(row, k), masks.loss_mask(k), caption
+
+
 @torch.no_grad()
-def cell_loss(unet, encoders, dataset, clips, task, k, args, mixed_precision):
+def cell_loss(model, dataset, clips, task, k, args):
     """Eq. 1 on fixed draws of one (task, k); "text" is the text-only row that every model knows.
 
-    Draw i has the same clip, timestep and noise in every cell, so that cells can be compared draw by draw.
-    Timesteps are spread evenly over 0..999.
+    model: of sample.load; clips: held-out ones of 8 key frames
     Returns loss, unknown (the same over frames that are not given), timestep: each (draws,).
     """
-    schedule, count, results = make_scheduler(), args.loss_draws, []
-    order = np.random.default_rng((args.seed, 77)).permutation(count)
-    for start in range(0, count, args.batch_size):
-        indices = range(start, min(start + args.batch_size, count))
-        parts = []
-        for i in indices:
-            rng = np.random.default_rng((args.seed, 78, i))
-            clip = clips[i % len(clips)]
-            timestep = int((order[i] + rng.random()) / count * schedule.config.num_train_timesteps)
-            frames = dataset.read(clip, k)
-            noise = rng.standard_normal((NUM_FRAMES, *frames.shape[1:]), dtype=np.float32)
-            row = masks.TEXT_ONLY if task == "text" else masks.draw_row(task, k, rng)
-            latents = np.zeros_like(noise)
-            latents[:k] = frames
-            parts.append(
-                (
-                    latents,
-                    noise,
-                    timestep,
-                    masks.condition_mask(row, k),
-                    masks.loss_mask(k),
-                    clip.caption if row.text else "",
-                )
-            )
-        *arrays, captions = zip(*parts)
-        latents, noise, timesteps, given, valid = (
-            torch.from_numpy(np.stack(a)).to(unet.device) for a in arrays
-        )
-        noisy = schedule.add_noise(latents, noise, timesteps)
-        shown = latents * given[:, :, None, None, None]
-        with precision(unet.device.type, mixed_precision):
-            text = encoders.text(list(captions), unet.device)
-            predicted = unet(noisy, shown, timesteps, text, valid)
-        results.append(
-            (
-                masks.masked_loss(predicted, noise, valid),
-                masks.masked_loss(predicted, noise, valid & ~given),
-                timesteps,
-            )
-        )
+    denoiser, encoders, settings = model
+    scheduler, device, results = make_scheduler(), machine.device(), []
+    order = np.random.default_rng((args.seed, 77)).permutation(args.loss_draws)
+    for start in range(0, args.loss_draws, args.batch_size):
+        indices = range(start, min(start + args.batch_size, args.loss_draws))
+        draws = [draw(dataset, clips, task, k, i, order, args.seed) for i in indices]
+        *arrays, captions = zip(*draws)
+        latents, noise, timesteps, given, valid = (torch.from_numpy(np.stack(a)).to(device) for a in arrays)
+        noisy = scheduler.add_noise(latents, noise, timesteps)  # (B, 8, C, h, w)
+        with machine.precision(device.type, settings["mixed_precision"]):
+            text = encoders.text(list(captions), device)
+            predicted = denoiser(noisy, latents, given, timesteps, text, valid)
+        loss = masks.masked_loss(predicted, noise, valid)
+        unknown = masks.masked_loss(predicted, noise, valid & ~given)
+        results.append((loss, unknown, timesteps))
     loss, unknown, timestep = (torch.cat(column).cpu().numpy() for column in zip(*results))
     return dict(loss=loss, unknown=unknown, timestep=timestep)
 
 
-def measure_loss(unet, encoders, dataset, args, recorded, folder, ddu):
+def measure_loss(model, dataset, args, folder, dual_masks):
     """{(task, k): what cell_loss returns}, and ("text", 8). Every clip has 8 key frames, so all cells see the
     same."""
     clips = [clip for clip in dataset.split("validation") if clip.longest == NUM_FRAMES]
-    cells = [("text", NUM_FRAMES), *((task, k) for task in TASKS for k in LENGTHS if ddu)]
-    compute = lambda task, k: cell_loss(
-        unet, encoders, dataset, clips, task, k, args, recorded["mixed_precision"]
-    )
-    return {
-        (task, k): kept(folder / f"loss-{task}-{k}.npz", lambda: compute(task, k))
-        for task, k in tqdm(cells if clips else [], "held-out loss of every (task, k)", unit="cell")
-    }
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Means, and the paper's inequalities
-
-
-def compare(loss, harder, easier):
-    """The mean of loss[harder] - loss[easier], draw by draw, and whether it is positive."""
-    d = mean_se(loss[harder] - loss[easier])
-    return dict(
-        harder=list(harder),
-        easier=list(easier),
-        difference=d["mean"],
-        se=d["se"],
-        holds=d["mean"] >= 0,
-        refuted=d["mean"] < -2 * d["se"],
-    )
-
-
-def summarize_loss(cells, latent_std):
-    """cells: {(task, k): dict(loss, unknown, timestep)} of evaluate.cell_loss -> the section "loss" of the
-    report."""
-    # "balanced": as tiny and small are trained. Eq. 1 alone weighs small timesteps most, at which there is next to
-    # nothing to decide.
-    weights, views = loss_weights(latent_std).double().numpy(), {}
-    for view, (name, weighted) in {
-        "Eq. 1": ("loss", False),
-        "balanced": ("loss", True),
-        "Eq. 1, unknown frames": ("unknown", False),
-        "balanced, unknown frames": ("unknown", True),
-    }.items():
-        loss = {
-            cell: arrays[name] * (weights[arrays["timestep"]] if weighted else 1)
-            for cell, arrays in cells.items()
-        }
-        entry = {"text only, k = 8": mean_se(loss["text", NUM_FRAMES])}
-        if len(cells) > 1:
-            entry["cells"] = {task: {str(k): mean_se(loss[task, k]) for k in LENGTHS} for task in TASKS}
-            entry["tasks"] = {
-                task: mean_se(np.mean([loss[task, k] for k in LENGTHS], axis=0)) for task in TASKS
-            }
-            entry["mean"] = mean_se(np.mean([loss[task, k] for task in TASKS for k in LENGTHS], axis=0))
-            entry["order of tasks"] = [
-                compare(loss, (hard, k), (easy, k)) for k in LENGTHS for easy, hard in zip(TASKS, TASKS[1:])
-            ]
-            entry["order of lengths"] = [
-                compare(loss, (task, k + 1), (task, k)) for task in TASKS for k in LENGTHS[:-1]
-            ]
-            timestep = next(iter(cells.values()))["timestep"]
-            within = [(timestep >= low) & (timestep < high) for low, high in RANGES]
-            entry["by timestep"] = {
-                task: {
-                    f"{low}-{high - 1}": mean_se(np.mean([loss[task, k][inside] for k in LENGTHS], axis=0))
-                    for (low, high), inside in zip(RANGES, within)
-                    if inside.any()
-                }
-                for task in TASKS
-            }
-        views[view] = entry
-    return views
+    cells = [("text", NUM_FRAMES), *((task, k) for task in TASKS for k in LENGTHS if dual_masks)]
+    losses = {}
+    for task, k in tqdm(cells if clips else [], "held-out loss of every (task, k)", unit="cell"):
+        compute = partial(cell_loss, model, dataset, clips, task, k, args)
+        losses[task, k] = cached_npz(folder / f"loss-{task}-{k}.npz", compute)
+    return losses

@@ -5,16 +5,14 @@ prompt asks for?
     judge = get_judge(codec, resolution, cache_dir)    # trains in a minute or two, once
     judge.read(clips)          # uint8 (B, 8, R, R, 3) -> [("red", "heart", "bouncing"), ...]
 
-It is trained on freshly drawn stickers (`stickers.py`, seeds of its own) of the training combinations only:
-the key frames that a model is trained to generate, half of them after the codec's round trip. So the held-out
-combinations, and every file of the default set, are new to it. Colour is plain hue statistics. Subject and
-motion come from a small network that sees no hue. What moves like none of the eight motions, a frozen clip
-for instance, is read as "none".
+It is trained on freshly drawn stickers (`support/stickers.py`, seeds of its own) of the training combinations
+only: the key frames that a model is trained to generate, half of them after the codec's round trip. So the
+held-out combinations, and every file of the default set, are new to it. Colour is plain hue statistics.
+Subject and motion come from a small network that sees no hue. What moves like none of the eight motions, a
+frozen clip for instance, is read as "none".
 """
 
-import fcntl
 import hashlib
-import os
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -22,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from PIL import Image
 from torch import nn
 from tqdm import tqdm
@@ -29,6 +28,7 @@ from tqdm import tqdm
 from data import extract_key_frames, thumbnails
 from masks import NUM_FRAMES
 from support import media, stickers
+from support.common import replacing
 
 VERSION = 3  # raise it when the judge or its training changes: cached judges are then trained anew
 SIDE = 64  # pixels; clips of another resolution are resized
@@ -37,10 +37,10 @@ COLOURS, SUBJECTS, MOTIONS = list(stickers.COLOURS), list(stickers.SUBJECTS), [*
 ATTRIBUTES = ("colour", "subject", "motion")
 CHANCE = dict(zip(ATTRIBUTES, (1 / len(COLOURS), 1 / len(SUBJECTS), 1 / len(stickers.MOTIONS))))
 
-TRAINING_SEED, EXAM_SEED = 1001, 1002  # of stickers.py; the default set has seed 0
+TRAINING_SEED, EXAM_SEED = 1001, 1002  # of support/stickers.py; the default set has seed 0
 LAPS, EXAM_LAPS = 6, 4  # clips per training combination, clips per held-out combination
 EPOCHS, BATCH, LEARNING_RATE = 14, 64, 3e-3
-SPOILED = 0.2  # share of a training batch that is frozen or shuffled, and has to be read as "none"
+SPOILED = 0.2  # share of a training batch that is frozen or shuffled, and must be read as "none"
 
 # ------------------------------------------------------------------------------------------------------------
 # Clips to learn from
@@ -72,7 +72,7 @@ def draw_clips(wanted, seed, resolution, num_workers=0):
     draw = partial(draw_key_frames, resolution=resolution)
     progress = partial(tqdm, desc="drawing stickers for the judge", total=len(jobs), unit="clip")
     if num_workers > 1:
-        # One thread each, as in folder.py: forked processes have none of torch's others.
+        # One thread each, as in support/workers.py: forked processes have none of torch's others.
         with ProcessPoolExecutor(num_workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             clips = list(progress(pool.map(draw, jobs, chunksize=16)))
     else:
@@ -96,7 +96,10 @@ def round_trip(codec, clips, batch=32):
 
 def read_colour(clip):
     """The word whose hue most colourful pixels of a clip are nearest to. clip: uint8 (F, R, R, 3)."""
-    in_hsv = lambda pixels: np.asarray(Image.fromarray(pixels).convert("HSV")).reshape(-1, 3).T.astype(int)
+
+    def in_hsv(pixels):
+        return np.asarray(Image.fromarray(pixels).convert("HSV")).reshape(-1, 3).T.astype(int)
+
     hue, saturation, value = in_hsv(clip.reshape(-1, 1, 3))
     hue = hue[(saturation > 90) & (value > 90)]
     if len(hue) < 0.005 * clip[..., 0].size:
@@ -123,21 +126,11 @@ class Judge(nn.Module):
 
     def __init__(self, width=64):
         super().__init__()
-        sizes = (2, width // 4, width // 2, width, width)
-        self.frame = nn.Sequential(
-            *(
-                layer
-                for c_in, c_out in zip(sizes, sizes[1:])
-                for layer in (
-                    nn.Conv2d(c_in, c_out, 3, stride=2, padding=1),
-                    nn.GroupNorm(4, c_out),
-                    nn.ReLU(),
-                )
-            ),
-            nn.Flatten(),
-            nn.Linear(width * (SIDE // 16) ** 2, 2 * width),
-            nn.ReLU(),
-        )
+        layers, channels = [], (2, width // 4, width // 2, width, width)
+        for c_in, c_out in zip(channels, channels[1:]):
+            layers += [nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), nn.GroupNorm(4, c_out), nn.ReLU()]
+        last = nn.Linear(width * (SIDE // 16) ** 2, 2 * width)
+        self.frame = nn.Sequential(*layers, nn.Flatten(), last, nn.ReLU())
         self.subject = nn.Linear(2 * width, len(SUBJECTS))
         self.sequence = nn.Sequential(
             nn.Conv1d(2 * width, width, 3, padding=1),
@@ -162,15 +155,14 @@ class Judge(nn.Module):
         for i in range(0, len(clips), batch):
             part = np.asarray(clips[i : i + batch])
             subject, motion = (logits.argmax(dim=1).tolist() for logits in self(without_hue(part)))
-            words += [
-                (read_colour(clip), SUBJECTS[s], MOTIONS[m]) for clip, s, m in zip(part, subject, motion)
-            ]
+            for clip, s, m in zip(part, subject, motion):
+                words.append((read_colour(clip), SUBJECTS[s], MOTIONS[m]))
         return words
 
 
 def accuracy(readings, words):
     """The share of clips whose attribute is read right. Two lists of tuples -> {attribute: 0..1}."""
-    right = np.array([[r == w for r, w in zip(pair[0], pair[1])] for pair in zip(readings, words)])
+    right = np.array([[r == w for r, w in zip(*pair)] for pair in zip(readings, words)])  # (N, 3)
     return dict(zip(ATTRIBUTES, right.mean(axis=0).tolist()))
 
 
@@ -232,25 +224,21 @@ def train_judge(clips, words, epochs=EPOCHS, width=64, seed=0):
 def get_judge(codec, resolution, cache_dir, num_workers=0):
     """The judge for clips of this resolution and kind of codec: from the cache, else drawn for, trained and
     put there, by one process while others wait. The weights of the codec do not matter: `examine` is held
-    with the codec at hand.
-    """
+    with the codec at hand."""
     kind = f"{type(codec).__name__} {codec.latent_channels} {codec.factor}"
     key = hashlib.sha256(f"{VERSION} {stickers.VERSION} {kind} {resolution}".encode()).hexdigest()[:20]
     path = Path(cache_dir) / f"judge-{key}.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".lock"), "w") as door:
-        fcntl.flock(door, fcntl.LOCK_EX)
-        if path.is_file():
-            judge = Judge()
-            judge.load_state_dict(torch.load(path, weights_only=True))
-            return judge.eval()
-        clips, words = draw_clips(combinations(False) * LAPS, TRAINING_SEED, resolution, num_workers)
-        clips[::2] = round_trip(codec, clips[::2])
-        judge = train_judge(clips, words)
-        writing = path.with_suffix(".tmp")
-        torch.save(judge.state_dict(), writing)
-        os.replace(writing, path)
-    return judge
+    with FileLock(path.with_suffix(".lock")):
+        if not path.is_file():
+            clips, words = draw_clips(combinations(False) * LAPS, TRAINING_SEED, resolution, num_workers)
+            clips[::2] = round_trip(codec, clips[::2])
+            trained = train_judge(clips, words)
+            with replacing(path) as writing:
+                torch.save(trained.state_dict(), writing)
+    judge = Judge()
+    judge.load_state_dict(torch.load(path, weights_only=True))
+    return judge.eval()
 
 
 def examine(judge, codec, resolution, more=None, num_workers=0):

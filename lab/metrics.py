@@ -1,5 +1,5 @@
 """
-The metrics that need no download: numbers from frames, uint8 (..., R, R, 3) of 0..255. No model, no files.
+The metrics that need no weights: numbers from frames, uint8 (..., R, R, 3) of 0..255. No model, no files.
 
     psnr, ssim                      of one frame against its ground truth
     repeat_nearest, cross_fade,
@@ -18,6 +18,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from support.common import UserError
+
 
 def mean_se(values):
     """{"mean", "se"} of some numbers."""
@@ -29,6 +31,8 @@ def mean_se(values):
 # ------------------------------------------------------------------------------------------------------------
 # Frames against their ground truth
 
+WINDOW_SIGMA, WINDOW_REACH = 1.5, 5  # of SSIM, in pixels
+
 
 def psnr(made, real):
     """Decibels, 10 log10(255^2 / mean squared error). made, real: (..., R, R, 3) -> (...). Equal frames:
@@ -37,22 +41,27 @@ def psnr(made, real):
     return 10 * np.log10(255**2 / np.maximum(error, 255**2 * 1e-10))
 
 
+def structural_similarity():
+    """The function of torchmetrics. Raises UserError without that package."""
+    try:
+        from torchmetrics.functional.image import structural_similarity_index_measure
+    except ImportError as error:
+        raise UserError("SSIM needs a package: pip install torchmetrics") from error
+    return structural_similarity_index_measure
+
+
 def ssim(made, real):
     """Structural similarity (Wang et al. 2004), -1..1: Gaussian window of 11 x 11 pixels, sigma 1.5, only
     where it lies within the frame; the mean over places and colour channels. made, real: (..., R, R, 3), R >=
     11 -> (...)."""
-    window = torch.exp(-torch.arange(-5.0, 6, dtype=torch.float64).square() / (2 * 1.5**2))
-    window = (window / window.sum()).outer(window / window.sum())[None, None]
-    planes = lambda a: (
-        torch.as_tensor(a.reshape(-1, *a.shape[-3:])).permute(0, 3, 1, 2).flatten(0, 1)[:, None]
-    )
-    mean = lambda x: F.conv2d(x, window)
-    x, y = planes(made).double(), planes(real).double()
-    mx, my = mean(x), mean(y)
-    vx, vy, cov = mean(x * x) - mx**2, mean(y * y) - my**2, mean(x * y) - mx * my
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    similarity = (2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))
-    return similarity.mean(dim=(1, 2, 3)).unflatten(0, (-1, 3)).mean(dim=1).numpy().reshape(made.shape[:-3])
+    # (N, 3, R, R)
+    x, y = (torch.as_tensor(a.reshape(-1, *a.shape[-3:])).permute(0, 3, 1, 2).double() for a in (made, real))
+    window = dict(sigma=WINDOW_SIGMA, kernel_size=2 * WINDOW_REACH + 1, data_range=255)
+    _, similarity = structural_similarity()(x, y, **window, reduction="none", return_full_image=True)
+    # torchmetrics mirrors frames at their edges, and windows there see the mirror image: those places are
+    # left out
+    inside = similarity[:, :, WINDOW_REACH:-WINDOW_REACH, WINDOW_REACH:-WINDOW_REACH]
+    return inside.mean(dim=(1, 2, 3)).numpy().reshape(made.shape[:-3])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -100,11 +109,11 @@ def motion(clip, block=1):
 
 def distinct_frames(clip):
     """How many frames differ from all distinct frames before them by SAME or more on average: 1..F."""
-    kept = []
+    distinct = []
     for frame in clip.astype(np.float32):
-        if all(np.abs(frame - other).mean() >= SAME for other in kept):
-            kept.append(frame)
-    return len(kept)
+        if all(np.abs(frame - other).mean() >= SAME for other in distinct):
+            distinct.append(frame)
+    return len(distinct)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -117,10 +126,12 @@ SIDE, DIMENSIONS = 64, 32  # pixels that the network sees; features, few enough 
 def fixed_network():
     """Weights of three convolutions and a projection, drawn from a fixed seed: the same on every machine."""
     rng = np.random.default_rng(20250321)
-    draw = lambda *shape: torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
-    layers = [
-        draw(c_out, c_in, 3, 3) * (2 / (9 * c_in)) ** 0.5 for c_in, c_out in ((6, 32), (32, 64), (64, 64))
-    ]
+
+    def draw(*shape):
+        return torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
+
+    channels = (6, 32, 64, 64)
+    layers = [draw(b, a, 3, 3) * (2 / (9 * a)) ** 0.5 for a, b in zip(channels, channels[1:])]
     projection = torch.linalg.qr(draw(64 * 4 * 2, DIMENSIONS))[0]
     return layers, projection
 

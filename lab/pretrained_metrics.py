@@ -1,13 +1,12 @@
 """
-Metrics that need weights you have: nothing is downloaded, each is left out without its flag.
+Metrics that need weights you provide: nothing is downloaded, each is left out without its flag.
 
     --i3d FILE.pt          FVD. The usual I3D TorchScript (Kinetics-400, called with rescale, resize and
                            return_features): float (B, 3, T, H, W) of 0..255 -> (B, 400). Its T must be above
                            8, so every frame is shown twice: never compare with the paper's number, nor with
                            anybody's.
-    --clip_score DIR       CLIP similarity: cosine of caption and frame, the mean over frames. Another CLIP
-                           than the one that the model was conditioned with, which would be asked about
-                           itself.
+    --clip_score DIR       CLIP similarity: cosine of caption and frame, the mean over frames. The model's own
+                           CLIP is refused: what a model was conditioned with is no independent measure.
     --vqa_command COMMAND  video quality by an external program (FAST-VQA, DOVER), called once for every clip,
                            an MP4 in the place of {video}; the last number that it prints is the score.
 
@@ -28,9 +27,9 @@ from tqdm import tqdm
 from transformers import CLIPModel
 
 from lab.metrics import frechet_distance, mean_se
-from support import media
+from support import machine, media
 from support.common import UserError
-from support.encoders import load_text
+from support.pretrained import load_text
 
 I3D_FRAMES = 16  # 8 frames, each twice
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -43,28 +42,20 @@ class MetricError(UserError):
 def check_files(args):
     """Are the files there? Raises MetricError."""
     if args.i3d and not Path(args.i3d).is_file():
-        raise MetricError(
-            f"--i3d {args.i3d} is not a file: give the I3D TorchScript, often called i3d_torchscript.pt."
-        )
+        raise MetricError(f"--i3d {args.i3d} is not a file: give the I3D TorchScript, i3d_torchscript.pt.")
     if args.clip_score and not (Path(args.clip_score) / "config.json").is_file():
-        raise MetricError(
-            f"--clip_score {args.clip_score} is no folder of a CLIPModel with its tokenizer, as "
-            "save_pretrained "
-            "writes it."
-        )
+        wanted = "give a folder of a CLIPModel with its tokenizer, as save_pretrained writes it"
+        raise MetricError(f"--clip_score {args.clip_score} holds no config.json: {wanted}.")
     if args.vqa_command and "{video}" not in args.vqa_command:
         raise MetricError("--vqa_command has no {video} in it: that is where the path of the MP4 goes.")
 
 
-def check_clip(args, recorded):
-    """Raises MetricError if the CLIP to measure with is the one of the model (`recorded`: its
+def check_clip(args, settings):
+    """Raises MetricError if the CLIP to measure with is the one of the model (`settings`: its
     model_index.json)."""
-    own = recorded.get("clip")
+    own = settings.get("clip")
     if args.clip_score and own and Path(args.clip_score).resolve() == Path(own).resolve():
-        raise MetricError(
-            f"--clip_score {args.clip_score} is the CLIP that the model was conditioned with: give another "
-            "one."
-        )
+        raise MetricError(f"--clip_score {args.clip_score} is the model's own CLIP: give another one.")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -81,10 +72,8 @@ def i3d_features(i3d, clips, device="cpu", batch=8):
         with torch.no_grad():
             y = i3d(x.permute(0, 4, 1, 2, 3).float(), rescale=True, resize=True, return_features=True)
         if y.ndim != 2 or len(y) != len(x):
-            raise MetricError(
-                f"--i3d gives features of shape {tuple(y.shape)} for {len(x)} clips, not "
-                f"({len(x)}, 400): it is another network."
-            )
+            shape = tuple(y.shape)
+            raise MetricError(f"--i3d gives features {shape} for {len(x)} clips, not (N, 400): give the I3D.")
         vectors.append(y.double().cpu().numpy())
     return np.concatenate(vectors)
 
@@ -104,28 +93,21 @@ def fvd(path, made, real, device="cpu"):
 
 
 def clip_similarity(folder, captions, clips, device="cpu"):
-    """The mean cosine of a caption and the frames of its clip, for each pair: float (N,).
-    Raises EncoderError."""
+    """The mean cosine of a caption and the frames of its clip, for each pair: float (N,). Raises
+    EncoderError."""
     clip, tokenizer = load_text("--clip_score", folder, (), CLIPModel, ("clip",))
     clip = clip.to(device).eval()
     side = clip.config.vision_config.image_size
+    longest = clip.config.text_config.max_position_embeddings
     mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
     scores = []
     for caption, frames in tqdm(list(zip(captions, clips)), "CLIP", unit="clip"):
-        tokens = tokenizer(
-            [caption],
-            truncation=True,
-            max_length=clip.config.text_config.max_position_embeddings,
-            return_tensors="pt",
-        ).to(device)
-        x = torch.from_numpy(frames).to(device).permute(0, 3, 1, 2).float() / 255
+        tokens = tokenizer([caption], truncation=True, max_length=longest, return_tensors="pt").to(device)
+        x = torch.from_numpy(frames).to(device).permute(0, 3, 1, 2).float() / 255  # (F, 3, R, R)
         x = F.interpolate(x, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+        words = dict(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
         with torch.no_grad():
-            output = clip(
-                input_ids=tokens.input_ids,
-                attention_mask=tokens.attention_mask,
-                pixel_values=(x - mean) / std,
-            )
+            output = clip(**words, pixel_values=(x - mean) / std)
         scores.append(F.cosine_similarity(output.text_embeds, output.image_embeds).mean().item())
     return np.array(scores)
 
@@ -159,28 +141,26 @@ def video_quality(command, clips, fps=8):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def measure(args, items, made, real, held_out):
+def measure(args, clips):
     """What the flags ask for, of text and image samples: sections of the report. Frames that were given count
-    here, as in the paper's I&T->V. `real`: {name: clip}; `held_out`: names of the real clips to compare
-    with."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    report, truth = {}, [real[name] for name in held_out]
+    here, as in the paper's I&T->V. clips: summary.Clips"""
+    report, truth, device = {}, [clips.real[name] for name in clips.held_out], machine.device()
     for task in ("text", "image"):
-        mine = [i for i, item in enumerate(items) if item.task == task]
-        clips, captions = [made[i] for i in mine], [items[i].prompt for i in mine]
-        if args.i3d and len(clips) > 1 and len(truth) > 1:
-            report.setdefault("fvd", {})[task] = dict(
-                fvd=fvd(args.i3d, clips, truth, device), clips=len(clips), real_clips=len(truth)
-            )
-        if args.clip_score and clips:
-            pairs = [(item.prompt, real[item.clip]) for item in (items[i] for i in mine) if item.clip]
+        pairs = [(item, made) for item, made in zip(clips.items, clips.made) if item.task == task]
+        made, captions = [made for _, made in pairs], [item.prompt for item, _ in pairs]
+        if args.i3d and len(made) > 1 and len(truth) > 1:
+            distance = fvd(args.i3d, made, truth, device)
+            entry = dict(fvd=distance, clips=len(made), real_clips=len(truth))
+            report.setdefault("fvd", {})[task] = entry
+        if args.clip_score and made:
+            real = [(item.prompt, clips.real[item.clip]) for item, _ in pairs if item.clip]
             report.setdefault("clip_similarity", {})[task] = dict(
-                model=mean_se(clip_similarity(args.clip_score, captions, clips, device)),
-                real=mean_se(clip_similarity(args.clip_score, *zip(*pairs), device)) if pairs else None,
+                model=mean_se(clip_similarity(args.clip_score, captions, made, device)),
+                real=mean_se(clip_similarity(args.clip_score, *zip(*real), device)) if real else None,
             )
-        if args.vqa_command and clips:
+        if args.vqa_command and made:
             report.setdefault("vqa", {})[task] = dict(
-                model=mean_se(video_quality(args.vqa_command, clips)),
+                model=mean_se(video_quality(args.vqa_command, made)),
                 real=mean_se(video_quality(args.vqa_command, truth)) if truth else None,
             )
     return report

@@ -2,19 +2,36 @@
 From samples, real clips and losses to the numbers of report.json. Nothing is sampled and nothing drawn here.
 
 Standard errors ("se") are of the mean over clips or draws, and binomial where the number is a share.
+
+The paper takes H(interpolation, N) <= H(prediction, N) <= H(generation, N) and growth with N for plausible
+("Difficulty-adaptive curriculum"); `summarize_loss` counts where that holds. N is k, the number of valid
+frames.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 
 import masks
 from lab import metrics
-from lab.heldout import summarize_loss
 from lab.judge import ATTRIBUTES, CHANCE
 from lab.metrics import mean_se
-from masks import NUM_FRAMES
+from masks import LENGTHS, NUM_FRAMES, ROWS, TASKS
+from model import make_scheduler
+from support.prior import balanced_weights
 
 BLOCK = 8  # pixels; motion without grain is that of the means of such blocks
-ROWS = {row.name: row for row in masks.TABLE7}
+RANGES = ((0, 200), (200, 400), (400, 600), (600, 800), (800, 1000))  # of timesteps
+
+
+class Clips(NamedTuple):
+    """What was sampled, and real clips; a clip is uint8 (8, R, R, 3)."""
+
+    items: list  # the test list, of evaluate.Item
+    made: list  # a sample for each
+    real: dict  # {name: clip}, as the codec gives it back
+    held_out: list  # names of the real clips that were never trained on
+    train: list  # names of some that were
 
 
 def share(right, chance=None):
@@ -26,6 +43,73 @@ def share(right, chance=None):
     return entry if chance is None else dict(entry, chance=chance)
 
 
+def given_frames(item):
+    """The condition mask of an item: bool (8,)"""
+    return masks.condition_mask(ROWS[item.row], NUM_FRAMES)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Losses
+
+
+def compare(loss, harder, easier):
+    """The mean of loss[harder] - loss[easier], draw by draw, and whether it is positive."""
+    d = mean_se(loss[harder] - loss[easier])
+    return dict(
+        harder=list(harder),
+        easier=list(easier),
+        difference=d["mean"],
+        se=d["se"],
+        holds=d["mean"] >= 0,
+        refuted=d["mean"] < -2 * d["se"],
+    )
+
+
+def by_timestep(loss, timestep):
+    """The loss of every task, a mean over k, in RANGES of timesteps. loss: {(task, k): (draws,)}"""
+    table = {task: {} for task in TASKS}
+    for low, high in RANGES:
+        inside = (timestep >= low) & (timestep < high)
+        for task in TASKS if inside.any() else ():
+            entry = mean_se(np.mean([loss[task, k][inside] for k in LENGTHS], axis=0))
+            table[task][f"{low}-{high - 1}"] = entry
+    return table
+
+
+def summarize_view(loss, timestep):
+    """One view of the losses {(task, k): (draws,)}: means, and which of the paper's inequalities hold."""
+    entry = {"text only, k = 8": mean_se(loss["text", NUM_FRAMES])}
+    if len(loss) == 1:  # without dual masks
+        return entry
+    tasks = {task: np.mean([loss[task, k] for k in LENGTHS], axis=0) for task in TASKS}
+    entry["cells"] = {task: {str(k): mean_se(loss[task, k]) for k in LENGTHS} for task in TASKS}
+    entry["tasks"] = {task: mean_se(losses) for task, losses in tasks.items()}
+    entry["mean"] = mean_se(np.mean(list(tasks.values()), axis=0))
+    neighbours = [(easy, hard, k) for k in LENGTHS for easy, hard in zip(TASKS, TASKS[1:])]
+    entry["order of tasks"] = [compare(loss, (hard, k), (easy, k)) for easy, hard, k in neighbours]
+    neighbours = [(task, k) for task in TASKS for k in LENGTHS[:-1]]
+    entry["order of lengths"] = [compare(loss, (task, k + 1), (task, k)) for task, k in neighbours]
+    entry["by timestep"] = by_timestep(loss, timestep)
+    return entry
+
+
+def summarize_loss(cells, latent_std):
+    """cells: {(task, k): dict(loss, unknown, timestep)} of heldout.measure_loss -> the section "loss" of the
+    report.
+
+    The balanced loss is weighted as in the training of `tiny` and `small`, but alike for every network, so
+    that all compare. latent_std: standard deviation of the clean latents"""
+    timestep = cells["text", NUM_FRAMES]["timestep"]  # the same in every cell
+    balanced = balanced_weights(latent_std, make_scheduler().alphas_cumprod).double().numpy()  # (1000,)
+    weights = {"Eq. 1": np.ones(len(timestep)), "balanced": balanced[timestep]}
+    views = {}
+    for name, frames in (("loss", ""), ("unknown", ", unknown frames")):
+        for weighting, weight in weights.items():
+            loss = {cell: arrays[name] * weight for cell, arrays in cells.items()}
+            views[weighting + frames] = summarize_view(loss, timestep)
+    return views
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Samples
 
@@ -35,19 +119,20 @@ def summarize_quality(pairs):
 
     pairs: [(given bool (8,), made (8, R, R, 3), real (8, R, R, 3))], real being the ground truth
     """
-    clips = {}
+    values = {}  # {(frames, name): ([PSNR of each clip], [SSIM of each clip])}
     for given, made, real in pairs:
-        rivals = {name: baseline(real, given) for name, baseline in metrics.BASELINES.items()}
-        for who, frames in {"model": made, **rivals}.items():
-            for which, mask in (("given", given), ("unknown", ~given)):
-                if mask.any() and (which == "unknown" or who == "model"):
-                    entry = clips.setdefault(which, {}).setdefault(who, dict(psnr=[], ssim=[]))
-                    entry["psnr"].append(metrics.psnr(frames[mask], real[mask]).mean())
-                    entry["ssim"].append(metrics.ssim(frames[mask], real[mask]).mean())
-    return {
-        which: {who: {name: mean_se(v) for name, v in entry.items()} for who, entry in table.items()}
-        for which, table in clips.items()
-    }
+        baselines = {name: baseline(real, given) for name, baseline in metrics.BASELINES.items()}
+        compared = [("given", given, "model", made), ("unknown", ~given, "model", made)]
+        compared += [("unknown", ~given, name, frames) for name, frames in baselines.items()]
+        for which, mask, name, frames in compared:
+            if mask.any():
+                psnr, ssim = values.setdefault((which, name), ([], []))
+                psnr.append(metrics.psnr(frames[mask], real[mask]).mean())
+                ssim.append(metrics.ssim(frames[mask], real[mask]).mean())
+    table = {}
+    for (which, name), (psnr, ssim) in values.items():
+        table.setdefault(which, {})[name] = dict(psnr=mean_se(psnr), ssim=mean_se(ssim))
+    return table
 
 
 def summarize_motion(clips, real_motion):
@@ -73,68 +158,67 @@ def summarize_text(items, readings):
     read, table = dict(zip(items, readings)), {}
     for name, group in sections.items():
         if group:
+            # (N, 3)
             right = np.array([[r == w for r, w in zip(read[item], item.words)] for item in group])
-            table[name] = {
-                a: share(column, CHANCE[a]) for a, column in zip(ATTRIBUTES, right.T)
-            }  # right: (N, 3)
+            table[name] = {a: share(column, CHANCE[a]) for a, column in zip(ATTRIBUTES, right.T)}
             table[name]["all three"] = share(right.all(axis=1), float(np.prod(list(CHANCE.values()))))
     return table
 
 
-def summarize(about, items, made, real, held_out, train, loss, judge, exam):
+def summarize_frechet(made, given, clips):
+    """Our Frechet distance of samples to training clips, and of as many real held-out ones: what no model can
+    be asked to undercut. Pairs of frames with one of `given`, bool (8,), are left out."""
+
+    def vectors(some):
+        return [metrics.features(clip, ~given) for clip in some]
+
+    reference = vectors([clips.real[name] for name in clips.train])
+    real = vectors([clips.real[name] for name in clips.held_out[: len(made)]])
+    return dict(
+        model=metrics.standardized_frechet(vectors(made), reference),
+        real_held_out=metrics.standardized_frechet(real, reference),
+        clips=len(made),
+        reference_clips=len(clips.train),
+    )
+
+
+def summarize(about, clips, loss, judge=None, exam=None):
     """The whole report but for the metrics of pretrained_metrics.py.
 
-    items, made: the test list and its clips uint8 (8, R, R, 3); real: {name: clip}, ground truth; held_out,
-    train: names of real clips; loss: of evaluate.measure_loss; judge, exam: None for stickers that are not
-    the built-in ones
+    about: how all was made; clips: Clips; loss: of heldout.measure_loss; judge, exam: of judge.get_judge and
+    judge.examine, None for stickers that are not the built-in ones
     """
+    items, made, real, held_out, train = clips
     report = dict(about=about)
     if loss:
         report["loss"] = summarize_loss(loss, about["latent_std"])
     tasks = {task: [i for i, item in enumerate(items) if item.task == task] for task in about["sampler"]}
 
-    report["quality"] = {
-        task: summarize_quality(
-            [
-                (masks.condition_mask(ROWS[items[i].row], NUM_FRAMES), made[i], real[items[i].clip])
-                for i in mine
-            ]
-        )
-        for task, mine in tasks.items()
-        if task != "text"
-    }
+    report["quality"] = {}
+    for task in tasks:
+        if task != "text":
+            pairs = [(given_frames(items[i]), made[i], real[items[i].clip]) for i in tasks[task]]
+            report["quality"][task] = summarize_quality(pairs)
+
     if held_out:
         truth = summarize_motion([real[name] for name in held_out], 0.0)
         level = truth["without_grain"]["mean"]
-        report["motion"] = {"real held-out clips": truth} | {
-            task: summarize_motion([made[i] for i in mine], level) for task, mine in tasks.items()
-        }
+        report["motion"] = {"real held-out clips": truth}
+        for task, mine in tasks.items():
+            report["motion"][task] = summarize_motion([made[i] for i in mine], level)
 
-    # What no model can be asked to undercut: the distance of as many real held-out clips.
     report["frechet"] = {}
     for task in ("text", "image") if train else ():
         mine = tasks.get(task, [])[: len(held_out)]
         if len(mine) > 1:
-            keep = ~masks.condition_mask(ROWS[items[mine[0]].row], NUM_FRAMES)
-            vectors = lambda clips: [metrics.features(clip, keep) for clip in clips]
-            reference = vectors([real[name] for name in train])
-            report["frechet"][task] = dict(
-                model=metrics.standardized_frechet(vectors([made[i] for i in mine]), reference),
-                real_held_out=metrics.standardized_frechet(
-                    vectors([real[name] for name in held_out[: len(mine)]]), reference
-                ),
-                clips=len(mine),
-                reference_clips=len(train),
-            )
+            given = given_frames(items[mine[0]])
+            report["frechet"][task] = summarize_frechet([made[i] for i in mine], given, clips)
 
     if judge is not None:
         report["judge"] = exam
         readings = judge.read(np.stack(made))
-        report["readings"] = [list(r) for r in readings]
-        mine = tasks.get("text", [])
-        if mine:
-            report["text"] = summarize_text([items[i] for i in mine], [readings[i] for i in mine])
-        mine = tasks.get("image", [])
-        if mine:
-            report["image"] = summarize_text([items[i] for i in mine], [readings[i] for i in mine])
+        report["readings"] = [list(reading) for reading in readings]
+        for task in ("text", "image"):
+            if mine := tasks.get(task):
+                report[task] = summarize_text([items[i] for i in mine], [readings[i] for i in mine])
     return report

@@ -1,53 +1,33 @@
 """
-The latent cache: every frame that training can ask for, decoded and encoded once, memory-mapped afterwards.
+The latent cache: what was encoded once, memory-mapped afterwards. It knows nothing of what it keeps: for each
+file some rows of latents, and a small table that says which row is what.
 
-    cache_dir/latents-KEY/            KEY: the codec, the resolution, CACHE_VERSION
-        0a1b2c....npy                 a shard: float16 (rows, C, h, w), the latents of at most SHARD_CLIPS clips
-        0a1b2c....npz                 its index: which files, which rows; written last, so a shard with an index
-                                      is whole
-        claims/                       what the processes that are at work have taken
-    cache_dir/digests-FOLDER.json     contents of the files of a folder, so that they are not read at every start
+    cache_dir/latents-KEY/              KEY: all that latents depend on beside the file
+        0a1b2c....safetensors           a shard: the rows and tables of at most SHARD_CLIPS files
+        0a1b2c....lock                  empty; locked by the process that is at work on the shard
+    cache_dir/digests-FOLDER.json       contents of the files of a folder, not to read all at every start
 
-Clips are known by the contents of their files, so a renamed or touched file costs nothing and a changed one
-is encoded again. Any number of processes build a cache together: each takes the next shard of what is
-missing. A claim is a locked file, and the lock dies with its process: nobody waits for the dead, and a build
-that was interrupted goes on with the shard it was at.
+Files are known by their contents: a renamed or touched one costs nothing, a changed one is encoded again. Any
+number of processes build a cache together: each takes the next shard that nobody is at work on. A lock ends
+with its process, so nobody waits for the dead, and a build that was interrupted loses one shard at most.
 """
 
-import fcntl
 import hashlib
 import json
 import os
-import sys
-import time
-import zlib
-from contextlib import contextmanager, suppress
-from itertools import islice
+from contextlib import closing, suppress
 from pathlib import Path
-from zipfile import BadZipFile
 
-import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from tqdm import tqdm
 
-CACHE_VERSION = 4  # raise it when resizing, key frames or the layout of the cache change
+from support.common import replacing
+
+CACHE_VERSION = 5  # raise it when resizing, key frames or the layout of the cache change
 SHARD_CLIPS = 256  # what an interruption can lose
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Reading
-
-
-def read_index(path):
-    """{name: array} of a shard's index. None if it or its latents are damaged: as if the shard were not
-    there, so that its files are encoded again."""
-    try:
-        np.load(path.with_suffix(".npy"), mmap_mode="r")
-        with np.load(path) as arrays:
-            return {
-                name: arrays[name] for name in ("digest", "start", "count", "places", "dropped", "reason")
-            }
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error):
-        return None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -57,16 +37,14 @@ def read_index(path):
 def digest_files(folder, stickers, cache_dir):
     """sha256 of every file, in the order of `stickers`. A file whose size and time of change are those of the
     last call is not read again."""
-    memory = (
-        Path(cache_dir)
-        / f"digests-{hashlib.sha256(os.fsencode(Path(folder).resolve())).hexdigest()[:16]}.json"
-    )
+    key = hashlib.sha256(os.fsencode(Path(folder).resolve())).hexdigest()[:16]
+    path = Path(cache_dir) / f"digests-{key}.json"
     try:
-        known = json.loads(memory.read_text())
+        known = json.loads(path.read_text())
     except (OSError, ValueError):
         known = {}
     now = {}
-    for sticker in tqdm(stickers, "looking at files", unit="file", delay=2, disable=not sys.stderr.isatty()):
+    for sticker in tqdm(stickers, "looking at files", unit="file", delay=2, disable=None):
         try:
             state = sticker.path.stat()
             stamp = [state.st_size, state.st_mtime_ns, state.st_ino]
@@ -78,61 +56,95 @@ def digest_files(folder, stickers, cache_dir):
             entry = [hashlib.sha256(f"{sticker.name!r} {error}".encode()).hexdigest()]
         now[sticker.name] = entry
     if now != known:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        writing = memory.with_suffix(f".{os.getpid()}.tmp")
-        writing.write_text(json.dumps(now))
-        os.replace(writing, memory)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(now))
     return [now[sticker.name][-1] for sticker in stickers]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read_shard(path):
+    """The index of one shard: {digest: (path, first row, table), or the reason (str) for having no latents}.
+
+    None where the shard is missing or damaged: its files are encoded again."""
+    try:
+        with safe_open(path, "numpy") as file:
+            index = {name: json.loads(text) for name, text in file.metadata().items()}
+            starts, tables = file.get_tensor("starts").tolist(), file.get_tensor("tables")
+    except (SafetensorError, OSError, ValueError, KeyError):
+        return None
+    entries = {digest: (path, *entry) for digest, *entry in zip(index["encoded"], starts, tables)}
+    return index["dropped"] | entries
+
+
+def read_entries(folder):
+    """The indices of all shards of a folder in one."""
+    entries = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        entries.update(read_shard(path) or {})
+    return entries
+
+
+def map_latents(path):
+    """The latents of a shard, float16 (rows, C, h, w), memory-mapped: only what is looked at is read."""
+    with safe_open(path, "pt") as file:
+        return file.get_tensor("latents")
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Building
 
 
-def try_lock(file):
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
-        return False
+def fill(folder, items, encode):
+    """Encodes those of `items`, a dict {digest: anything}, that the cache folder lacks, shared with whatever
+    other processes do the same.
+
+    encode: generator function; of a list of items it yields for each the latents, float16 (rows, C, h, w),
+        and a table, an int array whose shape is the same for all, or the reason (str) why there are none
+    """
+    cached = read_entries(folder)
+    missing = [digest for digest in items if digest not in cached]
+    if not missing:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = [missing[i : i + SHARD_CLIPS] for i in range(0, len(missing), SHARD_CLIPS)]
+    with tqdm(desc="encoding stickers", total=len(missing), unit="file", disable=None) as bar:
+        # First what nobody is at work on, then what others are at: we wait for them, and they may die.
+        for seconds in (0, -1):
+            for digests in shards.copy():
+                name = hashlib.sha256("".join(digests).encode()).hexdigest()[:20]
+                path = folder / f"{name}.safetensors"
+                with suppress(Timeout), FileLock(path.with_suffix(".lock"), timeout=seconds):
+                    if read_shard(path) is None:
+                        with closing(encode([items[digest] for digest in digests])) as results:
+                            write_shard(path, digests, results)
+                    shards.remove(digests)
+                    bar.update(len(digests))
 
 
-def forget_cached(missing, folder, seen):
-    """Takes what has been cached since the last call out of the dict `missing`; `seen`: the shards read so
-    far."""
-    for index in set(folder.glob("*.npz")) - seen:
-        if (arrays := read_index(index)) is not None:
-            seen.add(index)
-            for digest in (*arrays["digest"].tolist(), *arrays["dropped"].tolist()):
-                missing.pop(digest, None)
-
-
-@contextmanager
-def claim(folder, missing, seen):
-    """Takes the next shard's worth of `missing` that no other process is at work on: yields a list of
-    digests."""
-    claims = folder / "claims"
-    claims.mkdir(parents=True, exist_ok=True)
-    with open(claims / "lock", "w") as door:  # one process at a time decides
-        fcntl.flock(door, fcntl.LOCK_EX)
-        taken = set()
-        for path in claims.glob("*.txt"):
-            with suppress(FileNotFoundError), open(path) as file:  # it may be given back at this very moment
-                if try_lock(file):  # its process is gone
-                    path.unlink()
-                else:
-                    taken.update(file.read().split())
-        if not taken:
-            for leftover in folder.glob("*.tmp"):
-                leftover.unlink()
-        forget_cached(missing, folder, seen)
-        mine = list(islice((digest for digest in missing if digest not in taken), SHARD_CLIPS))
-        note = open(claims / f"{os.getpid()}-{time.monotonic_ns()}.txt", "w")
-        try_lock(note)
-        note.write("\n".join(mine))
-        note.flush()
-    try:
-        yield mine
-    finally:
-        os.unlink(note.name)
-        note.close()
+def write_shard(path, digests, results):
+    """Writes what `encode` of `fill` yields for the files of these digests; the caller holds the lock."""
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed
+        leftover.unlink()
+    encoded, latents, tables, dropped = [], [], [], {}
+    for digest, result in zip(digests, results):
+        if isinstance(result, str):
+            dropped[digest] = result
+        else:
+            encoded.append(digest)
+            latents.append(result[0])
+            tables.append(torch.from_numpy(result[1]))
+    nothing = [torch.empty(0)]  # where all files were dropped
+    arrays = {
+        "starts": torch.tensor([0, *map(len, latents)]).cumsum(0),
+        "tables": torch.stack(tables or nothing),
+        "latents": torch.cat(latents or nothing).contiguous(),
+    }
+    index = {"encoded": json.dumps(encoded), "dropped": json.dumps(dropped)}
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(save(arrays, index))
+        file.flush()
+        os.fsync(file.fileno())

@@ -155,8 +155,8 @@ def choose_checkpoint(output_dir, wanted, print0):
             return path
     elif checkpoints or (output_dir / "log.jsonl").exists():
         problem = (
-            f"--output_dir {output_dir} already holds a run: continue it with --resume_from_checkpoint latest, "
-            "or choose another folder."
+            f"--output_dir {output_dir} already holds a run: continue it with --resume_from_checkpoint "
+            "latest, or choose another folder."
         )
     if problem:
         raise UserError(problem)
@@ -173,8 +173,8 @@ def check_schedule(checkpoint, schedule):
             if name == "global_batch":
                 flag = "--train_batch_size x --gradient_accumulation_steps x processes"
             raise UserError(
-                f"{flag} is {value}, but {checkpoint} was trained with {saved.get(name)}: a resumed run keeps "
-                "its schedule. Give the old value, or start anew in another --output_dir."
+                f"{flag} is {value}, but {checkpoint} was trained with {saved.get(name)}: a resumed run "
+                "keeps its schedule. Give the old value, or start anew in another --output_dir."
             )
 
 

@@ -42,13 +42,13 @@ def local_folder(checkpoint):
         except (OSError, ValueError, HFValidationError) as error:  # HTTP errors are OSErrors
             reason = " ".join(str(error).split())[:200]
             raise CheckpointError(
-                f"--checkpoint {checkpoint} is not a folder, nor a hub id that can be fetched: give the output_dir "
-                f"of a training run ({reason})."
+                f"--checkpoint {checkpoint} is not a folder, nor a hub id that can be fetched: give the "
+                f"output_dir of a training run ({reason})."
             ) from error
     if not (folder / "model_index.json").is_file():
         raise CheckpointError(
-            f"--checkpoint {checkpoint} holds no model_index.json: give the output_dir of a finished training run, "
-            "or a checkpoint-N folder inside it."
+            f"--checkpoint {checkpoint} holds no model_index.json: give the output_dir of a finished "
+            "training run, or a checkpoint-N folder inside it."
         )
     return folder
 

@@ -1,14 +1,11 @@
 """
-A folder of stickers: which files, with which captions, and what becomes of one file (section 4.2).
+A folder of stickers: which files, and which captions.
 
     scan_folder    captions from metadata.jsonl / metadata.csv, or NAME.txt beside NAME.gif; a tenth held out
-    load_clip      one file -> frames, and its key frames for every k in 3..8
-    load_clips     the same for many, in processes that may die or hang over a file: it alone is lost
-    read_picture   the first frame of one file, in such a process
 
-Files come from anywhere, so nothing in a folder but its having no sticker stops a run. Links to files are
-followed, wherever they lead (many data sets are links into a store), links to folders are not (they may go in
-circles). Names in metadata come from whoever wrote it: only files found in the folder are looked up by them.
+Files come from anywhere: only a folder without any sticker stops a run. Links to files are followed, wherever
+they lead (many data sets are links into a store), links to folders are not (they may go in circles). Names in
+metadata are not trusted: they only pick among the files that were found.
 """
 
 import csv
@@ -34,10 +31,12 @@ MAX_PROBLEMS = 1000  # entries that are named as unusable; the others are counte
 
 
 class DataError(UserError):
-    """Bad data in one sentence that names the folder or file and the way out."""
+    """Bad data: one sentence that names the folder or file and the way out."""
 
 
 class Sticker(NamedTuple):
+    """One file of a folder."""
+
     path: Path
     name: str  # path relative to the folder, with forward slashes
     caption: str  # may be empty
@@ -45,8 +44,8 @@ class Sticker(NamedTuple):
 
 
 def clean(caption):
-    """Any value as a caption: one line of at most MAX_CAPTION characters, "" for what is no text. Every
-    script stays; control characters become spaces, and what is no valid Unicode a question mark."""
+    """Any value as a caption: one line of at most MAX_CAPTION characters, "" for what is not text. Letters of
+    all scripts stay; control characters become spaces, invalid Unicode a question mark."""
     if not isinstance(caption, str):
         return ""
     caption = re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", caption[: 4 * MAX_CAPTION])
@@ -54,14 +53,14 @@ def clean(caption):
 
 
 def open_text(path, **options):
-    """A text file that may begin with a byte order mark; bytes that are no UTF-8 become what they are in
-    names of files (surrogates)."""
+    """A text file that may begin with a byte order mark; invalid bytes become surrogate escapes, as in names
+    of files."""
     return open(path, encoding="utf-8-sig", errors="surrogateescape", **options)
 
 
-class Lines:
-    """The lines of a text file, one by one. Whoever reads an entry first sets `left` to the characters it may
-    have: a line beyond them is skipped, and raises csv.Error."""
+class BoundedLines:
+    """The lines of a text file, one by one. The reader of an entry first sets `left` to the characters that
+    it may have: a line beyond them is skipped, and raises csv.Error."""
 
     def __init__(self, file):
         self.file, self.number, self.left = file, 0, MAX_ENTRY
@@ -93,7 +92,7 @@ def metadata_rows(folder):
         if path.stat().st_size > MAX_METADATA_BYTES:
             raise DataError(f"{printable(path)} has more than {MAX_METADATA_BYTES // 2**20} MiB: shorten it.")
         with open_text(path, newline=newline) as file:
-            entries = parse(lines := Lines(file))
+            entries = parse(lines := BoundedLines(file))
             while True:
                 lines.left = MAX_ENTRY
                 try:
@@ -110,8 +109,8 @@ def metadata_rows(folder):
 def read_metadata(folder, names):
     """The entries that metadata.jsonl or metadata.csv has for the files `names`.
 
-    Returns ({name: (caption, split or None)}, [(name or place, reason)]), the latter printable and at most
-    MAX_PROBLEMS, then how many more; raises DataError if it cannot be read at all.
+    Returns ({name: (caption, split or None)}, [(name or line, reason)]), the latter printable and at most
+    MAX_PROBLEMS, then how many more. Raises DataError if it cannot be read at all.
     """
     entries, problems, more = {}, [], 0
     try:
@@ -151,17 +150,17 @@ def find_files(folder):
     def unreadable(error):
         problems.append((name_of(error.filename), f"is a folder that cannot be read ({error.strerror})"))
 
-    for place, folders, files in os.walk(folder, onerror=unreadable):
-        if len(Path(place).relative_to(folder).parts) >= MAX_DEPTH and folders:
-            problems.append((name_of(place), f"is {MAX_DEPTH} folders deep: what is below is not looked at"))
+    for parent, folders, files in os.walk(folder, onerror=unreadable):
+        if len(Path(parent).relative_to(folder).parts) >= MAX_DEPTH and folders:
+            problems.append((name_of(parent), f"is {MAX_DEPTH} folders deep: what is below is not looked at"))
             folders.clear()
-        for path in (Path(place, file) for file in files):
+        for path in (Path(parent, file) for file in files):
             if path.suffix.lower() not in media.SUFFIXES:
                 continue
             if os.path.isfile(path):
                 paths.append(path)
             else:
-                problems.append((name_of(path), "is no file that can be read, or a link to none"))
+                problems.append((name_of(path), "is not a file that can be read, or a link to nothing"))
     return sorted(paths), problems
 
 
@@ -169,7 +168,7 @@ def scan_folder(folder):
     """Finds the stickers of a folder and its subfolders, with captions, in the order of their names.
 
     Returns (stickers, problems); problems are pairs (name, reason) for files and entries that cannot be
-    used, with names of files as they are (media.printable shows them). Nothing is decoded. An entry may set
+    used, with names of files as they are (common.printable shows them). Nothing is decoded. An entry may set
     "split" to "train" or "validation"; otherwise the tenth of the files (at most 500) whose names hash lowest
     is validation. Raises DataError if the folder is missing or holds no sticker file, or its metadata is too
     large or kept from being read.

@@ -68,8 +68,8 @@ def report_folder(print0, folder, summary, problems, has_captions):
         print0(f"  and {len(problems) - 20} more: `python data.py {folder}` lists them")
     if not has_captions:
         print0(
-            f"{folder} has no captions: training without text. (metadata.jsonl or NAME.txt files would give it "
-            "some.)"
+            f"{folder} has no captions: training without text. (metadata.jsonl or NAME.txt files would "
+            "give it some.)"
         )
 
 

@@ -4,7 +4,6 @@ The one place where sticker files come in and go out.
     frames, durations = read_clip("stickers/heart.gif", 256)    # (N, 256, 256, 3) uint8, (N,) milliseconds
     picture = read_image("first.png", 256)                      # (256, 256, 3) uint8
     write_clip("out/heart.webp", frames, fps=8)                 # .gif .webp .mp4, or .png for a sheet
-    sheet([given, made], labels=["given", "made"]).save("sheet.png")
 
 On its way in, the bytes of a file tell its format (the suffix is not believed), its header is held against
 the limits below before a pixel is decoded, and of every frame only the resized result is kept: memory is
@@ -14,22 +13,21 @@ residue of earlier frames in many APNGs.
 """
 
 import io
-import os
 import re
-import textwrap
 import time
 import warnings
-from fractions import Fraction
 from itertools import chain, pairwise
 from pathlib import Path
 
 import av
+import imageio.v3 as imageio
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence, UnidentifiedImageError
+from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 
-from support.common import UserError, printable
+from support.common import UserError, printable, replacing
+from support.pictures import sheet
 
 SUFFIXES = (".gif", ".webp", ".png", ".apng", ".mp4", ".webm")  # what a sticker folder is searched for
 OUTPUTS = (".gif", ".webp", ".mp4", ".png")  # what write_clip knows
@@ -40,7 +38,7 @@ MAX_SIDE = 4096  # pixels, of the canvas
 MAX_FRAMES = 1000
 MAX_PIXELS = 400_000_000  # frames x the square around the canvas (on_white): some ten seconds of decoding
 MAX_SECONDS = 30  # of processor time, for a file: a busy machine refuses nothing that an idle one takes
-MAX_MEMORY_BYTES = 2**30  # that a decoding process takes (folder.py): 1000 frames of 256 x 256 take 400 MB
+MAX_MEMORY_BYTES = 2**30  # that a decoding process takes (workers.py): 1000 frames of 256 x 256 take 400 MB
 DEFAULT_DELAY = 100.0  # milliseconds: what browsers make of a missing delay and of one of at most 10 ms
 WHITE = (255, 255, 255)
 TOO_LARGE = f"has a side that is not 1 to {MAX_SIDE} pixels long; resize it first"
@@ -109,8 +107,8 @@ def ffmpeg_pictures(data, form, start):
     options = {
         "max_pixels": str(MAX_SIDE**2),  # FFmpeg then allocates no larger frames
         "max_fps": "99",
-        "default_fps": "10",
-    }  # APNG: what DEFAULT_DELAY says
+        "default_fps": "10",  # of APNG, as DEFAULT_DELAY
+    }
     # From memory, since FFmpeg would take a path that contains a colon for an address of its own.
     with av.open(io.BytesIO(data), format=form, options=options) as container:
         check_time(start)
@@ -174,16 +172,14 @@ def pictures(path, stills, start):
 
 def on_white(picture, resolution):
     """RGBA picture -> uint8 (resolution, resolution, 3): in the centre of the smallest white square around
-    it, resized (bicubic, as Pillow's to within two levels, but by torch, whose code is faster)."""
+    it, resized (bicubic, as Pillow's to within two levels, but by torch, which is faster)."""
     width, height = picture.size
     square = Image.new("RGB", (max(width, height),) * 2, WHITE)
     square.paste(picture, ((square.width - width) // 2, (square.height - height) // 2), picture)
     pixels = np.array(square)
     if square.width == resolution:
         return pixels
-    x = (
-        torch.from_numpy(pixels).view(1, *pixels.shape).permute(0, 3, 1, 2)
-    )  # (1, 3, side, side), channels last
+    x = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # (1, 3, side, side), channels last
     x = F.interpolate(x, (resolution, resolution), mode="bicubic", antialias=True)
     return x[0].permute(1, 2, 0).numpy()
 
@@ -191,8 +187,8 @@ def on_white(picture, resolution):
 def decoded(path, resolution, stills=False):
     """Yields (frame (resolution, resolution, 3) uint8, delay in milliseconds) and no error but MediaError.
 
-    MAX_SECONDS is looked at between frames and packets: only from outside of the process can a decoder be
-    ended that is lost within one, or that takes all memory (folder.load_clips and folder.read_picture do).
+    MAX_SECONDS is checked between frames and packets: a decoder that is lost within one, or takes all memory,
+    can only be ended from outside of its process (workers.py does).
     """
     name, start = printable(path), time.thread_time()
     try:
@@ -230,13 +226,13 @@ def read_clip(path, resolution):
 def read_image(path, resolution):
     """First frame of whatever read_clip reads, or a JPEG -> (resolution, resolution, 3) uint8. MediaError.
 
-    For a file that came from anywhere there is folder.read_picture: it bounds the memory, too.
+    For a file that came from anywhere there is workers.read_picture: it bounds the memory, too.
     """
     return next(decoded(path, resolution, stills=True))[0]
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Out: files, and sheets for the eye
+# Out
 
 
 def check_suffix(path):
@@ -253,6 +249,16 @@ def delays(count, fps, per_second, least):
     return np.maximum(np.diff(edges), least).tolist()
 
 
+def save_strip(file, strip, durations, **options):
+    """Writes an endless GIF.
+
+    strip: palette picture, the frames below one another; durations: milliseconds of each; options: Pillow's
+    """
+    height = strip.height // len(durations)
+    first, *rest = (strip.crop((0, top, strip.width, top + height)) for top in range(0, strip.height, height))
+    first.save(file, "GIF", save_all=True, append_images=rest, loop=0, duration=durations, **options)
+
+
 def save_gif(file, frames, fps):
     """One palette for all frames and no dithering: flat areas stay flat and still.
 
@@ -262,47 +268,32 @@ def save_gif(file, frames, fps):
     count, height, width, _ = frames.shape
     tall = Image.fromarray(frames.reshape(count * height, width, 3))
     tall = tall.quantize(255, method=Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
-    first, *rest = (tall.crop((0, top, width, top + height)) for top in range(0, count * height, height))
-    first.save(
-        file,
-        "GIF",
-        save_all=True,
-        append_images=rest,
-        loop=0,  # 0: for ever
-        duration=[10 * delay for delay in delays(count, fps, 100, least=2)],
-    )
+    save_strip(file, tall, [10 * delay for delay in delays(count, fps, 100, least=2)])
 
 
 def save_webp(file, frames, fps):
     """Lossless: the lossy kind halves the resolution of colour, which shows on a sticker's hard edges."""
-    first, *rest = map(Image.fromarray, frames)
-    first.save(
-        file,
-        "WEBP",
-        save_all=True,
-        append_images=rest,
-        loop=0,
-        lossless=True,
-        duration=delays(len(frames), fps, 1000, least=1),
-    )
+    options = dict(lossless=True, loop=0, duration=delays(len(frames), fps, 1000, least=1))
+    imageio.imwrite(file, frames, extension=".webp", plugin="pillow", **options)
 
 
 def save_mp4(file, frames, fps):
     """H.264 where FFmpeg has it, else MPEG-4. Both want even sides: white fills an odd one up by a pixel."""
-    frames = np.pad(
-        frames,
-        [(0, size % 2 * (axis in (1, 2))) for axis, size in enumerate(frames.shape)],
-        constant_values=255,
-    )
+    _, height, width, _ = frames.shape
+    frames = np.pad(frames, [(0, 0), (0, height % 2), (0, width % 2), (0, 0)], constant_values=255)
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-    with av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1000))
-        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
-        stream.codec_context.colorspace = 6  # BT.601, to which FFmpeg converts; else players have to guess
+    with imageio.imopen(file, "w", plugin="pyav", extension=".mp4", container="mp4") as video:
+        video.init_video_stream(codec, fps=fps, pixel_format="yuv420p")
+        # imageio hands on no options of FFmpeg, and its default quality costs 2.5 dB on real stickers.
+        stream = video._video_stream
         stream.options = {"b": "4M", "crf": "14"}  # a bit rate; H.264 knows a quality: hardly visible loss
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
+        stream.codec_context.colorspace = 6  # BT.601, to which FFmpeg converts; else players have to guess
+        video.write(frames)
+
+
+def save_png(file, frames, fps):
+    """A sheet: the frames side by side."""
+    sheet([frames]).save(file, "PNG")
 
 
 def write_clip(path, frames, fps):
@@ -314,47 +305,11 @@ def write_clip(path, frames, fps):
     """
     check_suffix(path)
     path = Path(path)
-    save = {
-        ".gif": save_gif,
-        ".webp": save_webp,
-        ".mp4": save_mp4,
-        ".png": lambda file, frames, fps: sheet([frames]).save(file, "PNG"),
-    }[path.suffix.lower()]
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
+    save = {".gif": save_gif, ".webp": save_webp, ".mp4": save_mp4, ".png": save_png}[path.suffix.lower()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(unfinished, "wb") as file:
+        with replacing(path) as temporary, open(temporary, "wb") as file:
             save(file, np.ascontiguousarray(frames), fps)
-        os.replace(unfinished, path)
     except (OSError, av.error.FFmpegError) as error:
         reason = error.strerror or error
         raise MediaError(f"{printable(path)} cannot be written ({reason}); choose another output.") from error
-    finally:
-        if unfinished.exists():
-            unfinished.unlink()
-
-
-def sheet(rows, labels=None, scale=1, marks=None):
-    """Clips under one another, frames side by side -> PIL.Image.
-
-    rows: list of (N_i, H_i, W_i, 3) uint8; labels: a text per row, drawn above it; scale: integer factor of
-    nearest enlargement; marks: a list of bools per row, True draws a border around a given frame (Figure 6).
-    """
-    gap, border, given, line = 4, 3, (230, 90, 20), 18  # pixels, and a colour
-    font = ImageFont.load_default(14)
-    width = gap + max(len(row) * (row.shape[2] * scale + gap) for row in rows)
-    texts = [textwrap.wrap(label, max(8, width // 8)) for label in labels or [""] * len(rows)]
-    heights = [gap + line * len(text) + row.shape[1] * scale for row, text in zip(rows, texts)]
-    page = Image.new("RGB", (width, sum(heights) + gap), WHITE)
-    draw, top = ImageDraw.Draw(page), 0
-    for row, text, height, given_frames in zip(rows, texts, heights, marks or [()] * len(rows)):
-        draw.text((gap, top + 1), "\n".join(text), (0, 0, 0), font, spacing=line - 14)
-        top += height
-        for column, frame in enumerate(row):
-            picture = Image.fromarray(frame.repeat(scale, axis=0).repeat(scale, axis=1))
-            x, y = gap + column * (picture.width + gap), top - picture.height
-            if column < len(given_frames) and given_frames[column]:
-                right, bottom = x + picture.width - 1, top - 1
-                draw.rectangle((x - border, y - border, right + border, bottom + border), given)
-            page.paste(picture, (x, y))
-    return page

@@ -18,7 +18,8 @@ SCHEDULE_FLAGS = (
 ).split()
 
 POSITIVE = (
-    "resolution max_train_steps train_batch_size gradient_accumulation_steps learning_rate checkpointing_steps"
+    "resolution max_train_steps train_batch_size gradient_accumulation_steps learning_rate "
+    "checkpointing_steps"
 ).split()
 NOT_NEGATIVE = "lr_warmup_steps checkpoints_total_limit validation_steps num_workers seed".split()
 
@@ -51,7 +52,8 @@ def make_parser(presets):
     add, default = parser.add_argument, "(default: %(default)s)"
     add("--data", metavar="DIR", help="folder of stickers (default: draws the built-in set)")
     add("--output_dir", help="where the run is written (default: runs/PRESET)")
-    add("--cache_dir", default=default_cache(), type=Path, help=f"where stickers and latents are kept {default}")
+    add("--cache_dir", default=default_cache(), type=Path,
+        help=f"where drawn stickers and latents are kept {default}")
     add("--resolution", type=int, help=f"side of the frames in pixels {default}")
     add("--max_train_steps", type=int, help=f"optimizer steps; the curriculum spans them {default}")
     add("--train_batch_size", type=int, help=f"clips per process and micro-step {default}")
@@ -70,7 +72,7 @@ def make_parser(presets):
         help="bf16 weights with stochastic rounding, 8-bit moments, averaged weights on the CPU, gradient "
         "checkpointing (needs torchao)")
     add("--shard", action="store_true", help="split weights and optimizer over the ranks of torchrun (FSDP2)")
-    add("--compile", action="store_true", help="torch.compile the layers: slow first steps, faster ones after")
+    add("--compile", action="store_true", help="torch.compile the layers: slow first steps, fast later ones")
     add("--use_ema", action=argparse.BooleanOptionalAction, default=True,
         help="keep averaged weights, and use them (default: yes)")
     add("--ema_on_cpu", action="store_true", help="keep them in the CPU's memory")
@@ -89,7 +91,8 @@ def make_parser(presets):
         help=f"sample sheet and held-out loss every so many steps and at the end; 0 = at the end {default}")
     add("--validation_prompts", nargs="+", metavar="TEXT",
         help="prompts on the sheet (default: fixed ones for the built-in stickers, else held-out captions)")
-    add("--report_to", choices=["none", "tensorboard", "wandb"], default="none", help=f"log there too {default}")
+    add("--report_to", choices=["none", "tensorboard", "wandb"], default="none",
+        help=f"log there too {default}")
     add("--num_workers", type=int, default=min(8, os.cpu_count() or 1),
         help=f"processes that decode before training, 0 = this one alone {default}")
     # fmt: on

@@ -1,37 +1,110 @@
 """
-What a run shows: progress.png (the log as curves) and validation sheets (real stickers above generated ones).
+Pictures for the eye: sheets of clips, the preview of a folder, and the log of a run as curves.
 """
 
 import os
+import textwrap
+from itertools import chain
+from pathlib import Path
 
-import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
-from masks import TASKS
+from support.common import UserError, printable, replacing
 from support.log import read_log
 
-matplotlib.use("Agg")  # no screen needed
-import matplotlib.pyplot as plt  # noqa: E402
+GAP, BORDER, LINE = 4, 3, 18  # pixels: between pictures, around a given frame, of a line of text
+GIVEN = (230, 90, 20)  # colour of that border
+
+
+def pyplot():
+    """matplotlib.pyplot for files, imported on demand: that takes longer than most drawings."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no screen needed
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
+def check_png(flag, path):
+    """Raises UserError, naming the flag, unless a PNG file can be written at `path`."""
+    shown, folder = f"{flag} {printable(path)}", Path(path).parent
+    if not str(path).lower().endswith(".png"):
+        raise UserError(f"{shown}: the picture is a PNG, give it a name that ends in .png.")
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{shown}: its folder cannot be written to, make it or choose another.")
+
+
+def sheet(rows, labels=None, scale=1, marks=None):
+    """Clips under one another, frames side by side -> PIL.Image.
+
+    rows: list of (N_i, H_i, W_i, 3) uint8; labels: a text per row, drawn above it; scale: integer factor of
+    nearest enlargement; marks: a list of bools per row, True draws a border around a given frame (Figure 6).
+    """
+    font = ImageFont.load_default(14)
+    width = GAP + max(len(row) * (row.shape[2] * scale + GAP) for row in rows)
+    texts = [textwrap.wrap(label, max(8, width // 8)) for label in labels or [""] * len(rows)]
+    heights = [GAP + LINE * len(text) + row.shape[1] * scale for row, text in zip(rows, texts)]
+    page = Image.new("RGB", (width, sum(heights) + GAP), "white")
+    draw, top = ImageDraw.Draw(page), 0
+    for row, text, height, given in zip(rows, texts, heights, marks or [()] * len(rows)):
+        draw.text((GAP, top + 1), "\n".join(text), (0, 0, 0), font, spacing=LINE - 14)
+        top += height
+        for column, frame in enumerate(row):
+            picture = Image.fromarray(frame.repeat(scale, axis=0).repeat(scale, axis=1))
+            x, y = GAP + column * (picture.width + GAP), top - picture.height
+            if column < len(given) and given[column]:
+                right, bottom = x + picture.width - 1, top - 1
+                draw.rectangle((x - BORDER, y - BORDER, right + BORDER, bottom + BORDER), GIVEN)
+            page.paste(picture, (x, y))
+    return page
+
+
+def preview(rows, captions, counts):
+    """A data set at a glance: a histogram of lengths above rows of key frames with captions -> PIL.Image.
+
+    rows, captions: as of `sheet`, of some clips; counts: frames in the file, for every clip
+    """
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(9, 2.2), dpi=100)
+    axes.hist(counts, bins=np.arange(0.5, max(counts) + 1.5, max(1, max(counts) // 60)), color="#4c72b0")
+    axes.set(xlabel="frames in the file", ylabel="clips")
+    figure.tight_layout()
+    figure.canvas.draw()
+    histogram = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy())
+    plt.close(figure)
+
+    clips = sheet(rows, captions)
+    picture = Image.new("RGB", (max(clips.width, histogram.width), clips.height + histogram.height), "white")
+    picture.paste(histogram, (0, 0))
+    picture.paste(clips, (0, histogram.height))
+    return picture
 
 
 def plot_progress(log_path, picture_path):
-    """Draws log.jsonl: loss, task probabilities, mean k, and the three terms of Eq. 4."""
+    """Draws log.jsonl into progress.png: loss, task probabilities, mean k, and the three terms of Eq. 4."""
     log = read_log(log_path)
     if not log:
         return
-    steps = [entry["step"] for entry in log]
-    figure, axes = plt.subplots(2, 2, figsize=(11, 6.5), dpi=100, sharex=True, layout="constrained")
+    plt, terms = pyplot(), ["p_term", "i_term", "d_term"]
     panels = {
         "loss": ["loss", "validation_loss"],
-        "P(task)": [f"p_{task}" for task in TASKS],
+        "P(task)": [
+            name for name in dict.fromkeys(chain(*log)) if name.startswith("p_") and name not in terms
+        ],
         "mean k of the batch": ["mean_k"],
-        "feedback, Eq. 4": ["p_term", "i_term", "d_term"],
+        "feedback, Eq. 4": terms,
     }
+    figure, axes = plt.subplots(2, 2, figsize=(11, 6.5), dpi=100, sharex=True, layout="constrained")
     for axis, (title, names) in zip(axes.flat, panels.items()):
         for name in names:
-            xy = [(entry["step"], entry[name]) for entry in log if name in entry]
+            points = [(entry["step"], entry[name]) for entry in log if name in entry]
             style = dict(marker="o", linestyle="--") if name == "validation_loss" else dict(linewidth=1)
-            if xy:
-                axis.plot(*zip(*xy), label=name[2:] if name[2:] in TASKS else name, **style)
+            if points:
+                axis.plot(
+                    *zip(*points), label=name.removeprefix("p_") if name not in terms else name, **style
+                )
         axis.set_title(title)
         axis.grid(alpha=0.3)
         if len(names) > 1:
@@ -39,8 +112,7 @@ def plot_progress(log_path, picture_path):
     axes[0, 0].set_yscale("log")
     for axis in axes[1]:
         axis.set_xlabel("step")
-    axes[1, 0].set_xlim(0, max(steps) + 1)
-    writing = picture_path.with_name("progress.tmp.png")
-    figure.savefig(writing)
+    axes[1, 0].set_xlim(0, max(entry["step"] for entry in log) + 1)
+    with replacing(picture_path) as temporary:
+        figure.savefig(temporary, format="png")
     plt.close(figure)
-    os.replace(writing, picture_path)

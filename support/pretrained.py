@@ -162,8 +162,8 @@ def start_from_spatial(unet, source):
         if name not in own or own[name].shape != weight.shape:
             theirs, ours = tuple(weight.shape), tuple(own[name].shape) if name in own else "absent"
             raise EncoderError(
-                f"--init_unet {source} does not fit this --preset and --vae: its {name} is {theirs}, here it is "
-                f"{ours}. `full` takes the U-Net of a Stable Diffusion 2.x model."
+                f"--init_unet {source} does not fit this --preset and --vae: its {name} is {theirs}, here it "
+                f"is {ours}. `full` takes the U-Net of a Stable Diffusion 2.x model."
             )
     if unet.config.clip_dim == unet.config.cross_attention_dim:
         spatial["clip_projection.weight"] = torch.eye(unet.config.clip_dim)

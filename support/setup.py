@@ -90,8 +90,8 @@ def leave(output_dir, step, world, stop_signals):
     world.close()
     if world.main and not (output_dir / f"checkpoint-{step}" / "files.json").exists():
         raise UserError(
-            f"stopped after step {step}, as asked, which could not be saved: --resume_from_checkpoint latest goes on "
-            "from the checkpoint before."
+            f"stopped after step {step}, as asked, which could not be saved: --resume_from_checkpoint latest "
+            "goes on from the checkpoint before."
         )
     world.print0(f"stopped after step {step}, as asked; --resume_from_checkpoint latest goes on")
     sys.exit(128 + (stop_signals[0] if stop_signals else signal.SIGTERM))

@@ -1,61 +1,36 @@
 """Folders, captions, key frames, the latent cache, and the draws of a batch."""
 
 import errno
-import json
 import os
 import shutil
-import subprocess
 import sys
+import time
 from collections import Counter
-from functools import partial
-from pathlib import Path
+from multiprocessing import get_context
 from unittest.mock import Mock
 
-import keyframes
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from filelock import FileLock
+from PIL import Image
 
 import data
 import masks
 from curriculum import Curriculum
-from data import open_dataset
+from data import load_clip, load_clips, open_dataset
 from masks import LENGTHS, NUM_FRAMES
 from support import cache, media
 from support.encoders import PatchPCA
-from support.folder import DataError, load_clip, load_clips, scan_folder
+from support.folder import scan_folder
+from tests.clips import moving_square, square_folder
 
-ROOT = Path(__file__).parents[1]
 UNIFORM = Curriculum("none", 1).probabilities(0)
-
-
-def moving_square(path, frames=10, colour=(220, 30, 30), size=40):
-    pictures = []
-    for i in range(frames):
-        picture = Image.new("RGB", (size, size), "white")
-        x = 2 + (size - 16) * i // max(1, frames - 1)
-        ImageDraw.Draw(picture).rectangle([x, 8, x + 10, 30], fill=colour)
-        pictures.append(picture)
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=80, loop=0)
 
 
 @pytest.fixture
 def folder(tmp_path):
-    folder = tmp_path / "stickers"
-    (folder / "deeper").mkdir(parents=True)
-    for i in range(12):
-        moving_square(
-            folder / ("deeper" if i % 2 else ".") / f"{i:02}.gif",
-            frames=3 + i,
-            colour=(20 * i, 250 - 20 * i, 90),
-        )
-    lines = [
-        dict(file_name=f"{'deeper/' if i % 2 else ''}{i:02}.gif", text=f"square number {i}")
-        for i in range(12)
-    ]
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
+    return square_folder(tmp_path / "stickers")
 
 
 def open_folder(folder, cache, **codec):
@@ -65,55 +40,8 @@ def open_folder(folder, cache, **codec):
     return open_dataset(folder, stickers, pca, 16, cache), pca
 
 
-# ---------------------------------------------------------------------------------------------------- folders
-
-
-def test_captions_of_jsonl_csv_and_sidecars(folder):
-    stickers, problems = scan_folder(folder)
-    assert len(stickers) == 12 and not problems
-    assert {s.name: s.caption for s in stickers}["deeper/07.gif"] == "square number 7"
-
-    (folder / "metadata.jsonl").unlink()
-    (folder / "02.txt").write_text("  a  sidecar\ncaption ")
-    captions = {s.name: s.caption for s in scan_folder(folder)[0]}
-    assert captions["02.gif"] == "a sidecar caption" and captions["04.gif"] == ""
-
-    (folder / "metadata.csv").write_text("file_name,caption\n04.gif,from a table\n")
-    captions = {s.name: s.caption for s in scan_folder(folder)[0]}
-    assert captions["04.gif"] == "from a table" and captions["02.gif"] == "a sidecar caption"
-
-
-def test_a_broken_entry_is_named_and_the_rest_used(folder):
-    with open(folder / "metadata.jsonl", "a") as file:
-        file.write(
-            'not json\n{"text": "no name"}\n{"file_name": "absent.gif", "text": "x"}\n'
-            '{"file_name": "../out.gif"}\n[]\n'
-        )
-    stickers, problems = scan_folder(folder)
-    assert len(stickers) == 12
-    reasons = dict(problems)
-    assert "no such file" in reasons["absent.gif"]
-    assert "outside" in reasons["../out.gif"]
-    assert sum("usable file_name" in reason for _, reason in problems) == 3
-
-
-def test_held_out_tenth_does_not_depend_on_the_other_files(folder):
-    held_out = {s.name for s in scan_folder(folder)[0] if s.split == "validation"}
-    assert len(held_out) == 1  # a tenth of twelve
-    again = {s.name for s in scan_folder(folder)[0] if s.split == "validation"}
-    assert again == held_out
-    lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-    lines[0]["split"], lines[1]["split"] = "validation", "train"
-    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    split = {s.name: s.split for s in scan_folder(folder)[0]}
-    assert split["00.gif"] == "validation" and split["deeper/01.gif"] == "train"
-
-
-def test_missing_and_empty_folders(tmp_path):
-    with pytest.raises(DataError, match="not a folder"):
-        scan_folder(tmp_path / "absent")
-    with pytest.raises(DataError, match=r"no sticker.*\.gif"):
-        scan_folder(tmp_path)
+# ------------------------------------------------------------------------------------------------------------
+# Clips and their key frames
 
 
 def test_unusable_files_are_dropped_with_a_reason(folder):
@@ -126,9 +54,6 @@ def test_unusable_files_are_dropped_with_a_reason(folder):
     assert "distinct" in dropped["still.gif"]
 
 
-# ------------------------------------------------------------------------------------------------- key frames
-
-
 def test_kmeans_is_as_good_as_scikit_learns():
     from sklearn.cluster import KMeans
 
@@ -138,7 +63,7 @@ def test_kmeans_is_as_good_as_scikit_learns():
         n, k = int(rng.integers(8, 60)), int(rng.integers(3, 9))
         centers = rng.normal(0, 3, (k, 20))
         x = centers[rng.integers(k, size=n)] + rng.normal(0, 1, (n, 20))
-        assignment, distances = keyframes.kmeans(x @ x.T, k, np.random.default_rng((0, k)))
+        assignment, distances = data.kmeans(x @ x.T, k, np.random.default_rng((0, k)))
         # the distances are those to the means of the clusters
         means = np.stack([x[assignment == c].mean(axis=0) for c in range(k)])
         np.testing.assert_allclose(distances, ((x[:, None] - means) ** 2).sum(-1), atol=1e-6)
@@ -149,11 +74,11 @@ def test_kmeans_is_as_good_as_scikit_learns():
 
 
 def test_key_frames_are_one_per_scene_in_order_of_time():
-    scenes = np.random.default_rng(0).integers(0, 255, (4, keyframes.THUMBNAIL**2 * 3))
+    scenes = np.random.default_rng(0).integers(0, 255, (4, data.THUMBNAIL**2 * 3))
     order = [2] * 7 + [0] * 1 + [3] * 9 + [1] * 4
     noise = np.random.default_rng(1).integers(-3, 4, (len(order), scenes.shape[1]))
     features = np.clip(scenes[order] + noise, 0, 255).astype(np.uint8)
-    key_frames = keyframes.extract_key_frames(features)
+    key_frames = data.extract_key_frames(features)
     assert list(key_frames) == list(LENGTHS)
     assert [order[i] for i in key_frames[4]] == [2, 0, 3, 1]
     for k, indices in key_frames.items():
@@ -163,21 +88,20 @@ def test_key_frames_are_one_per_scene_in_order_of_time():
 @pytest.mark.parametrize("distinct", [1, 2, 3, 5, 8])
 def test_k_never_exceeds_the_distinct_frames(distinct):
     base = np.random.default_rng(0).integers(0, 255, (distinct, 3072)).astype(np.uint8)
-    key_frames = keyframes.extract_key_frames(np.repeat(base, 4, axis=0))
+    key_frames = data.extract_key_frames(np.repeat(base, 4, axis=0))
     assert list(key_frames) == [k for k in LENGTHS if k <= distinct]
     for k, indices in key_frames.items():
         assert len({i // 4 for i in indices}) == k  # no frame twice, though each stands there four times
 
 
 def test_equal_frames_span_the_clip():
-    assert keyframes.equal_frames(8).tolist() == list(range(8))
-    assert (
-        keyframes.equal_frames(40)[[0, -1]].tolist() == [0, 39]
-        and (np.diff(keyframes.equal_frames(40)) > 0).all()
-    )
+    assert data.equal_frames(8).tolist() == list(range(8))
+    frames = data.equal_frames(40)
+    assert frames[[0, -1]].tolist() == [0, 39] and (np.diff(frames) > 0).all()
 
 
-# ------------------------------------------------------------------------------------------------------ cache
+# ------------------------------------------------------------------------------------------------------------
+# Cache
 
 
 def test_cached_latents_are_those_of_the_key_frames(folder, tmp_path):
@@ -185,16 +109,15 @@ def test_cached_latents_are_those_of_the_key_frames(folder, tmp_path):
     assert not dataset.dropped and len(dataset.clips) == 12
     for clip in dataset.clips:
         frames, _ = media.read_clip(folder / clip.name, 16)
-        key_frames = keyframes.extract_key_frames(keyframes.thumbnails(frames))
+        key_frames = data.extract_key_frames(data.thumbnails(frames))
         assert clip.longest == max(key_frames)
         for k, indices in key_frames.items():
             expected = codec.encode(torch.from_numpy(frames[indices])).numpy()
-            np.testing.assert_allclose(
-                dataset.read(clip, k), expected, rtol=1e-3, atol=1e-2
-            )  # half precision on disk
+            # half precision on disk
+            np.testing.assert_allclose(dataset.read(clip, k), expected, rtol=1e-3, atol=1e-2)
         assert clip.has_equal == (len(frames) >= NUM_FRAMES)
         if clip.has_equal:
-            expected = codec.encode(torch.from_numpy(frames[keyframes.equal_frames(len(frames))])).numpy()
+            expected = codec.encode(torch.from_numpy(frames[data.equal_frames(len(frames))])).numpy()
             np.testing.assert_allclose(dataset.read(clip), expected, rtol=1e-3, atol=1e-2)
 
 
@@ -264,41 +187,80 @@ def test_an_interrupted_build_goes_on_where_it_stopped(folder, tmp_path, monkeyp
     assert len(dataset.clips) == 12 and len(counts) == 8  # the first shard of four was kept
 
 
-BUILD = """
-import sys, time
-from pathlib import Path
-from support import cache
-from support import encoders
-from support import folder
-cache.SHARD_CLIPS = 2
-root, codec = Path(sys.argv[1]), encoders.PatchPCA.from_pretrained(sys.argv[2], low_cpu_mem_usage=False)
-encode = encoders.PatchPCA.encode
-def slow(self, frames):
-    time.sleep(0.15)
-    print("encoded", flush=True)
-    return encode(self, frames)
-encoders.PatchPCA.encode = slow
-found, _ = folder.scan_folder(root)
-dataset = cache.open_dataset(root, found, codec, 16, sys.argv[3])
-print("clips", len(dataset.clips))
-"""
+def build(folder, codec, cache_dir, words):
+    """Builds a cache in shards of two, slowly, and puts a word for each clip that it encodes."""
+    cache.SHARD_CLIPS, encode = 2, PatchPCA.encode
+
+    def slow(self, frames):
+        time.sleep(0.1)
+        words.put("encoded")
+        return encode(self, frames)
+
+    PatchPCA.encode = slow
+    dataset = open_dataset(folder, scan_folder(folder)[0], codec, 16, cache_dir)
+    words.put(f"{len(dataset.clips)} clips")
 
 
 def test_processes_share_the_work_and_survive_each_other(folder, tmp_path):
-    codec = PatchPCA(patch_size=8, latent_channels=6)
+    codec, fork = PatchPCA(patch_size=8, latent_channels=6), get_context("fork")
     data.fit_codec(codec, scan_folder(folder)[0], 16, num_workers=0)
-    codec.save_pretrained(tmp_path / "codec")
-    command = [sys.executable, "-c", BUILD, folder, tmp_path / "codec", tmp_path / "cache"]
-    start = partial(subprocess.Popen, command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    doomed = start()
+
+    def start():
+        words = fork.SimpleQueue()
+        process = fork.Process(target=build, args=(folder, codec, tmp_path / "cache", words))
+        process.start()
+        return process, words
+
+    doomed, words = start()
     for _ in range(3):  # it has finished a shard of two and is inside the next
-        doomed.stdout.readline()
+        words.get()
     doomed.kill()
-    doomed.wait()
-    outputs = [process.communicate(timeout=100)[0] for process in [start(), start()]]
-    assert all("clips 12" in output for output in outputs)
-    assert sum(output.count("encoded") for output in outputs) == 10  # nothing twice, and the first two kept
-    assert not list((tmp_path / "cache").glob("latents-*/*.tmp"))
+    doomed.join()
+    said = []
+    for process, words in [start(), start()]:
+        process.join(100)
+        while not words.empty():
+            said.append(words.get())
+    # nothing twice, and the first two kept
+    assert sorted(said) == ["12 clips", "12 clips", *["encoded"] * 10]
+    assert not list((tmp_path / "cache").glob("latents-*/.*"))
+
+
+def test_a_damaged_shard_is_encoded_again(folder, tmp_path, monkeypatch):
+    dataset, codec = open_folder(folder, tmp_path / "cache")
+    whole, counts = dataset.read(dataset.clips[0], 3), encoded(monkeypatch, codec)
+    (shard,) = dataset.folder.glob("*.safetensors")
+    content = shard.read_bytes()
+    for damaged in (
+        b"",
+        content[:100],
+        content[:-1],
+        b"\xff" * 8 + content[8:],
+        content.replace(b"}", b"?", 1),
+    ):
+        shard.write_bytes(damaged)
+        counts.clear()
+        again, _ = open_folder(folder, tmp_path / "cache")
+        assert len(counts) == 12 and np.array_equal(again.read(again.clips[0], 3), whole)
+
+
+def test_a_shard_is_written_under_its_lock_alone(folder, tmp_path):
+    """Whoever waits for a lock finds the shard that its holder wrote, and encodes nothing."""
+
+    def encode(items):
+        (path,) = tmp_path.glob("*.lock")
+        with pytest.raises(TimeoutError):
+            FileLock(path, timeout=0, is_singleton=False).acquire()
+        yield from ((torch.ones(2, 4, 3, 3).half(), np.ones((7, 8), np.int8)) for _ in items)
+
+    cache.fill(tmp_path, dict(a=1, b=2), encode)
+    cache.fill(tmp_path, dict(b=2, a=1), lambda items: pytest.fail("encoded again"))
+    assert {digest: start for digest, (_, start, _) in cache.read_entries(tmp_path).items()} == dict(a=0, b=2)
+
+
+def test_a_folder_of_nothing_usable_is_cached_too(tmp_path):
+    cache.fill(tmp_path, dict(a=1), lambda items: (reason for reason in ["it is bad"]))
+    assert cache.read_entries(tmp_path) == dict(a="it is bad")
 
 
 def test_several_processes_read_what_one_does(folder):
@@ -308,7 +270,8 @@ def test_several_processes_read_what_one_does(folder):
         assert np.array_equal(a.pixels, b.pixels)
 
 
-# ------------------------------------------------------------------------------------------------------ draws
+# ------------------------------------------------------------------------------------------------------------
+# Draws
 
 
 def draw(dataset, indices, step=0, seed=0, global_batch=8, ddu=True, probabilities=UNIFORM):
@@ -351,10 +314,8 @@ def test_samples_obey_their_row(folder, tmp_path):
         ):
             assert valid.tolist() == masks.loss_mask(k).tolist()
             assert (latents[k:] == 0).all() and latents[:k].abs().sum() > 0
-            allowed = [masks.condition_mask(row, k) for row in masks.admissible_rows(task, k)] + [
-                np.zeros(NUM_FRAMES, bool)
-            ]
-            assert any((given.numpy() == mask).all() for mask in allowed)
+            allowed = [masks.condition_mask(row, k) for row in masks.admissible_rows(task, k)]
+            assert not given.any() or any((given.numpy() == mask).all() for mask in allowed)
     batch = draw(dataset, range(64), global_batch=64)
     assert 0.6 < sum(bool(caption) for caption in batch.captions) / 64 < 0.95
     assert set(batch.timesteps.tolist()) <= set(range(1000)) and len(set(batch.timesteps.tolist())) > 40
@@ -368,16 +329,14 @@ def test_k_shrinks_to_the_distinct_frames_before_the_row_is_drawn(folder, tmp_pa
     batch = data.draw_batch(dataset, short, only_prediction_at_8, 0, 0, range(30), 30)
     assert set(batch.lengths) == {3}
     given = {tuple(row) for row in batch.given.int().tolist()}
-    assert given == {
-        (0, 0, 1, 0, 0, 0, 0, 0),
-        (0,) * 8,
-    }  # P2 cut at 3, or dropped; never P1, which leaves nothing
+    # P2 cut at 3, or dropped; never P1, which leaves nothing
+    assert given == {(0, 0, 1, 0, 0, 0, 0, 0), (0,) * 8}
 
 
 def test_without_dual_masks(folder, tmp_path):
     dataset, _ = open_folder(folder, tmp_path / "cache")
     clips = dataset.split("train", ddu=False)
-    assert clips and all(clip.count >= NUM_FRAMES for clip in clips)
+    assert clips and all(int(clip.caption.split()[-1]) + 3 >= NUM_FRAMES for clip in clips)
     batch = data.draw_batch(dataset, clips, None, 0, 0, range(16), 16, ddu=False)
     assert batch.valid.all() and not batch.given.any() and set(batch.lengths) == {NUM_FRAMES}
 
@@ -385,13 +344,13 @@ def test_without_dual_masks(folder, tmp_path):
 def test_hashed_words():
     rng = np.random.default_rng(0)
     words = data.hash_words(" ".join(["word"] * 5000), rng).split()
-    assert set(words) == {"word", "#"} and words.count("#") / 5000 == pytest.approx(
-        data.HASH_PROBABILITY, abs=0.03
-    )
+    share = words.count("#") / 5000
+    assert set(words) == {"word", "#"} and share == pytest.approx(data.HASH_PROBABILITY, abs=0.03)
     assert data.hash_words("", rng) == ""
 
 
-# --------------------------------------------------------------------------------------------------- data.py
+# ------------------------------------------------------------------------------------------------------------
+# data.py
 
 
 def run(monkeypatch, capsys, *flags):
@@ -411,11 +370,8 @@ def run(monkeypatch, capsys, *flags):
         (["--resolution", "-5"], "--resolution -5: must be 8 to 4096 pixels."),
         (["--resolution", "0"], "--resolution 0: must be 8 to 4096 pixels."),
         (["--resolution", "1000000"], "--resolution 1000000: must be 8 to 4096 pixels."),
-        (["--preview", "a.mp4"], "--preview a.mp4: the sheet is a PNG, give it a name that ends in .png."),
-        (
-            ["--preview", "/nonexistent/a.png"],
-            "/nonexistent/a.png: its folder cannot be written to, make it or",
-        ),
+        (["--preview", "a.mp4"], "--preview a.mp4: the picture is a PNG, give it a name that ends in .png."),
+        (["--preview", "/nonexistent/a.png"], "/nonexistent/a.png: its folder cannot be written to, make it"),
         (["--preview", "/proc/a.png"], "/proc/a.png"),  # may be written to, says root, but cannot
     ],
 )

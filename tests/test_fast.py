@@ -12,6 +12,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.training_utils import EMAModel
 
+import sample
+from lab import bench
 from masks import NUM_FRAMES
 from model import STI, Conv3D, FrameConv, Frames
 from support.machine import precision, prepare
@@ -119,6 +121,20 @@ def test_adamw_and_averages_over_all_weights_at_once():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     for a, b in zip(average.ema.shadow_params, ema.shadow_params):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_conditions_as_one_batch():
+    unet = random_unet()
+    noisy, latents, given, _, text = toy_inputs(unet)
+    null_text = tuple(torch.zeros_like(x) if x.dtype != torch.bool else x for x in text)
+    weights = sample.guidance_weights(True, True, 3.0, 7.5)
+    assert len(weights) == 3
+    arguments = unet, noisy, latents, given, 400, text, null_text, weights
+    together = sample.guided_noise(*arguments)
+    with patch.object(unet, "forward", bench.one_by_one(unet.forward)):
+        one_by_one = sample.guided_noise(*arguments)
+    torch.testing.assert_close(together, one_by_one, rtol=1e-4, atol=1e-4)
 
 
 def test_gradients_of_layer_norm_in_half_precision():

@@ -321,9 +321,8 @@ def test_an_error_is_said_once_on_each_machine(run, capsys, monkeypatch, local_r
 def test_damaged_latents_are_encoded_again(run, tmp_path):  # noqa: F811
     cache = tmp_path / "cache"
     whole = weights(run("a", cache_dir=cache, max_train_steps=1))
-    for name, pattern in (("b", "*.npy"), ("c", "*.npz")):
-        truncate(next(cache.glob(f"latents-*/{pattern}")))
-        assert_same_weights(whole, weights(run(name, cache_dir=cache, max_train_steps=1)), rtol=0, atol=0)
+    truncate(next(cache.glob("latents-*/*.safetensors")))
+    assert_same_weights(whole, weights(run("b", cache_dir=cache, max_train_steps=1)), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("end", ['{"step": 3, "lo', "\n\n", "[]\n", "\xff\0"])

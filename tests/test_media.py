@@ -1,32 +1,16 @@
-"""Sticker files in and out: python -m pytest tests/test_media.py
-
-The animations here are written byte by byte, and what they must look like is composed independently by numpy
-from the rules of the format.
-"""
+"""Sticker files in and out, and sheets of them. What an animation must look like is composed independently,
+by numpy, from the rules of its format."""
 
 import os
 import struct
-import time
-import zlib
 
 import av
 import numpy as np
 import pytest
 from PIL import Image
 
-from support import media
-
-RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
-
-
-def clip(count=8, side=64, seed=0):
-    """A sticker-like clip: a disc and a square of flat colours that move on white. (count, side, side, 3)"""
-    y, x = np.mgrid[:side, :side]
-    frames = np.full((count, side, side, 3), 255, np.uint8)
-    for i in range(count):
-        frames[i][(x - 8 - 4 * i) ** 2 + (y - side // 2) ** 2 < 150] = (250, 200, 30)
-        frames[i, 4:16, side - 20 - 3 * i : side - 6 - 3 * i] = (30, 80, 200)
-    return frames
+from support import media, pictures
+from tests.clips import BLUE, GREEN, PALETTE, RED, WHITE, apng, chunk, clip, gif
 
 
 def psnr(a, b):
@@ -35,28 +19,6 @@ def psnr(a, b):
 
 # ------------------------------------------------------------------------------------------------------------
 # GIF
-
-PALETTE = [(0, 0, 0), RED, GREEN, BLUE]  # index 0 is transparent in a patch that says so
-
-
-def lzw(pixels):
-    """Pixels as GIF data without compression: a clear code before each pair keeps every code 3 bits long."""
-    codes = [code for i in range(0, len(pixels), 2) for code in (4, *pixels[i : i + 2])] + [5]
-    bits = "".join(f"{code:03b}"[::-1] for code in codes)
-    data = bytes(int(bits[i : i + 8][::-1], 2) for i in range(0, len(bits), 8))
-    blocks = (data[i : i + 255] for i in range(0, len(data), 255))
-    return b"\2" + b"".join(bytes([len(block)]) + block for block in blocks) + b"\0"
-
-
-def gif(width, height, patches, background=0):
-    """patches: (x, y, indices (h, w), transparent or not, disposal, delay in 1/100 s or None: no control)"""
-    out = b"GIF89a" + struct.pack("<HHBBB", width, height, 0x81, background, 0) + np.uint8(PALETTE).tobytes()
-    for x, y, pixels, transparent, disposal, delay in patches:
-        h, w = pixels.shape
-        if delay is not None:
-            out += b"!\xf9\x04" + struct.pack("<BHBB", disposal << 2 | transparent, delay, 0, 0)
-        out += b"," + struct.pack("<HHHHB", x, y, w, h, 0) + lzw(pixels.ravel().tolist())
-    return out + b";"
 
 
 def compose_gif(width, height, patches):
@@ -138,34 +100,6 @@ def test_identical_frames_that_the_file_holds_are_all_read(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------------
 # PNG and APNG
-
-
-def chunk(kind, body):
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-
-def apng(width, height, colour_type, patches, extra=b"", default=None):
-    """patches: (x, y, pixels (h, w[, channels]) uint8, dispose, blend, delay numerator, denominator)"""
-
-    def packed(pixels):
-        return zlib.compress(b"".join(b"\0" + row.tobytes() for row in pixels.astype(np.uint8)))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, colour_type, 0, 0, 0)
-    out = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + extra
-    out += chunk(b"acTL", struct.pack(">II", len(patches), 0))
-    if default is not None:
-        out += chunk(b"IDAT", packed(default))
-    sequence = 0
-    for index, (x, y, pixels, dispose, blend, numerator, denominator) in enumerate(patches):
-        h, w = pixels.shape[:2]
-        control = struct.pack(">IIIIIHHBB", sequence, w, h, x, y, numerator, denominator, dispose, blend)
-        out, sequence = out + chunk(b"fcTL", control), sequence + 1
-        data = packed(pixels)
-        if index == 0 and default is None:
-            out += chunk(b"IDAT", data[:20]) + chunk(b"IDAT", data[20:])  # split, as large files are
-        else:
-            out, sequence = out + chunk(b"fdAT", struct.pack(">I", sequence) + data), sequence + 1
-    return out + chunk(b"IEND", b"")
 
 
 def compose_apng(width, height, patches, to_rgba):
@@ -330,146 +264,6 @@ def test_transparent_pixels_do_not_bleed_their_colour_when_resized(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Files that are refused
-
-
-def refused(path, resolution=8):
-    """The sentence: it names the file, is one line, and came at once."""
-    start = time.perf_counter()
-    with pytest.raises(media.MediaError) as error:
-        media.read_clip(path, resolution)
-    sentence = str(error.value)
-    assert str(path) in sentence and sentence.endswith(".") and "\n" not in sentence
-    assert time.perf_counter() - start < 1
-    return sentence
-
-
-def test_what_is_no_sticker_is_refused(tmp_path):
-    (tmp_path / "text.gif").write_text("I was told that I am a GIF.")
-    (tmp_path / "empty.gif").write_bytes(b"")
-    Image.new("RGB", (4, 4)).save(tmp_path / "photo.gif", "JPEG")
-    Image.new("RGB", (4, 4)).save(tmp_path / "old.png", "BMP")
-    assert "is no GIF" in refused(tmp_path / "text.gif") and "empty" in refused(tmp_path / "empty.gif")
-    assert "is no GIF" in refused(tmp_path / "photo.gif") and "is no GIF" in refused(tmp_path / "old.png")
-    assert "not a file" in refused(tmp_path / "missing.gif") and "not a file" in refused(tmp_path)
-    (tmp_path / "none.gif").write_bytes(gif(4, 4, []))
-    assert "cannot be decoded" in refused(tmp_path / "none.gif")
-
-
-def write(path, frames):
-    """Any of the formats that read_clip knows."""
-    if path.suffix == ".png":
-        path.write_bytes(apng(*frames.shape[2:0:-1], 2, [(0, 0, frame, 0, 0, 1, 10) for frame in frames]))
-    elif path.suffix == ".webm":
-        with av.open(str(path), "w", format="webm") as container:
-            stream = container.add_stream("libvpx", rate=10)
-            stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
-            for frame in frames:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-            container.mux(stream.encode())
-    else:
-        media.write_clip(path, frames, 10)
-
-
-@pytest.mark.parametrize("suffix", [".gif", ".webp", ".png", ".mp4", ".webm"])
-def test_a_truncated_file_is_refused_wherever_it_is_cut(tmp_path, suffix):
-    path, cut = tmp_path / ("whole" + suffix), tmp_path / ("cut" + suffix)
-    write(path, clip())
-    whole, data = media.read_clip(path, 8)[0], path.read_bytes()
-    assert len(whole) == 8
-    for size in [1, 7, 13, 20, *np.linspace(30, len(data) - 1, 12).astype(int)]:
-        cut.write_bytes(data[:size])
-        try:
-            frames, _ = media.read_clip(cut, 8)
-        except media.MediaError:
-            refused(cut)
-        else:  # of an MP4 some metadata may be missing; a WebM is read up to the cut
-            assert suffix in (".mp4", ".webm") and np.array_equal(frames, whole[: len(frames)])
-            assert len(frames) == 8 or suffix == ".webm"
-
-
-def test_damaged_bytes_raise_nothing_else(tmp_path):
-    rng = np.random.default_rng(0)
-    for suffix in (".gif", ".webp", ".mp4"):
-        media.write_clip(tmp_path / ("a" + suffix), clip(4, 32), 10)
-        data = (tmp_path / ("a" + suffix)).read_bytes()
-        failures = 0
-        for _ in range(40):
-            damaged = bytearray(data)
-            for at in rng.integers(0, len(data), 8):
-                damaged[at] = rng.integers(256)
-            (tmp_path / "damaged").write_bytes(damaged)
-            try:
-                media.read_clip(tmp_path / "damaged", 8)
-            except media.MediaError:
-                failures += 1
-        assert failures > 0
-
-
-@pytest.mark.parametrize("side", [5000, 16000])  # beyond Pillow's own limit, too
-def test_a_huge_canvas_is_refused_from_its_header(tmp_path, side):
-    (tmp_path / "a.gif").write_bytes(gif(side, side, [(0, 0, np.ones((2, 2), int), 0, 0, 5)]))
-    (tmp_path / "a.apng").write_bytes(apng(side, side, 2, [(0, 0, np.zeros((2, 2, 3)), 0, 0, 1, 10)]))
-    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
-    data = (tmp_path / "a.png").read_bytes()
-    (tmp_path / "a.png").write_bytes(
-        data[:8] + chunk(b"IHDR", struct.pack(">II", side, side) + data[24:29]) + data[33:]
-    )
-    media.write_clip(tmp_path / "a.webp", clip(), 8)
-    data = bytearray((tmp_path / "a.webp").read_bytes())
-    assert data[12:16] == b"VP8X"
-    data[24:30] = (side - 1).to_bytes(3, "little") * 2
-    (tmp_path / "a.webp").write_bytes(data)
-    for name in ("a.gif", "a.apng", "a.png", "a.webp"):
-        assert "a side that is not 1 to 4096 pixels" in refused(tmp_path / name)
-    Image.new("RGB", (4, 4)).save(tmp_path / "a.jpg")
-    data = bytearray((tmp_path / "a.jpg").read_bytes())
-    at = data.index(b"\xff\xc0") + 5
-    data[at : at + 4] = struct.pack(">HH", side, side)
-    (tmp_path / "a.jpg").write_bytes(data)
-    with pytest.raises(media.MediaError, match="a side that is not 1 to 4096 pixels"):
-        media.read_image(tmp_path / "a.jpg", 8)
-
-
-# 13000: once within Pillow's own limit. A patch to be cleared to the background (2) is one to be allocated.
-@pytest.mark.parametrize("disposal", [0, 2])
-@pytest.mark.parametrize("side", [5000, 13000, 60000])
-def test_a_huge_patch_is_refused(tmp_path, side, disposal):
-    data = bytearray(gif(4, 4, [(0, 0, np.ones((4, 4), int), 0, disposal, 5)] * 2))
-    second = data.rindex(b",\0\0\0\0\4\0\4\0")
-    data[second + 5 : second + 9] = struct.pack("<HH", side, side)
-    (tmp_path / "patch.gif").write_bytes(data)
-    assert "a side that is not 1 to 4096 pixels" in refused(tmp_path / "patch.gif")
-
-
-def test_pixels_are_those_of_the_square_around_the_canvas(tmp_path, monkeypatch):
-    """A long thin canvas costs as much as its square: 2 KB of 4096 x 1 pixels took 7 seconds."""
-    patches = [(0, 0, np.full((1, 1), i % 4), 0, 0, 5) for i in range(10)]
-    for size in ((200, 1), (1, 200)):
-        (tmp_path / "thin.gif").write_bytes(gif(*size, patches))
-        monkeypatch.setattr(media, "MAX_PIXELS", 10 * 200 * 200)
-        assert len(media.read_clip(tmp_path / "thin.gif", 8)[0]) == 10
-        monkeypatch.setattr(media, "MAX_PIXELS", 10 * 200 * 200 - 1)
-        assert "399,999 pixels in all frames, made square" in refused(tmp_path / "thin.gif")
-
-
-@pytest.mark.parametrize("suffix", [".gif", ".webp", ".png", ".mp4", ".webm"])
-def test_too_many_frames_pixels_or_bytes(tmp_path, suffix, monkeypatch):
-    path = tmp_path / ("a" + suffix)
-    write(path, clip())
-    for limit, value, word in (
-        ("MAX_FRAMES", 7, "frames"),
-        ("MAX_PIXELS", 7 * 64 * 64, "pixels"),
-        ("MAX_BYTES", 100, "MiB"),
-        ("MAX_SIDE", 63, "side"),
-    ):
-        with monkeypatch.context() as patch:
-            patch.setattr(media, limit, value)
-            assert word in refused(path)
-    assert len(media.read_clip(path, 8)[0]) == 8
-
-
-# ------------------------------------------------------------------------------------------------------------
 # Out: files, and sheets for the eye
 
 
@@ -537,22 +331,22 @@ def test_a_failure_while_writing_keeps_the_old_file(tmp_path, monkeypatch):
 
 def test_sheet_geometry(tmp_path):
     long, short = clip(8, 32), np.full((3, 32, 32, 3), 7, np.uint8)
-    plain = np.asarray(media.sheet([long, short], scale=2))
+    plain = np.asarray(pictures.sheet([long, short], scale=2))
     assert plain.shape == (2 * 64 + 3 * 4, 8 * 64 + 9 * 4, 3)
     for index in range(8):  # nearest enlargement: every second pixel is the frame
         left = 4 + 68 * index
         assert np.array_equal(plain[4:68:2, left : left + 64 : 2], long[index])
     assert (plain[72:136, 4:68] == 7).all() and (plain[72:136, 3 * 68 + 4 :] == 255).all()
 
-    labelled = np.asarray(media.sheet([long, short], labels=["a cat", "a dog " * 30], scale=2))
+    labelled = np.asarray(pictures.sheet([long, short], labels=["a cat", "a dog " * 30], scale=2))
     assert labelled.shape[0] > plain.shape[0] + 2 * 18 and labelled.shape[1] == plain.shape[1]
     assert labelled[:18].min() < 100 and np.array_equal(labelled[-68:], plain[-68:])
 
     marks = [[True] + [False] * 7, [False, False, True]]
-    marked = np.asarray(media.sheet([long, short], scale=2, marks=marks))
+    marked = np.asarray(pictures.sheet([long, short], scale=2, marks=marks))
     changed = (marked != plain).any(-1)
     assert changed[1:4, 1:71].all() and not changed[:, 72:137].any() and changed[100, 137:140].all()
     assert np.array_equal(marked[4:68, 4:68], plain[4:68, 4:68])  # a border covers no pixel of a frame
 
     media.write_clip(tmp_path / "a.png", long, 8)
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), np.asarray(media.sheet([long])))
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), np.asarray(pictures.sheet([long])))

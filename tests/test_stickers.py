@@ -1,17 +1,16 @@
-"""What stickers.py promises: words, drawings, files, and that motions survive key-frame extraction."""
+"""The built-in set: words, drawings, files, and that motions survive key-frame extraction."""
 
 import itertools
 import json
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 from PIL import Image, ImageSequence
-from sklearn.cluster import KMeans
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
 
+from data import extract_key_frames, thumbnails
 from support import stickers
 from support.stickers import COLOURS, COMBINATIONS, MOTIONS, SUBJECTS, draw_clip, draw_stickers, is_held_out
 
@@ -47,7 +46,8 @@ def clips(folder, lines):
     return [read(folder / line["file_name"]) for line in lines]
 
 
-# words
+# ------------------------------------------------------------------------------------------------------------
+# Words
 
 
 def test_held_out_share_and_pairs():
@@ -84,7 +84,8 @@ def test_every_combination_once_in_a_round_with_its_split(lines):
         assert line["split"] == ("validation" if is_held_out(*combination) else "train")
 
 
-# drawings
+# ------------------------------------------------------------------------------------------------------------
+# Drawings
 
 
 @pytest.mark.parametrize("subject", SUBJECTS)
@@ -120,7 +121,8 @@ def test_unknown_words_are_refused():
             draw_clip(*words, np.random.default_rng(0))
 
 
-# files
+# ------------------------------------------------------------------------------------------------------------
+# Files
 
 
 def test_files_read_back_as_drawn(tmp_path):
@@ -210,28 +212,35 @@ def test_default_folder_follows_the_cache_variable(tmp_path, monkeypatch):
     assert len(folders) == 3 and all(folder.parent == tmp_path / "rdtf" for folder in folders)
 
 
-def test_command_line(tmp_path):
+def test_command_line(tmp_path, monkeypatch, capsys):
     def run(*words):
-        return subprocess.run([sys.executable, stickers.__file__, *words], capture_output=True, text=True)
+        monkeypatch.setattr(sys, "argv", ["stickers.py", *map(str, words)])
+        stickers.main()
 
-    assert run(str(tmp_path / "set"), "--count", "3").returncode == 0
+    run(tmp_path / "set", "--count", 3)
     assert len(list((tmp_path / "set").glob("*.gif"))) == 3
-    refused = run(str(tmp_path / "set"), "--count", "2")
-    assert refused.returncode == 2 and "Traceback" not in refused.stderr and "delete it" in refused.stderr
-    assert run("--sheet", str(tmp_path / "sheet.png")).returncode == 0
+    for words, reason in (
+        ((tmp_path / "set", "--count", 2), "delete it or name another folder."),
+        ((tmp_path / "new", "--count", 0), "count must be at least 1"),
+        (("--sheet", tmp_path / "none" / "a.png"), "its folder cannot be written to"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            run(*words)
+        said = capsys.readouterr().err
+        assert end.value.code == 2 and said.count("\n") <= 1 and reason in said
+    run("--sheet", tmp_path / "sheet.png")
     assert Image.open(tmp_path / "sheet.png").size == (12 * 128, 14 * 128)
 
 
-# what a model can learn
+# ------------------------------------------------------------------------------------------------------------
+# What a model can learn
 
 
 def key_frames(frames, k):
-    """At most k frames: k-means over 32 x 32 thumbnails, the member nearest to each mean, sorted by time."""
-    thumbs = [on_white(frame).reshape(32, 4, 32, 4, 3).mean(axis=(1, 3)).ravel() for frame in frames]
-    thumbs = np.stack(thumbs)  # (frames, 3072)
-    k = min(k, len(np.unique(thumbs, axis=0)))
-    means = KMeans(k, n_init=1, max_iter=20, random_state=0).fit(thumbs).cluster_centers_
-    return [frames[i] for i in sorted({int(np.argmin(((thumbs - mean) ** 2).sum(axis=1))) for mean in means})]
+    """At most k frames, as training sees them."""
+    features = thumbnails(np.stack([on_white(frame) for frame in frames]).astype(np.uint8))
+    k = min(k, len(np.unique(features, axis=0)))
+    return [frames[i] for i in extract_key_frames(features, lengths=[k])[k]]
 
 
 def motion_features(frames, rng):
@@ -244,31 +253,13 @@ def motion_features(frames, rng):
     for frame in frames:
         y, x = np.nonzero(np.asarray(frame)[..., 3])
         dark_y, dark_x = np.nonzero(on_white(frame).max(axis=-1) < 90)
-        rows.append(
-            [
-                x.mean(),
-                y.mean(),
-                np.ptp(x),
-                np.ptp(y),
-                y.max(),
-                np.sqrt(len(x)),
-                x.max() + x.min() - 2 * x.mean(),
-                100 * len(dark_x) / len(x),
-                dark_x.mean() - x.mean(),
-                dark_y.mean() - y.mean(),
-            ]
-        )
+        extent = [np.ptp(x), np.ptp(y), y.max(), np.sqrt(len(x)), x.max() + x.min() - 2 * x.mean()]
+        dark = [100 * len(dark_x) / len(x), dark_x.mean() - x.mean(), dark_y.mean() - y.mean()]
+        rows.append([x.mean(), y.mean(), *extent, *dark])
     rows = np.array(rows) + rng.standard_normal((len(rows), 10))  # (frames, 10)
     steps = np.diff(rows, axis=0)
-    return np.concatenate(
-        [
-            rows.std(axis=0),
-            np.abs(steps).mean(axis=0),
-            steps.min(axis=0),
-            steps.max(axis=0),
-            rows[-1] - rows[0],
-        ]
-    )
+    each = np.abs(steps).mean(axis=0), steps.min(axis=0), steps.max(axis=0)
+    return np.concatenate([rows.std(axis=0), *each, rows[-1] - rows[0]])
 
 
 def test_motions_are_told_apart_after_key_frame_extraction(clips, lines):

@@ -1,12 +1,14 @@
-"""What several test files build: the toy network, the inputs of a call, a prior fitted to noise."""
+"""What several test files build: the toy network, what it is called with, a prior fitted to noise, clips."""
 
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 from masks import LENGTHS, NUM_FRAMES
 from model import DFGN, SIZES
+from support import media, stickers
 
 WIDTH = 256  # of the built-in text encoders
 # Changes to toy_unet that make it smaller still, with text encoders of two widths.
@@ -45,9 +47,8 @@ def toy_inputs(unet, slots=NUM_FRAMES, size=(6, 6), batch=2, seed=0):
     third frame are given."""
     g, config = torch.Generator().manual_seed(seed), unet.config
     noisy = torch.randn(batch, slots, config.latent_channels, *size, generator=g)
-    latents = torch.randn(
-        batch, slots, config.condition_channels or config.latent_channels, *size, generator=g
-    )
+    channels = config.condition_channels or config.latent_channels
+    latents = torch.randn(batch, slots, channels, *size, generator=g)
     text = (
         torch.randn(batch, 5, config.clip_dim, generator=g),
         torch.ones(batch, 5, dtype=torch.bool),
@@ -84,3 +85,18 @@ def assert_refused(main, arguments, words, monkeypatch, capsys):
     assert stop.value.code == 2 and "Traceback" not in message
     assert words in message.splitlines()[-1]
     return message
+
+
+def grey(*levels, side=16):
+    """A clip whose frames are grey, of the given levels: uint8 (F, side, side, 3)"""
+    return np.stack([np.full((side, side, 3), level, np.uint8) for level in levels])
+
+
+def drawn_clips(combinations, seed, side):
+    """A new built-in sticker of eight frames for each (subject, colour, motion).
+    Returns (clips uint8 (N, 8, side, side, 3), [(colour, subject, motion)])."""
+    clips = []
+    for i, words in enumerate(combinations):
+        pictures, _ = stickers.draw_clip(*words, np.random.default_rng((seed, i)), num_frames=8)
+        clips.append([media.on_white(picture, side) for picture in pictures])
+    return np.array(clips), [(colour, subject, motion) for subject, colour, motion in combinations]

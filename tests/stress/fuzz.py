@@ -1,7 +1,7 @@
 """
 Damages good stickers in every way that comes to mind, and reads them as a training run would:
 
-    python tests/fuzz.py --cases 10000 --seed 0
+    python tests/stress/fuzz.py --cases 10000 --seed 0
 
 A case (seed, number) is a good GIF, WebP, PNG, APNG, MP4 or WebM after one or two mutations, under
 a suffix that may be wrong. It must end as a clip or as a MediaError of one printable line, within SECONDS and
@@ -30,32 +30,16 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from support import (
-    folder,  # noqa: E402
-    media,  # noqa: E402
-)
-from support.common import printable
-from tests.test_media import apng, chunk, clip, write  # noqa: E402
+from data import load_clip  # noqa: E402
+from support import folder, media  # noqa: E402
+from support.common import printable  # noqa: E402
+from support.workers import in_processes  # noqa: E402
+from tests.clips import apng, chunk, clip, write  # noqa: E402
 
-SECONDS = media.MAX_SECONDS  # of one case; real: a process that hangs is ended after folder.HANG_SECONDS
+SECONDS = media.MAX_SECONDS  # of one case; real: a process that hangs is ended after workers.HANG_SECONDS
 MEMORY = 512  # MiB that a decoding process may grow by
 RESOLUTION = 32
-EXTREMES = (
-    0,
-    1,
-    2,
-    255,
-    256,
-    4096,
-    2**15,
-    2**16 - 1,
-    2**24 - 1,
-    2**31 - 1,
-    2**31,
-    2**32 - 1,
-    2**63 - 1,
-    2**64 - 1,
-)
+EXTREMES = (0, 1, 2, 255, 256, 4096, 2**15, *(2**bits - 1 for bits in (16, 24, 31, 32, 63, 64)), 2**31)
 
 # ------------------------------------------------------------------------------------------------------------
 # Cases
@@ -72,15 +56,12 @@ def good_files():
                 write(Path(place, "a" + suffix), frames)
                 files.append(Path(place, "a" + suffix).read_bytes())
     first, *rest = map(Image.fromarray, flat)
+    everything = dict(save_all=True, append_images=rest)
     for form, picture, options in (
         ("PNG", first, {}),
         ("PNG", first.quantize(16), dict(save_all=True, append_images=[r.quantize(16) for r in rest])),
-        (
-            "GIF",
-            first,
-            dict(save_all=True, append_images=rest, duration=[40, 80] * 3, disposal=2, interlace=1),
-        ),
-        ("WEBP", first.convert("RGBA"), dict(save_all=True, append_images=rest, quality=60)),
+        ("GIF", first, everything | dict(duration=[40, 80] * 3, disposal=2, interlace=1)),
+        ("WEBP", first.convert("RGBA"), everything | dict(quality=60)),
         ("WEBP", first, {}),
     ):
         file = io.BytesIO()
@@ -157,13 +138,11 @@ def splice(rng, data, other):
 
 def extreme(rng, data, other):
     """A length, a size or a count: mostly in the header, or beside a name of four letters (MP4, PNG)."""
-    names = [
-        found.start() + int(rng.choice((-4, 4, 8, 12, 16))) for found in re.finditer(rb"[A-Za-z]{4}", data)
-    ]
-    at = int(rng.choice([*names, *range(min(64, len(data))), int(rng.integers(len(data)))]))
+    names = [name.start() for name in re.finditer(rb"[A-Za-z]{4}", data)]
+    beside = [start + int(rng.choice((-4, 4, 8, 12, 16))) for start in names]
+    at = max(0, int(rng.choice([*beside, *range(min(64, len(data))), int(rng.integers(len(data)))])))
     size, order = int(rng.choice((1, 2, 4, 8))), str(rng.choice(("little", "big")))
     value = EXTREMES[int(rng.integers(len(EXTREMES)))] % 256**size
-    at = max(0, at)
     data[at : at + size] = value.to_bytes(size, order)
     return data
 
@@ -214,9 +193,8 @@ def memory_at_start(pid):
 
 
 def try_file(number, seed, place):
-    """Reads case `number`, in a process of folder.in_processes.
-    Returns (what came of it, what is wrong or None, seconds, MiB by which the process grew); a good case leaves no
-    file behind."""
+    """Reads case `number`, in a process of in_processes. Returns (what came of it, what is wrong or None,
+    seconds, MiB by which the process grew); a good case leaves no file behind."""
     before = memory_at_start(os.getpid())
     rng = np.random.default_rng((seed, number))
     path = Path(place, f"{number}{media.SUFFIXES[int(rng.integers(len(media.SUFFIXES)))]}")
@@ -238,7 +216,7 @@ def try_file(number, seed, place):
     except BaseException as error:  # also what is no Exception: the decoders may raise nothing else
         outcome, fault = "raised", repr(error)
     seconds = time.perf_counter() - start
-    loaded = folder.load_clip(folder.Sticker(path, path.name, "", "train"), RESOLUTION)
+    loaded = load_clip(folder.Sticker(path, path.name, "", "train"), RESOLUTION)
     if isinstance(loaded, str) and outcome == "decoded" and "distinct frames" not in loaded:
         fault = f"decoded once, and then: {loaded}"
     peak = memory("VmHWM") - before
@@ -289,25 +267,20 @@ def try_metadata(number, seed, place, files):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description="Read damaged stickers and metadata; see the top of the file."
-    )
-    parser.add_argument(
-        "--cases", type=int, default=10000, help="files to try; a quarter as many metadata files"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--first", type=int, default=0, help="number of the first case, to try one again")
-    parser.add_argument("--num_workers", type=int, default=os.cpu_count() or 1, help="decoding processes")
-    parser.add_argument("--keep", type=Path, default="fuzz_faults", help="where the bad cases go")
+    parser = argparse.ArgumentParser(description="Read damaged stickers and metadata.")
+    add = parser.add_argument
+    add("--cases", type=int, default=10000, help="files to try; a quarter as many metadata files")
+    add("--seed", type=int, default=0, help="another number, other damage")
+    add("--first", type=int, default=0, help="number of the first case, to try one again")
+    add("--num_workers", type=int, default=os.cpu_count() or 1, help="decoding processes")
+    add("--keep", type=Path, default="fuzz_faults", help="where the bad cases go")
     args = parser.parse_args()
 
     numbers, faults = range(args.first, args.first + args.cases), []
     outcomes, slowest, peak = {"decoded": 0, "refused": 0, "raised": 0, "lost": 0}, (0.0, None), 0
     good_files()  # once, before the processes begin
     with tempfile.TemporaryDirectory() as place:
-        results = folder.in_processes(
-            partial(try_file, seed=args.seed, place=place), numbers, args.num_workers
-        )
+        results = in_processes(partial(try_file, seed=args.seed, place=place), numbers, args.num_workers)
         for number, result in zip(numbers, tqdm(results, "files", len(numbers), unit="case")):
             if isinstance(result, str):  # the process died or hung
                 result = "lost", result, 0.0, 0

@@ -1,0 +1,198 @@
+"""
+Speed and memory of one training step. bench.py calls these as `train` and `memory`.
+"""
+
+import sys
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from diffusers.training_utils import EMAModel
+from tqdm import tqdm
+
+from lab.timing import CUDA, DEVICE, HALF, HALF_NAME, flops_of, forget, matmul_peak, row, timed
+from masks import masked_loss
+from model import DFGN, SIZES, make_scheduler
+from support.common import UserError
+from support.encoders import WordVectors
+from support.machine import compile_layers, precision, prepare, recompute
+from support.optim import ADAM, EMA_DECAY, MAX_GRAD_NORM, Average, make_optimizer
+from support.prior import GaussianPrior, precondition
+from train import PRESETS
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step, and how it is computed; the ladder of `bench_train` turns the first tricks on one
+    by one."""
+
+    preset: str
+    clips: int
+    mixed_precision: str = HALF_NAME
+    channels_last: bool = (
+        True  # of the weights; the network itself brings its frames to that layout now and then
+    )
+    attention: bool = True  # our choice of kernel, instead of torch's
+    multi_tensor: bool = True  # AdamW and averages over all weights at once
+    only_valid: bool = True  # frames beyond k are not computed
+    compiled: bool = False
+    optimizes: bool = True  # clipping, AdamW, averages; without: forward and backward alone
+    averages: bool = True  # with averaged weights
+    lengths: tuple = (3, 8, 4, 7, 5, 6)  # frames of its clips, again and again
+    side: int | None = None  # of the latents; None: that of the preset
+    checkpointing: bool = False
+    eight_bit: bool = False
+    low_memory: bool = False
+
+
+def make_denoiser(preset, channels, side, text_width, channels_last=True):
+    """(unet, denoiser) as train.py builds them: `full` is the bare U-Net, the others are preconditioned."""
+    config = dict(SIZES[preset], latent_channels=channels, clip_dim=text_width, t5_dim=text_width)
+    prior = None
+    if preset != "full":
+        config["condition_channels"] = 2 * channels
+        prior = GaussianPrior(channels, side, text_width).to(DEVICE)
+    unet = prepare(DFGN(**config), DEVICE, channels_last)
+    return unet, precondition(unet, prior, make_scheduler().alphas_cumprod)
+
+
+def make_update(unet, step):
+    """A function that changes the weights by their gradients, as far as `step` says."""
+    if step.multi_tensor:
+        optimizer = make_optimizer(unet, 1e-5, step.eight_bit, step.low_memory)
+        average = Average(unet) if step.averages else None
+    else:  # what torch and diffusers do unless told otherwise
+        optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-5, **ADAM)
+        average = EMAModel(unet.parameters(), decay=EMA_DECAY)
+
+    def update():
+        if step.optimizes:
+            torch.nn.utils.clip_grad_norm_(unet.parameters(), MAX_GRAD_NORM)
+            optimizer.step()
+            if step.averages:
+                average.step(unet if step.multi_tensor else unet.parameters())
+        optimizer.zero_grad(set_to_none=True)
+
+    return update
+
+
+def training_step(step):
+    """A function that does one optimizer step on random latents and returns nothing."""
+    if step.preset == "full":
+        channels, side, width, tokens = 4, 32, 1024, 77
+    else:
+        (factor, channels), width, tokens = PRESETS[step.preset]["codec"], WordVectors.width, 8
+        side = PRESETS[step.preset]["resolution"] // factor
+    side = step.side or side
+    torch.manual_seed(0)
+    unet, denoiser = make_denoiser(step.preset, channels, side, width, step.channels_last)
+    if step.low_memory:
+        torch.nn.Module.to(unet, torch.bfloat16)
+    if step.checkpointing:
+        unet.enable_gradient_checkpointing(recompute)
+    if step.compiled:
+        compile_layers(unet)
+    update = make_update(unet, step)
+    states = torch.randn(step.clips, tokens, width, device=DEVICE)
+    text = 2 * (states, torch.ones(step.clips, tokens, dtype=torch.bool, device=DEVICE))
+    rng, slots = np.random.default_rng(0), max(step.lengths)
+    given = torch.zeros(step.clips, slots, dtype=torch.bool, device=DEVICE)
+
+    def context():
+        if step.attention:
+            return precision(DEVICE.type, step.mixed_precision)
+        return torch.autocast(DEVICE.type, HALF, enabled=step.mixed_precision != "no")
+
+    def run():
+        k = rng.permutation(np.resize(step.lengths, step.clips))
+        valid = torch.from_numpy(np.arange(slots) < k[:, None]).to(DEVICE)
+        latents = torch.randn(step.clips, slots, channels, side, side, device=DEVICE)
+        timestep = torch.randint(1000, (step.clips,), device=DEVICE)
+        computed = valid if step.only_valid else None
+        with context():
+            noise_pred = denoiser(latents, latents, given, timestep, text, computed)
+        masked_loss(noise_pred, latents, valid).mean().backward()
+        update()
+
+    return run
+
+
+def make_ladder(quick):
+    """{name: Step}: each keeps what those above it turned on."""
+    preset, clips, large = ("full", 4, 16) if CUDA else ("tiny", 8, 16)
+    # on a GPU the choice of kernel is torch's own
+    step = Step(preset, clips, attention=CUDA, channels_last=False, multi_tensor=False, only_valid=False)
+    ladder = {
+        f"plain, fp32, {clips} clips": replace(step, mixed_precision="no"),
+        f"{HALF_NAME} autocast": step,
+    }
+    tricks = {
+        "weights channels_last": "channels_last",
+        "attention kernel": "attention",
+        "fused AdamW, multi-tensor averages": "multi_tensor",
+        "frames beyond k not computed": "only_valid",
+    }
+    for name, trick in tricks.items():
+        if not getattr(step, trick):
+            step = replace(step, **{trick: True})
+            ladder[f"+ {name}"] = step
+    if CUDA or not quick:  # two minutes on two cores
+        step = replace(step, compiled=True)
+        ladder["+ --compile"] = step
+    ladder[f"{large} clips"] = replace(step, clips=large)
+    return ladder
+
+
+def bench_train(quick):
+    """Forward, backward, clipping, AdamW and averages: `tiny` on a CPU, `full` on a GPU. Speed-ups are
+    against the second row, the plain way in half precision."""
+    ladder = make_ladder(quick)
+    work, seconds = {}, {}
+    for name, step in tqdm(ladder.items(), desc="counting operations"):
+        work[name] = flops_of(training_step(replace(step, compiled=False, optimizes=False)))
+        forget()
+    for names in [[name] for name in ladder] if CUDA else [list(ladder)]:  # a GPU cannot hold all at once
+        steps = {name: training_step(ladder[name]) for name in names}
+        seconds |= timed(steps, 5 if quick else 11)
+        del steps
+        forget()
+    peak, rows = matmul_peak(), []
+    second = list(ladder)[1]
+    baseline = seconds[second] / ladder[second].clips
+    for name, times in seconds.items():
+        clips, middle = ladder[name].clips, np.median(times)
+        speedup, rate = float(np.median(baseline * clips / times)), work[name] / middle
+        work_done = dict(TFLOP_per_s=rate, share_of_matmul=rate / peak)
+        rows.append(row(name, times, clips_per_second=clips / middle, speedup=speedup, **work_done))
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Memory
+
+MODES = {
+    "fp32 master weights, AdamW": dict(),
+    "the same, --compile": dict(compiled=True),
+    "--gradient_checkpointing": dict(checkpointing=True),
+    "--use_8bit_adam --gradient_checkpointing": dict(checkpointing=True, eight_bit=True),
+    "--low_memory": dict(checkpointing=True, low_memory=True),
+}
+
+
+def bench_memory(quick):
+    """One optimizer step of `full` on one clip of eight 256 x 256 frames, without averaged weights."""
+    if not CUDA:
+        raise UserError("memory needs a GPU: the figure is the peak of its allocator.")
+    rows = []
+    for name, flags in tqdm(MODES.items(), desc="memory"):
+        forget()
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            step = training_step(Step("full", 1, lengths=(8,), averages=False, **flags))
+        except UserError as error:  # torchao is missing
+            print(f"{name}: not measured, {error}", file=sys.stderr)
+            continue
+        seconds = timed({name: step})[name]
+        rows.append(row(name, seconds, peak_gb=torch.cuda.max_memory_allocated() / 1e9))
+        del step
+    return rows

@@ -1,0 +1,148 @@
+"""
+Pictures: of a report the loss of every (task, k), the loss over the diffusion step and sheets of samples; of
+an ablation what its runs logged.
+"""
+
+import matplotlib
+import numpy as np
+
+from curriculum import HORIZON, target_difficulty
+from lab import metrics
+from lab.summary import given_frames
+from masks import LENGTHS, NUM_FRAMES, TASKS
+from support import media
+from support.common import evenly, replacing
+
+matplotlib.use("Agg")  # no screen needed
+import matplotlib.pyplot as plt  # noqa: E402
+
+SHEET_ITEMS = 8  # samples of each task on its sheet
+
+
+def save(image, path):
+    """Writes a PIL.Image, or a matplotlib figure, which is closed, as a PNG."""
+    with replacing(path) as writing:
+        if hasattr(image, "savefig"):
+            image.savefig(writing, format="png")
+            plt.close(image)
+        else:
+            image.save(writing, "PNG")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The pictures of report.py
+
+
+def heat_map(entry, title, axis):
+    """The loss of every (task, k), its standard error below it; `entry`: a view of the section "loss"."""
+    mean = np.array([[entry["cells"][task][str(k)]["mean"] for k in LENGTHS] for task in TASKS])
+    image = axis.imshow(mean, cmap="viridis", aspect="auto")
+    middle = (mean.min() + mean.max()) / 2
+    for row, task in enumerate(TASKS):
+        for column, k in enumerate(LENGTHS):
+            text = f"{mean[row, column]:.3f}\n± {entry['cells'][task][str(k)]['se']:.3f}"
+            color = "white" if mean[row, column] < middle else "black"
+            axis.text(column, row, text, ha="center", va="center", fontsize=8, color=color)
+    axis.set_xticks(range(len(LENGTHS)), [f"k = {k}" for k in LENGTHS], fontsize=9)
+    axis.set_yticks(range(len(TASKS)), TASKS, fontsize=9)
+    axis.set_title(title, fontsize=10)
+    axis.figure.colorbar(image, ax=axis, shrink=0.85)
+
+
+def plot_heat_maps(loss):
+    """Four heat maps (matplotlib figure): a column per weighting, unknown frames alone below all valid
+    ones."""
+    figure, axes = plt.subplots(2, 2, figsize=(13, 5.4), dpi=100, layout="constrained")
+    for axis, (view, entry) in zip(axes.flat, loss.items()):
+        heat_map(entry, f"held-out loss: {view}", axis)
+    return figure
+
+
+def plot_timesteps(loss):
+    """The loss of the three tasks over the diffusion step (matplotlib figure)."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.2), dpi=100, layout="constrained")
+    for axis, view in zip(axes, ("Eq. 1", "balanced")):
+        for task, ranges in loss[view]["by timestep"].items():
+            mean, se = ([r[name] for r in ranges.values()] for name in ("mean", "se"))
+            axis.errorbar(list(ranges), mean, se, marker="o", capsize=3, linewidth=1, label=task)
+        axis.set(title=f"held-out loss over the diffusion step: {view}", yscale="log")
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    return figure
+
+
+def sample_sheet(task, clips, readings):
+    """PIL.Image: the ground truth, where there is one, above the sample, and below it the cross-fade."""
+    rows, labels, marks = [], [], []
+    for i in evenly([i for i, item in enumerate(clips.items) if item.task == task], SHEET_ITEMS):
+        item, given = clips.items[i], given_frames(clips.items[i])
+        new = " (held-out words)" if item.held_out and item.words else ""
+        read = "; read as " + ", ".join(readings[i]) if readings else ""
+        shown = [(clips.made[i], f"{task} ({item.row}): {item.prompt}{new}{read}", given.tolist())]
+        if item.clip:
+            real = clips.real[item.clip]
+            shown.insert(0, (real, f"real: {item.prompt or item.clip}", [False] * NUM_FRAMES))
+        if task in ("interpolation", "prediction"):
+            shown.append((metrics.cross_fade(real, given), "baseline: cross-fade", given.tolist()))
+        for lines, line in zip((rows, labels, marks), zip(*shown)):
+            lines += line
+    return media.sheet(rows, labels, marks=marks)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The pictures of ablate.py
+
+CURRICULA = ("none", "linear", "dcl")
+
+
+def running_difficulty(log):
+    """The target difficulty u of the feedback, from the logged terms of Eq. 4: (entries,). Under none and
+    linear it is what the feedback would have asked for."""
+    p_star = np.array([entry["p_term"] + entry["i_term"] + entry["d_term"] for entry in log])
+    horizon = max(1, HORIZON * len(log) // max(log[-1]["step"], 1))  # in entries
+    mean, means = 0.0, []
+    for count, p in enumerate(p_star, start=1):
+        mean += (p - mean) / min(count, horizon)
+        means.append(mean)
+    return target_difficulty(p_star, np.array(means))
+
+
+def plot_run(column, log, label):
+    """One run in the three axes of a column: loss, task probabilities, target difficulty."""
+    steps = [entry["step"] for entry in log]
+    loss = np.array([entry["loss"] for entry in log])
+    width = max(1, len(loss) // 25)
+    smooth = np.convolve(loss, np.ones(width) / width, mode="valid")
+    line = column[0].plot(steps[width - 1 :], smooth, linewidth=1, label=label)[0]
+    column[0].plot(steps, loss, linewidth=0.4, alpha=0.3, color=line.get_color())
+    for i, task in enumerate(TASKS):
+        column[1].plot(steps, [entry[f"p_{task}"] for entry in log], color=f"C{i}", linewidth=0.8)
+    column[2].plot(steps, running_difficulty(log), linewidth=0.8, color=line.get_color())
+
+
+def plot_ablation(logs):
+    """The counterpart of the paper's Figure 7 (matplotlib figure, None without logs): training loss, task
+    probabilities and target difficulty over steps, a column per curriculum.
+
+    logs: {(row, seed): entries of log.jsonl}"""
+    shown = {}
+    for (row, seed), log in sorted(logs.items()):
+        if row in CURRICULA and log:
+            shown.setdefault(row, {})[seed] = log
+    if not shown:
+        return None
+    size, grid = (4.3 * len(shown), 8), dict(sharex=True, sharey="row", squeeze=False)
+    figure, axes = plt.subplots(3, len(shown), figsize=size, dpi=100, layout="constrained", **grid)
+    for column, row in zip(axes.T, [row for row in CURRICULA if row in shown]):
+        for seed, log in shown[row].items():
+            plot_run(column, log, f"seed {seed}")
+        unused = "" if row == "dcl" else " (not used)"
+        column[0].set(title=f"{row}: training loss", yscale="log")
+        column[1].set(title="P(task)", ylim=(0, 0.75))
+        column[2].set(title=f"target difficulty u{unused}", ylim=(0, 1), xlabel="step")
+        for axis in column:
+            axis.grid(alpha=0.3)
+        column[0].legend(fontsize=8)
+        column[1].legend(column[1].lines[: len(TASKS)], TASKS, fontsize=8)
+    return figure

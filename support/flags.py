@@ -1,0 +1,48 @@
+"""
+Command lines: flags that several programs share, the numbers that flags take, errors as one sentence.
+"""
+
+import argparse
+import math
+import os
+from pathlib import Path
+
+from support.common import UserError, default_cache
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are UserErrors: `one_sentence` prints them, without the list of all
+    flags."""
+
+    def error(self, message):
+        raise UserError(f"{message} (--help lists the flags).")
+
+
+def number(kind, least, most=math.inf):
+    """A `type=` of add_argument: an int or a float (`kind`) of least..most, finite."""
+
+    def read(text):
+        value = kind(text)
+        if not (least <= value <= most and value < math.inf):
+            bounds = f"be at least {least}" if most == math.inf else f"lie in {least}..{most}"
+            raise argparse.ArgumentTypeError(f"{text} must {bounds}")
+        return value
+
+    read.__name__ = kind.__name__  # which argparse names where `kind` itself fails
+    return read
+
+
+def part_flags(add, default):
+    """--vae, --clip, --t5: the pre-trained parts. add: parser.add_argument of the program; default: what is
+    used without them, in words."""
+    parts = dict(vae="AutoencoderKL", clip="CLIP text model, tokenizer", t5="T5 encoder, tokenizer")
+    for name, part in parts.items():
+        add(f"--{name}", metavar="DIR_OR_ID", help=f"{part} (default: {default})")
+
+
+def work_flags(add, num_workers=min(8, os.cpu_count() or 1)):
+    """--cache_dir and --num_workers. add: parser.add_argument of the program; num_workers: the default."""
+    workers = "processes that decode and draw, 0 = this one alone (default %(default)s)"
+    place = "where drawn stickers, latents and the judge are kept (default %(default)s)"
+    add("--cache_dir", metavar="DIR", type=Path, default=default_cache(), help=place)
+    add("--num_workers", type=number(int, 0), default=num_workers, help=workers)

@@ -11,7 +11,6 @@ from transformers import CLIPConfig, CLIPModel, T5ForConditionalGeneration
 
 from support.encoders import (
     MAX_TOKENS,
-    EncoderError,
     Encoders,
     NgramVectors,
     PatchPCA,
@@ -20,6 +19,7 @@ from support.encoders import (
     PretrainedVAE,
     WordVectors,
 )
+from support.pretrained import EncoderError
 from tests.tiny_parts import make_parts, make_vae
 
 
@@ -102,7 +102,8 @@ def test_unrelated_words_are_orthogonal_and_stems_are_shared():
     assert cosine(NgramVectors(), "bouncing", "bounces") > 0.3 > cosine(NgramVectors(), "bouncing", "green")
 
 
-# ------------------------------------------------------------------------------------- pre-trained encoders
+# ------------------------------------------------------------------------------------------------------------
+# Pre-trained encoders
 
 
 @pytest.fixture(scope="module")

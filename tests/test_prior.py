@@ -1,27 +1,40 @@
-"""The Gaussian that tiny and small start from: against the textbook's conditioning, written densely."""
+"""The preconditioning of tiny and small: the Gaussian against the textbook's conditioning, written densely;
+its wrapper, called as DFGN is."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import sample
+import train
+from data import Batch
 from masks import LENGTHS, NUM_FRAMES
-from model import DFGN, make_scheduler
-from support.prior import WAVES, GaussianPrior
-from tests.test_model import TINY, random_inputs
+from model import make_scheduler
+from support.encoders import Encoders, PatchPCA, load_fitted
+from support.machine import World
+from support.prior import (
+    LATENT_ERROR,
+    MAX_LATENT_WEIGHT,
+    WAVES,
+    GaussianPrior,
+    Preconditioned,
+    balanced_weights,
+    first_latents,
+    loss_weights,
+    precondition,
+)
+from tests.toys import SMALLER, WIDTH, as_text, first_frames, fit_to_noise, given_frames, toy_inputs, toy_unet
 
 C, SIDE, TEXT = 2, 3, 5
 D, MODES = C * SIDE**2, 12
+ALPHA = make_scheduler().alphas_cumprod
 
 
 @pytest.fixture(autouse=True)
 def few_modes(monkeypatch):
-    monkeypatch.setattr("prior.MODES", MODES)
-
-
-def captions(states):
-    """Features (B, TEXT) as the states of a token each"""
-    return states[:, None], torch.ones(len(states), 1, dtype=torch.bool)
+    monkeypatch.setattr("support.prior.MODES", MODES)
 
 
 def random_prior(seed=0):
@@ -59,47 +72,48 @@ def dense_covariance(prior, k, has_text):
     return total
 
 
-@pytest.mark.parametrize("given", [(), (0,), (0, 3), (1, 2, 4), (0, 1, 2, 3, 4)])
+# ------------------------------------------------------------------------------------------------------------
+# The Gaussian
+
+
+@pytest.mark.parametrize("slots", [(), (0,), (0, 3), (1, 2, 4), (0, 1, 2, 3, 4)])
 @pytest.mark.parametrize("t, has_text", [(5, 1), (400, 0), (400, 1)])
-def test_it_is_the_mean_and_the_variance_under_the_gaussian(given, t, has_text):
-    k, prior, alpha = 5, random_prior(), make_scheduler().alphas_cumprod[t]
+def test_it_is_the_mean_and_the_variance_under_the_gaussian(slots, t, has_text):
+    k, prior, alpha = 5, random_prior(), ALPHA[t]
     x, noise = torch.randn(1, NUM_FRAMES, C, SIDE, SIDE), torch.randn(1, NUM_FRAMES, C, SIDE, SIDE)
-    is_given = torch.zeros(1, NUM_FRAMES, dtype=torch.bool)
-    is_given[0, list(given)] = True
-    valid = torch.arange(NUM_FRAMES)[None] < k
+    given = given_frames(*slots, batch=1)
     noisy = alpha.sqrt() * x + (1 - alpha).sqrt() * noise
     words = has_text * torch.randn(1, TEXT)
-    text = captions(prior.no_text + words)
-    estimate, error = prior(noisy, x * is_given[..., None, None, None], alpha[None], text, valid)
+    text = as_text(prior.no_text + words)
+    estimate, error = prior(noisy, x, given, alpha[None], text, first_frames(k, batch=1))
 
     mean = dense_mean(prior, words, k)[0]
     sigma = dense_covariance(prior, k, has_text).reshape(k * D, k * D).double()
-    seen = torch.where(is_given[..., None, None, None], x, noisy / alpha.sqrt())[0, :k].flatten(1)
-    of_noise = torch.where(is_given[0, :k], 0.0, (1 - alpha) / alpha).repeat_interleave(D).double()
+    seen = torch.where(given[..., None, None, None], x, noisy / alpha.sqrt())[0, :k].flatten(1)
+    of_noise = torch.where(given[0, :k], 0.0, (1 - alpha) / alpha).repeat_interleave(D).double()
     gain = sigma @ torch.linalg.inv(sigma + torch.diag(of_noise))
     expected = mean + (gain @ (seen - mean).flatten().double()).unflatten(0, (k, D))
     variance = (sigma - gain @ sigma).diagonal().unflatten(0, (k, D)).mean(dim=1).clamp(min=0)
     torch.testing.assert_close(estimate[0, :k].flatten(1), expected.float(), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(error[0, :k], variance.float().sqrt(), rtol=1e-3, atol=2e-3)
-    assert torch.equal(estimate[is_given], x[is_given])
+    assert torch.equal(estimate[given], x[given])
 
 
-@pytest.mark.parametrize("given", [(), (0, 3)])
+@pytest.mark.parametrize("slots", [(), (0, 3)])
 @pytest.mark.parametrize("has_text", [0, 1])
-def test_what_it_draws_is_of_the_gaussian(given, has_text):
+def test_what_it_draws_is_of_the_gaussian(slots, has_text):
     """Mean and covariance of many draws, under a caption and given frames."""
     k, count, prior = 4, 5000, random_prior()
-    is_given = torch.zeros(k, dtype=torch.bool)
-    is_given[list(given)] = True
+    given = given_frames(*slots, count=k, batch=count)
     x, words = torch.randn(k, D), has_text * torch.randn(1, TEXT)
-    shown = (x * is_given[:, None]).unflatten(1, (C, SIDE, SIDE)).expand(count, -1, -1, -1, -1)
-    text = captions((prior.no_text + words).expand(count, -1))
-    drawn = prior.draw(torch.randn(shown.shape), shown, text)
-    assert torch.equal(drawn[:, is_given], shown[:, is_given])
+    latents = x.unflatten(1, (C, SIDE, SIDE)).expand(count, -1, -1, -1, -1)
+    text = as_text((prior.no_text + words).expand(count, -1))
+    drawn = prior.draw(torch.randn(latents.shape), latents, given, text)
+    assert torch.equal(drawn[given], latents[given])
 
     mean = dense_mean(prior, words, k)[0].flatten()
     sigma = dense_covariance(prior, k, has_text).reshape(k * D, k * D)
-    g = is_given.repeat_interleave(D)
+    g = given[0].repeat_interleave(D)
     follow = sigma[~g][:, g] @ torch.linalg.inv(sigma[g][:, g])
     expected = mean[~g] + follow @ (x.flatten() - mean)[g]
     left = sigma[~g][:, ~g] - follow @ sigma[g][:, ~g]
@@ -108,20 +122,42 @@ def test_what_it_draws_is_of_the_gaussian(given, has_text):
     torch.testing.assert_close(drawn.T.cov(), left, rtol=0.1, atol=0.1)
 
 
+def test_a_given_frame_of_zeros_is_known_as_given():
+    """Zero is a latent like any other: what is given is what the mask says."""
+    prior, given = random_prior(), given_frames(1, batch=1, count=4)
+    latents, noisy = torch.zeros(1, 4, C, SIDE, SIDE), torch.randn(1, 4, C, SIDE, SIDE)
+    text = as_text(prior.no_text[None])
+    estimate, error = prior(noisy, latents, given, ALPHA[None, 800], text)
+    assert (estimate[:, 1] == 0).all() and (error[:, 1] < 1e-3).all() and (error[:, [0, 2, 3]] > 0.1).all()
+    assert (prior.draw(noisy, latents, given, text)[:, 1] == 0).all()
+    unknown, _ = prior(noisy, latents, torch.zeros_like(given), ALPHA[None, 800], text)
+    assert not torch.allclose(unknown, estimate, atol=0.1)
+
+
+def test_latents_that_are_not_given_change_nothing():
+    prior, given, alpha = random_prior(), given_frames(0, 2, count=4), ALPHA[[30, 900]]
+    noisy, latents = torch.randn(2, 2, 4, C, SIDE, SIDE)
+    text, none = as_text(torch.randn(2, TEXT)), torch.full_like(latents, float("nan"))
+    masked = torch.where(given[..., None, None, None], latents, none)
+    for a, b in zip(prior(noisy, latents, given, alpha, text), prior(noisy, masked, given, alpha, text)):
+        assert torch.equal(a, b) and a.isfinite().all()
+    assert torch.equal(prior.draw(noisy, latents, given, text), prior.draw(noisy, masked, given, text))
+
+
 def test_filler_does_not_matter():
-    prior, alpha = random_prior(), make_scheduler().alphas_cumprod[[30, 900]]
-    valid = torch.arange(NUM_FRAMES) < torch.tensor([3, 6])[:, None]
-    noisy, given = torch.randn(2, 2, NUM_FRAMES, C, SIDE, SIDE)
-    given[:, 1:] = 0
-    text = captions(torch.randn(2, TEXT))
+    prior, alpha = random_prior(), ALPHA[[30, 900]]
+    valid = torch.arange(NUM_FRAMES) < torch.tensor([[3], [6]])
+    noisy, latents = torch.randn(2, 2, NUM_FRAMES, C, SIDE, SIDE)
+    given, text = given_frames(0, 7), as_text(torch.randn(2, TEXT))
     outputs = []
     for filler in (7.0, float("nan")):
-        x, z = (torch.where(valid[..., None, None, None], t, filler) for t in (noisy, given))
-        estimate, error = prior(x, z, alpha, text, valid)
+        x, z = (torch.where(valid[..., None, None, None], t, filler) for t in (noisy, latents))
+        estimate, error = prior(x, z, given, alpha, text, valid)
         outputs.append((estimate[valid], error[valid]))
     for a, b in zip(*outputs):
         assert torch.equal(a, b) and a.isfinite().all()
-    alone = prior(noisy[:1, :3], given[:1, :3], alpha[:1], [x[:1] for x in text])
+    one = slice(0, 1)
+    alone = prior(noisy[one, :3], latents[one, :3], given[one, :3], alpha[one], [x[one] for x in text])
     torch.testing.assert_close(outputs[0][0][:3], alone[0][0])
     torch.testing.assert_close(outputs[0][1][:3], alone[1][0])
 
@@ -138,64 +174,153 @@ def test_it_recovers_the_gaussian_that_it_is_fitted_to(has_text):
         x = (torch.randn(n, k * D, generator=g) @ root.T).unflatten(1, (k, D))
         words = has_text * torch.randn(n, TEXT, generator=g)
         x = x + dense_mean(truth, words, k)
-        return x.unflatten(2, (C, SIDE, SIDE)), captions(truth.no_text + words)
+        return x.unflatten(2, (C, SIDE, SIDE)), as_text(truth.no_text + words)
 
     fitted = GaussianPrior(C, SIDE, TEXT)
     drawn = {k: draw(2000, k) for k in LENGTHS}
-    fitted.fit(*({k: both[i] for k, both in drawn.items()} for i in (0, 1)), captions(truth.no_text[None]))
-    (x, text), alpha = draw(500, 6), make_scheduler().alphas_cumprod[300].expand(500)
+    fitted.fit(*({k: both[i] for k, both in drawn.items()} for i in (0, 1)), as_text(truth.no_text[None]))
+    (x, text), alpha = draw(500, 6), ALPHA[300].expand(500)
     noisy = alpha[0].sqrt() * x + (1 - alpha[0]).sqrt() * torch.randn(x.shape, generator=g)
-    given = x * (torch.arange(6) == 2)[:, None, None, None]
+    given = given_frames(2, count=6, batch=500)
     errors = {}
     for name, prior in (("truth", truth), ("fitted", fitted)):
-        estimate, said = prior(noisy, given, alpha, text)
+        estimate, said = prior(noisy, x, given, alpha, text)
         errors[name] = (estimate - x).square().flatten(2).mean(dim=(0, 2)).sqrt()
         torch.testing.assert_close(said.mean(dim=0), errors[name], rtol=0.1, atol=1e-3)
     # modes that are independent over all clips are not quite so within one caption
     torch.testing.assert_close(errors["fitted"], errors["truth"], rtol=0.2 if has_text else 0.1, atol=1e-3)
 
 
-def fit_to_noise(prior, clips, shape, width, scale=1.0):
-    latents = {k: scale * torch.randn(clips if k < 5 else clips // 2, k, *shape) for k in LENGTHS}
-    texts = {k: captions(torch.randn(len(x), width)) for k, x in latents.items()}
-    prior.fit(latents, texts, captions(torch.randn(1, width)))
-
-
 @pytest.mark.parametrize("clips", [1, 2, 5])
 def test_few_clips_are_enough_for_a_start(clips):
-    prior = GaussianPrior(C, SIDE, TEXT)
-    fit_to_noise(prior, clips, (C, SIDE, SIDE), TEXT)
-    x = torch.randn(1, 8, C, SIDE, SIDE)
+    prior = fit_to_noise(GaussianPrior(C, SIDE, TEXT), clips)
+    x, none = torch.randn(1, 8, C, SIDE, SIDE), given_frames(batch=1)
     for text in (prior.no_text[None], torch.randn(1, TEXT)):
-        estimate, error = prior(x, torch.zeros_like(x), torch.tensor([0.5]), captions(text))
+        estimate, error = prior(x, torch.zeros_like(x), none, torch.tensor([0.5]), as_text(text))
         assert estimate.isfinite().all() and error.isfinite().all() and (error > 0).all()
 
 
+def test_it_is_saved_and_loaded_bit_for_bit(tmp_path):
+    prior = fit_to_noise(GaussianPrior(C, SIDE, TEXT), 9)
+    codec = PatchPCA(patch_size=4, latent_channels=C)
+    codec.fit(torch.randint(0, 256, (4, 12, 12, 3), dtype=torch.uint8))
+    Encoders(codec, prior=prior).save(tmp_path)
+    assert {folder.name for folder in tmp_path.iterdir()} == {"codec", "prior"}
+    x, alpha, text = torch.randn(1, 5, C, SIDE, SIDE), ALPHA[None, 500], as_text(torch.randn(1, TEXT))
+    given = given_frames(0, count=5, batch=1)
+    for again in (load_fitted(GaussianPrior, tmp_path / "prior"), Encoders.load(tmp_path, {}).prior):
+        saved, loaded = dict(prior.named_buffers()), dict(again.named_buffers())
+        assert saved.keys() == loaded.keys() and again.lengths == prior.lengths
+        assert all(torch.equal(saved[name], loaded[name]) for name in saved)
+        for a, b in zip(prior(x, x, given, alpha, text), again(x, x, given, alpha, text)):
+            assert torch.equal(a, b)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The wrapper
+
+
+def preconditioned(side=6, fresh=False, **changes):
+    """Around a toy network. fresh: its last layer gives zeros, as at step 0"""
+    unet = toy_unet(condition_channels=8, **(SMALLER | changes))
+    if fresh:
+        unet.initialize()
+    prior = GaussianPrior(4, side, unet.config.clip_dim)
+    return Preconditioned(unet, fit_to_noise(prior, 40, 0.5), ALPHA)
+
+
+def wrapper_inputs(denoiser):
+    noisy, latents, *rest = toy_inputs(denoiser.unet)
+    return noisy, latents[:, :, :4], *rest
+
+
+@torch.no_grad()
 def test_the_network_mixes_it_with_its_own_estimate():
-    """A fresh network's last layer gives zeros: what is left is the prior, the less the larger its error is."""
-    unet = DFGN(**TINY, prior_side=6)
-    fit_to_noise(unet.prior, 40, (4, 6, 6), 10, 0.5)
-    noisy, clean, timestep, text = random_inputs()
-    given = clean * (torch.arange(NUM_FRAMES) < 3)[:, None, None, None]
-    valid = (torch.arange(NUM_FRAMES) < 5).expand(2, -1)
-    alpha = make_scheduler().alphas_cumprod[timestep]
-    with torch.no_grad():
-        noise = unet(noisy, given, timestep, text, valid)
-        estimate, error = unet.prior(noisy, given, alpha, text, valid)
-    share = error**2 / (error**2 + 0.3 * unet.prior.std**2)  # of the network
+    """A fresh network's last layer gives zeros: what is left is the prior, less of it where its error is
+    larger."""
+    denoiser = preconditioned(fresh=True)
+    noisy, latents, given, timestep, text = wrapper_inputs(denoiser)
+    valid, alpha, prior = first_frames(5), ALPHA[timestep], denoiser.prior
+    noise = denoiser(noisy, latents, given, timestep, text, valid)
+    estimate, error = prior(noisy, latents, given, alpha, text, valid)
+    share = error**2 / (error**2 + LATENT_ERROR * prior.std**2)  # of the network
     mixed = (1 - share)[..., None, None, None] * estimate
     alpha = alpha[:, None, None, None, None]
     expected = (noisy - alpha.sqrt() * mixed) / (1 - alpha).sqrt()
     torch.testing.assert_close(noise[:, :5], expected[:, :5], rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(mixed[:, :3], given[:, :3])  # exact where it is given
+    torch.testing.assert_close(mixed[given], latents[given])  # exact where it is given
     assert (noise[:, 5:] == 0).all()
 
 
-def test_it_is_saved_with_the_network(tmp_path):
-    unet = DFGN(**TINY, prior_side=6)
-    fit_to_noise(unet.prior, 9, (4, 6, 6), 10)
-    unet.save_pretrained(tmp_path)
-    again = DFGN.from_pretrained(tmp_path, low_cpu_mem_usage=False)
-    inputs = random_inputs(slots=3)
-    with torch.no_grad():
-        assert torch.equal(unet(*inputs), again(*inputs))
+@torch.no_grad()
+def test_the_wrapper_knows_given_frames_by_their_mask_alone():
+    denoiser = preconditioned()
+    noisy, latents, given, *rest = wrapper_inputs(denoiser)
+    out = denoiser(noisy, latents, given, *rest)
+    masked = torch.where(given[..., None, None, None], latents, float("nan"))
+    assert torch.equal(denoiser(noisy, masked, given, *rest), out) and out.isfinite().all()
+    zeros, none = torch.zeros_like(latents), torch.zeros_like(given)
+    known, unknown = denoiser(noisy, zeros, given, *rest), denoiser(noisy, zeros, none, *rest)
+    assert not torch.allclose(known, unknown, atol=1e-2)  # a latent of zeros is one to be given
+
+
+@torch.no_grad()
+def test_filler_does_not_matter_to_the_wrapper():
+    denoiser, valid = preconditioned(), first_frames(5)
+    noisy, latents, given, *rest = wrapper_inputs(denoiser)
+    out = denoiser(noisy, latents, given, *rest, valid)
+    noisy, latents = (torch.where(valid[..., None, None, None], x, 50.0) for x in (noisy, latents))
+    assert torch.equal(denoiser(noisy, latents, given, *rest, valid), out)
+
+
+def test_gradients_reach_the_network_through_the_wrapper():
+    denoiser = preconditioned()
+    denoiser(*wrapper_inputs(denoiser)).square().mean().backward()
+    assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in denoiser.parameters())
+    assert any(weight.grad.any() for weight in denoiser.unet.parameters())
+    assert not list(denoiser.prior.parameters())
+
+
+def test_without_a_prior_there_is_no_wrapper():
+    unet = toy_unet(**SMALLER)
+    assert precondition(unet, None, ALPHA) is unet
+    assert torch.equal(loss_weights(unet, ALPHA), torch.ones(1000))
+    noise = torch.randn(1, 3, 4, 2, 2)
+    assert first_latents(unet, make_scheduler(), noise, None, None, None, None) is noise
+
+
+def test_loss_weights_are_those_of_the_clean_latents():
+    sigma = 0.5
+    error = torch.randn(1000)  # of the clean latents, and what it makes of the noise
+    of_noise = error * ALPHA.sqrt() / (1 - ALPHA).sqrt()
+    expected = (ALPHA * sigma**2 / (1 - ALPHA) + 1).clamp(max=MAX_LATENT_WEIGHT) * (error / sigma).square()
+    torch.testing.assert_close(balanced_weights(sigma, ALPHA) * of_noise.square(), expected)
+    denoiser = preconditioned()
+    assert torch.equal(loss_weights(denoiser, ALPHA), balanced_weights(float(denoiser.prior.std), ALPHA))
+
+
+@pytest.mark.parametrize("bare", [True, False], ids=["bare", "preconditioned"])
+def test_both_go_through_sampling_and_training_by_the_same_calls(bare):
+    codec = PatchPCA(patch_size=4, latent_channels=4)
+    codec.fit(torch.randint(0, 256, (8, 8, 8, 3), dtype=torch.uint8))
+    text = dict(clip_dim=WIDTH, t5_dim=WIDTH)
+    denoiser = toy_unet(**(SMALLER | text)) if bare else preconditioned(side=2, **text)
+    encoders = Encoders(codec, prior=None if bare else denoiser.prior)
+
+    latents, noise = torch.randn(2, 2, NUM_FRAMES, 4, 2, 2)
+    given, captions = given_frames(0), ["a red heart", ""]
+    clips = sample.generate(denoiser, encoders, captions, latents, given, num_inference_steps=2)
+    assert clips.shape == (2, NUM_FRAMES, 8, 8, 3)
+
+    masks = dict(given=given, valid=first_frames(5), captions=captions)
+    batch = Batch(latents, noise, torch.tensor([10, 900]), **masks, tasks=None, lengths=None)
+    args, weights = SimpleNamespace(mixed_precision="no"), loss_weights(denoiser, ALPHA)
+    run = SimpleNamespace(args=args, world=World(), scheduler=make_scheduler(), encoders=encoders)
+    run.loss_weight = weights
+    loss = train.noise_loss(run, denoiser, batch)
+    assert loss.shape == (2,) and loss.isfinite().all() and (loss > 0).all()
+
+    noisy = make_scheduler().add_noise(latents, noise, batch.timesteps)
+    out = denoiser(noisy, latents, given, batch.timesteps, encoders.text(captions), batch.valid)
+    error = (out - noise)[:, :5].square().mean(dim=(1, 2, 3, 4))
+    torch.testing.assert_close(loss, weights[batch.timesteps] * error)

@@ -1,4 +1,5 @@
-"""Model folders and prompts from elsewhere: one sentence, no memory taken on their word, none of their code run."""
+"""Model folders and prompts from elsewhere: one sentence, no memory taken on their word, none of their code
+run."""
 
 import json
 import os
@@ -11,11 +12,21 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 import sample
-from support.encoders import EncoderError, Encoders, PretrainedCLIP, PretrainedT5, PretrainedVAE
-from tests.test_sample import checkpoint, parts  # noqa: F401 (fixtures)
+from support.encoders import Encoders, PretrainedCLIP, PretrainedT5, PretrainedVAE
+from support.finished import CheckpointError
+from support.pretrained import EncoderError
+from tests.checkpoints import toy_model, write_model
 from tests.tiny_parts import make_clip, make_parts, make_t5, make_vae
 
 HUGE = 10**9
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+UNET = f"unet/{WEIGHTS}"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A finished run with all its parts, the prior included."""
+    return write_model(tmp_path_factory.mktemp("run"), *toy_model(preconditioned=True))
 
 
 def change(path, **entries):
@@ -58,12 +69,18 @@ BROKEN = {
     "words for numbers": ("unet/config.json", dict(block_out_channels=["a", "b"]), "cannot be read"),
     "no groups": ("unet/config.json", dict(norm_num_groups=0), "cannot be read"),
     "negative": ("unet/config.json", dict(cross_attention_dim=-5), "cannot be read"),
-    "side": ("unet/config.json", dict(prior_side=2**16), "more weights than"),
+    "condition": ("unet/config.json", dict(condition_channels=7), "conv_in.weight is"),
     "no pooling": ("unet/config.json", dict(sti_gamma=0), "sti_gamma is 0"),
     "pooling in words": ("unet/config.json", dict(sti_gamma="2"), "sti_gamma is '2'"),
-    "half a U-Net": ("unet/diffusion_pytorch_model.safetensors", halve, "is missing from its weights"),
-    "half a codec": ("codec/diffusion_pytorch_model.safetensors", halve, "is missing from its weights"),
-    "another shape": ("codec/diffusion_pytorch_model.safetensors", bend, "in its weights"),
+    "half a U-Net": (UNET, halve, "is missing from its weights"),
+    "half a codec": (f"codec/{WEIGHTS}", halve, "is missing from its weights"),
+    "half a prior": (f"prior/{WEIGHTS}", halve, "is missing from its weights"),
+    "side": ("prior/config.json", dict(side=2**16), "more weights than"),
+    "another side": ("prior/config.json", dict(side=-4), "resolution = 16, which its parts are not made for"),
+    "lengths": ("prior/config.json", dict(lengths=[3, HUGE]), "lengths"),
+    "no lengths": ("prior/config.json", dict(lengths=[]), "cannot be read"),
+    "no prior": ("prior/config.json", write(b"{"), "cannot be read"),
+    "another shape": (f"codec/{WEIGHTS}", bend, "in its weights"),
     "another class": ("unet/config.json", dict(_class_name="UNet2DConditionModel"), "not a DFGN"),
     "no JSON": ("unet/config.json", write(b"{"), "cannot be read"),
     "a list": ("unet/config.json", write(b"[1, 2]"), "cannot be read"),
@@ -78,59 +95,44 @@ BROKEN = {
     "scale in words": ("model_index.json", dict(image_guidance_scale="1"), "cannot be read"),
     "index": ("model_index.json", write(b"[]"), "cannot be read"),
     "not UTF-8": ("model_index.json", write(b"\xff\xfe\x00"), "cannot be read"),
-    "long header": (
-        "unet/diffusion_pytorch_model.safetensors",
-        write(struct.pack("<Q", 2**63), b"{}"),
-        "cannot be",
-    ),
-    "header without end": (
-        "unet/diffusion_pytorch_model.safetensors",
-        write(struct.pack("<Q", 100), b"{"),
-        "cannot be",
-    ),
-    "no header": (
-        "unet/diffusion_pytorch_model.safetensors",
-        write(b"\x80\x04cos\nsystem\n"),
-        "more weights than",
-    ),
-    "offsets": (
-        "unet/diffusion_pytorch_model.safetensors",
-        write(header(x=("F32", [2**40], [0, 2**42])), bytes(4_000_000)),
-        "cannot be read",
-    ),
+    "long header": (UNET, write(struct.pack("<Q", 2**63), b"{}"), "cannot be"),
+    "header without end": (UNET, write(struct.pack("<Q", 100), b"{"), "cannot be"),
+    "no header": (UNET, write(b"\x80\x04cos\nsystem\n"), "more weights than"),
+    "offsets": (UNET, write(header(x=("F32", [2**40], [0, 2**42])), bytes(4_000_000)), "cannot be read"),
 }
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_model_folder_from_elsewhere_gets_one_sentence(checkpoint, tmp_path, name):  # noqa: F811
+def test_a_model_folder_from_elsewhere_gets_one_sentence(checkpoint, tmp_path, name):
     file, what, words = BROKEN[name]
     folder = shutil.copytree(checkpoint, tmp_path / "copy")
     change(folder / file, **what) if isinstance(what, dict) else what(folder / file)
-    with pytest.raises(sample.CheckpointError, match=words) as error:
+    with pytest.raises(CheckpointError, match=words) as error:
         sample.load(folder)
     assert "\n" not in str(error.value) and len(str(error.value)) < 600
 
 
-def test_a_pickle_in_the_place_of_weights_is_not_opened(checkpoint, tmp_path):  # noqa: F811
+def test_a_pickle_in_the_place_of_weights_is_not_opened(checkpoint, tmp_path):
     class Payload:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "run by the pickle"),)
 
     folder = shutil.copytree(checkpoint, tmp_path / "copy")
-    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    (folder / "unet" / WEIGHTS).unlink()
     torch.save(Payload(), folder / "unet" / "diffusion_pytorch_model.bin")
-    with pytest.raises(sample.CheckpointError):
+    with pytest.raises(CheckpointError):
         sample.load(folder)
     assert not (tmp_path / "run by the pickle").exists()
 
 
 @pytest.mark.parametrize("shard", [None, "weights.bin", "../weights.safetensors"])
-def test_weights_are_safetensors_of_the_same_folder(checkpoint, tmp_path, monkeypatch, shard):  # noqa: F811
+def test_weights_are_safetensors_of_the_same_folder(checkpoint, tmp_path, monkeypatch, shard):
     """Neither a pickle under its usual name (None) nor what an index names elsewhere is opened."""
     opened = []
     monkeypatch.setattr(torch, "load", lambda *args, **kwargs: opened.append(args))
     run, (vae, clip, t5) = shutil.copytree(checkpoint, tmp_path / "run"), make_parts(tmp_path)
     for folder, load in (
+        (run / "prior", lambda: sample.load(run)),
         (run / "unet", lambda: sample.load(run)),
         (run / "codec", lambda: Encoders.load(run, {})),
         (vae, lambda: PretrainedVAE(vae)),
@@ -151,7 +153,7 @@ def test_weights_are_safetensors_of_the_same_folder(checkpoint, tmp_path, monkey
         assert not opened
 
 
-def test_a_spatial_unet_is_no_model(checkpoint, tmp_path):  # noqa: F811
+def test_a_spatial_unet_is_no_model(checkpoint, tmp_path):
     folder = shutil.copytree(checkpoint, tmp_path / "copy")
     shutil.rmtree(folder / "unet")
     UNet2DConditionModel(
@@ -162,7 +164,7 @@ def test_a_spatial_unet_is_no_model(checkpoint, tmp_path):  # noqa: F811
         up_block_types=("UpBlock2D",) * 2,
         attention_head_dim=4,
     ).save_pretrained(folder / "unet")
-    with pytest.raises(sample.CheckpointError, match="UNet2DConditionModel"):
+    with pytest.raises(CheckpointError, match="UNet2DConditionModel"):
         sample.load(folder)
 
 
@@ -230,7 +232,7 @@ def test_a_tokenizer_of_a_missing_package(tmp_path):
 @pytest.mark.parametrize("harm, words", [(halve, "is missing from its weights"), (bend, "in its weights")])
 def test_a_vae_without_its_weights(tmp_path, harm, words):
     make_vae(tmp_path)
-    harm(tmp_path / "diffusion_pytorch_model.safetensors")
+    harm(tmp_path / WEIGHTS)
     with pytest.raises(EncoderError, match=words):
         PretrainedVAE(tmp_path)
 
@@ -259,7 +261,7 @@ def test_other_parts_from_elsewhere(tmp_path):
     change(tmp_path / "vae" / "config.json", block_out_channels=[2**14] * 4)
     with pytest.raises(EncoderError, match="more weights than"):
         PretrainedVAE(tmp_path / "vae")
-    save_file(dict(x=torch.zeros(3)), tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
+    save_file(dict(x=torch.zeros(3)), tmp_path / "vae" / WEIGHTS)
     change(tmp_path / "vae" / "config.json", block_out_channels=[8, 16, 16, 16])
     with pytest.raises(EncoderError):
         PretrainedVAE(tmp_path / "vae")
@@ -280,8 +282,8 @@ PROMPTS = [
 
 
 @pytest.mark.parametrize("prompt", PROMPTS, ids=range(len(PROMPTS)))
-def test_any_prompt_has_states(parts, prompt):  # noqa: F811
-    states, mask, *_ = parts[1].text([prompt, ""])
+def test_any_prompt_has_states(prompt):
+    states, mask, *_ = toy_model()[1].text([prompt, ""])
     assert states.isfinite().all() and mask.any(dim=1).all() and states.shape[1] <= 77
 
 

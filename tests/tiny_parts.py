@@ -1,5 +1,5 @@
-"""Tiny VAE, CLIP, T5 and Stable-Diffusion-shaped U-Net with random weights, made by the libraries' own classes and
-saved by their own save_pretrained: python tests/tiny_parts.py FOLDER"""
+"""Tiny VAE, CLIP, T5 and Stable-Diffusion-shaped U-Net, random weights, made by the libraries' own classes
+and saved by their own save_pretrained: python tests/tiny_parts.py FOLDER"""
 
 import sys
 from pathlib import Path

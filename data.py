@@ -2,17 +2,14 @@
 A folder of stickers -> the key frames of each -> latents on disk -> batches.
 
     python data.py stickers/                        what would be used, what is dropped and why
-    python data.py stickers/ --preview sheet.png    the same, with a histogram of lengths and a sheet of key
-                                                    frames
+    python data.py stickers/ --preview sheet.png    the same, and a picture of lengths and key frames
     python data.py stickers/ --encode --vae DIR_OR_ID --resolution 256
-                                                    encode every key frame into the latent cache that train.py
-                                                    reads (it would encode what is missing itself)
+                                                    the latents that train.py would encode at its start
 """
 
 import argparse
 import hashlib
 import os
-from collections import Counter
 from contextlib import closing
 from functools import lru_cache, partial
 from pathlib import Path
@@ -28,10 +25,10 @@ from masks import LENGTHS, NUM_FRAMES, TASKS
 from support import cache, media, pictures
 from support.common import UserError, default_cache, evenly, one_sentence, printable
 from support.encoders import PretrainedVAE
-from support.folder import DataError, scan_folder
+from support.folder import DataError, print_summary, scan_folder
 from support.workers import in_processes
 
-MIN_FRAMES = LENGTHS[0]  # distinct frames that a clip needs
+THUMBNAIL = 32  # pixels, width and height of what key frames are chosen by
 HASH_PROBABILITY = 0.2  # that a word of a caption becomes "#": the released code's, the paper gives none
 NUM_TIMESTEPS = 1000  # diffusion steps (Table 6)
 LEAST_SIDE = 8  # pixels of --resolution: the smallest that a VAE encodes
@@ -39,8 +36,6 @@ NONE_USABLE = "none of the stickers can be used: `python data.py FOLDER` says wh
 
 # ------------------------------------------------------------------------------------------------------------
 # Key frames ("Clustering-based frame extraction")
-
-THUMBNAIL = 32  # pixels, width and height
 
 
 def thumbnails(frames):
@@ -152,7 +147,7 @@ def load_clip(sticker, resolution):
         return str(error)
     key_frames = extract_key_frames(thumbnails(frames))
     if not key_frames:
-        return f"fewer than {MIN_FRAMES} distinct frames (it has {len(frames)} in all)"
+        return f"fewer than {LENGTHS[0]} distinct frames (it has {len(frames)} in all)"
     equal = equal_frames(len(frames)) if len(frames) >= NUM_FRAMES else None
     kept = np.unique(np.concatenate([*key_frames.values(), *([] if equal is None else [equal])]))  # (M,)
     key_frames = {k: np.searchsorted(kept, indices) for k, indices in key_frames.items()}
@@ -178,9 +173,8 @@ class CachedClip(NamedTuple):
     split: str  # "train" or "validation"
     shard: Path  # the file of its latents
     start: int  # its first row there
-    rows: (
-        np.ndarray
-    )  # int8 (7, 8): its rows of the key frames for k = 3..8, then of the equally spaced; -1 = none
+    # int8 (7, 8): its rows of the key frames for k = 3..8, then of the equally spaced frames; -1 = none
+    rows: np.ndarray
 
     @property
     def longest(self):
@@ -205,9 +199,8 @@ def row_table(clip):
 
 def encode_clips(stickers, codec, resolution, num_workers):
     """Yields for each sticker its latents float16 (M, C, h, w) and row_table, or why it is dropped (str)."""
-    with closing(
-        load_clips(stickers, resolution, num_workers)
-    ) as clips:  # no process stays when the codec fails
+    # closing: no decoding process stays when the codec fails
+    with closing(load_clips(stickers, resolution, num_workers)) as clips:
         for clip in clips:
             if isinstance(clip, Clip):
                 yield codec.encode(torch.from_numpy(clip.pixels)).half().cpu(), row_table(clip)
@@ -330,9 +323,7 @@ def draw_batch(dataset, clips, probabilities, seed, step, indices, global_batch,
 
 
 def fit_codec(codec, stickers, resolution, num_workers, most_clips=384, frames_per_clip=4):
-    """Fits a codec (encoders.PatchPCA) to an even selection of the training files.
-
-    Raises DataError if none is usable."""
+    """Fits a PatchPCA to an even selection of the training files. Raises DataError if none is usable."""
     chosen = evenly([sticker for sticker in stickers if sticker.split == "train"], most_clips)
     clips = load_clips(chosen, resolution, num_workers)
     frames = []
@@ -362,7 +353,6 @@ def fit_prior(prior, dataset, clips, encoders, most_clips=1024):
 
 def parse_args():
     parser = argparse.ArgumentParser(description="Say what of a folder of stickers is used, and encode it.")
-    # fmt: off
     add = parser.add_argument
     add("folder", help="folder of stickers")
     add("--preview", metavar="FILE.png", help="write a histogram of lengths and a sheet of key frames")
@@ -371,7 +361,6 @@ def parse_args():
     add("--resolution", type=int, help="side of the frames in pixels (default: 256 with --encode, else 96)")
     add("--cache_dir", default=default_cache(), help="where latents are kept (default: %(default)s)")
     add("--num_workers", type=int, default=os.cpu_count() or 1, help="decoding processes, 0 = this one alone")
-    # fmt: on
     args = parser.parse_args()
     if args.resolution is None:
         args.resolution = 256 if args.encode else 96
@@ -389,7 +378,7 @@ def parse_args():
 def inspect(args):
     """Decodes a folder, says what is used and what is dropped, and draws the preview."""
     stickers, dropped = scan_folder(args.folder)
-    used, shown = [], []
+    used, counts, shown = [], [], []
     clips = load_clips(stickers, args.resolution, args.num_workers)
     clips = tqdm(clips, "reading stickers", len(stickers), unit="file", disable=None)
     for sticker, clip in zip(stickers, clips):
@@ -399,32 +388,12 @@ def inspect(args):
         if len(used) % max(1, len(stickers) // 24) == 0:  # the first one, and some two dozen more
             key_frames = clip.pixels[clip.key_frames[max(clip.key_frames)]]
             shown.append((key_frames, sticker.caption or printable(sticker.name)))
-        used.append((sticker, clip.count))
-
-    for name, reason in dropped:
-        print(f"dropped {printable(name)}: {reason}")
-    print(
-        f"{printable(args.folder)}: {len(used)} stickers used, {len(dropped)} dropped, "
-        f"{sum(sticker.split == 'validation' for sticker, _ in used)} of the used held out for validation, "
-        f"{sum(not sticker.caption for sticker, _ in used)} without a caption"
-    )
-    if not used:
-        raise DataError(f"{printable(args.folder)} holds no usable sticker: the reasons are above.")
-    counts = [count for _, count in used]
-    print("frames per clip: " + ", ".join(f"{c} x {n}" for n, c in sorted(Counter(counts).items())[:40]))
+        used.append(sticker)
+        counts.append(clip.count)
+    print_summary(args.folder, used, counts, dropped)
     if args.preview:
         pictures.preview(*zip(*shown), counts).save(args.preview)
         print(f"wrote {printable(args.preview)}")
-
-
-def encode(args):
-    """Fills the latent cache of a folder."""
-    stickers, _ = scan_folder(args.folder)
-    codec = PretrainedVAE(args.vae, "cuda" if torch.cuda.is_available() else "cpu")
-    if args.resolution % codec.factor:
-        raise DataError(f"--resolution {args.resolution}: must be a multiple of the VAE's {codec.factor}.")
-    dataset = open_dataset(args.folder, stickers, codec, args.resolution, args.cache_dir, args.num_workers)
-    print(f"{len(dataset.clips)} clips of {printable(args.folder)} are in {printable(dataset.folder)}")
 
 
 def main():
@@ -433,7 +402,13 @@ def main():
         if args.preview or not args.encode:
             inspect(args)
         if args.encode:
-            encode(args)
+            stickers, _ = scan_folder(args.folder)
+            codec = PretrainedVAE(args.vae, "cuda" if torch.cuda.is_available() else "cpu")
+            if args.resolution % codec.factor:
+                raise UserError(f"--resolution {args.resolution}: must be a multiple of {codec.factor}.")
+            settings = args.resolution, args.cache_dir, args.num_workers
+            dataset = open_dataset(args.folder, stickers, codec, *settings)
+            print(f"{len(dataset.clips)} clips are in {printable(dataset.folder)}")
 
 
 if __name__ == "__main__":

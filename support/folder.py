@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -202,3 +203,20 @@ def scan_folder(folder):
         split = split or ("validation" if name in held_out else "train")
         stickers.append(Sticker(path, name, caption, split))
     return stickers, problems
+
+
+def print_summary(folder, used, counts, dropped):
+    """Says what of a folder is used and what is dropped. Raises DataError if nothing is used.
+
+    used: list of Sticker; counts: frames of each of them; dropped: [(name, reason)]
+    """
+    for name, reason in dropped:
+        print(f"dropped {printable(name)}: {reason}")
+    print(
+        f"{printable(folder)}: {len(used)} stickers used, {len(dropped)} dropped, "
+        f"{sum(sticker.split == 'validation' for sticker in used)} of the used held out for validation, "
+        f"{sum(not sticker.caption for sticker in used)} without a caption"
+    )
+    if not used:
+        raise DataError(f"{printable(folder)} holds no usable sticker: the reasons are above.")
+    print("frames per clip: " + ", ".join(f"{c} x {n}" for n, c in sorted(Counter(counts).items())[:40]))

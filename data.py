@@ -7,7 +7,6 @@ A folder of stickers -> the key frames of each -> latents on disk -> batches.
                                                     the latents that train.py would encode at its start
 """
 
-import argparse
 import hashlib
 import os
 from contextlib import closing
@@ -23,9 +22,11 @@ from tqdm import tqdm
 import masks
 from masks import LENGTHS, NUM_FRAMES, TASKS
 from support import cache, media, pictures
-from support.common import UserError, default_cache, evenly, one_sentence, printable
+from support.common import UserError, evenly, one_sentence, printable
 from support.encoders import PretrainedVAE
+from support.flags import Parser, number, work_flags
 from support.folder import DataError, print_summary, scan_folder
+from support.machine import device
 from support.workers import in_processes
 
 THUMBNAIL = 32  # pixels, width and height of what key frames are chosen by
@@ -352,22 +353,16 @@ def fit_prior(prior, dataset, clips, encoders, most_clips=1024):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="Say what of a folder of stickers is used, and encode it.")
-    add = parser.add_argument
+    parser = Parser(description="Say what of a folder of stickers is used, and encode it.")
+    add, side = parser.add_argument, number(int, LEAST_SIDE, media.MAX_SIDE)
     add("folder", help="folder of stickers")
     add("--preview", metavar="FILE.png", help="write a histogram of lengths and a sheet of key frames")
     add("--encode", action="store_true", help="encode every key frame into the latent cache of train.py")
     add("--vae", metavar="DIR_OR_ID", help="the VAE to encode with: a folder or a hub id")
-    add("--resolution", type=int, help="side of the frames in pixels (default: 256 with --encode, else 96)")
-    add("--cache_dir", default=default_cache(), help="where latents are kept (default: %(default)s)")
-    add("--num_workers", type=int, default=os.cpu_count() or 1, help="decoding processes, 0 = this one alone")
+    add("--resolution", type=side, help="side of the frames in pixels (default: 256 with --encode, else 96)")
+    work_flags(add, os.cpu_count() or 1)
     args = parser.parse_args()
-    if args.resolution is None:
-        args.resolution = 256 if args.encode else 96
-    if not LEAST_SIDE <= args.resolution <= media.MAX_SIDE:
-        raise UserError(f"--resolution {args.resolution}: must be {LEAST_SIDE} to {media.MAX_SIDE} pixels.")
-    if args.num_workers < 0:
-        raise UserError(f"--num_workers {args.num_workers}: must not be negative.")
+    args.resolution = args.resolution or (256 if args.encode else 96)
     if args.encode and not args.vae:
         raise UserError("--encode needs --vae: train.py fits the built-in codec and encodes with it.")
     if args.preview:
@@ -396,19 +391,20 @@ def inspect(args):
         print(f"wrote {printable(args.preview)}")
 
 
+@one_sentence("data.py")
 def main():
-    with one_sentence("data.py"):
-        args = parse_args()
-        if args.preview or not args.encode:
-            inspect(args)
-        if args.encode:
-            stickers, _ = scan_folder(args.folder)
-            codec = PretrainedVAE(args.vae, "cuda" if torch.cuda.is_available() else "cpu")
-            if args.resolution % codec.factor:
-                raise UserError(f"--resolution {args.resolution}: must be a multiple of {codec.factor}.")
-            settings = args.resolution, args.cache_dir, args.num_workers
-            dataset = open_dataset(args.folder, stickers, codec, *settings)
-            print(f"{len(dataset.clips)} clips are in {printable(dataset.folder)}")
+    args = parse_args()
+    if args.preview or not args.encode:
+        inspect(args)
+    if args.encode:
+        stickers, _ = scan_folder(args.folder)
+        codec = PretrainedVAE(args.vae, device())
+        if args.resolution % codec.factor:
+            raise UserError(f"--resolution {args.resolution}: must be a multiple of {codec.factor}.")
+        dataset = open_dataset(
+            args.folder, stickers, codec, args.resolution, args.cache_dir, args.num_workers
+        )
+        print(f"{len(dataset.clips)} clips are in {printable(dataset.folder)}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """
-The frozen parts around the U-Net, behind one small interface (section 3.2 and Table 6 of the paper):
+The frozen parts around the U-Net, behind one small interface ("Guidance" and Table 6 of the paper):
 
     codec      frames uint8 (N, R, R, 3)  <->  latents (N, C, R/f, R/f)               the paper's VAE
     clip, t5   captions -> token states (B, L, width) and a mask bool (B, L)          the paper's CLIP and T5

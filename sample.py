@@ -26,7 +26,7 @@ import masks
 from model import DFGN, NUM_TIMESTEPS, make_scheduler
 from support import media
 from support.common import UserError, one_sentence
-from support.finished import MAX_SCALE, newest_run, read_model
+from support.finished import MAX_SCALE, CheckpointError, newest_run, read_model
 from support.flags import Parser, number, part_flags
 from support.machine import device as this_device
 from support.machine import precision, prepare
@@ -135,6 +135,10 @@ def load(checkpoint, device="cpu", vae=None, clip=None, t5=None):
     takes, and the scales and precision it was trained for. Raises CheckpointError.
     """
     unet, encoders, settings = read_model(checkpoint, DFGN, device, vae, clip, t5)
+    if encoders.prior is not None and encoders.prior.lengths != masks.LENGTHS:
+        raise CheckpointError(
+            f"--checkpoint {checkpoint} cannot be read: its prior is for other clip lengths."
+        )
     prepare(unet.eval(), device)
     return precondition(unet, encoders.prior, make_scheduler().alphas_cumprod), encoders, settings
 

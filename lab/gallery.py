@@ -27,6 +27,7 @@ from masks import NUM_FRAMES
 from support import media, stickers
 from support.common import UserError, evenly, one_sentence
 from support.folder import scan_folder
+from support.machine import device
 
 # The commands of the README: which frames of how many are given, and whether the caption is.
 #    task                    given frames        frames  text
@@ -172,8 +173,7 @@ def parse_args():
 def main():
     with one_sentence("lab.gallery"):
         args = parse_args()
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = sample.load(args.checkpoint, device)  # denoiser, encoders, settings
+        model = sample.load(args.checkpoint, device())  # denoiser, encoders, settings
         folder = stickers.draw_stickers(stickers.default_folder())
         real = held_out_stickers(folder, model[2]["resolution"], len(STRIP))
         if args.output:

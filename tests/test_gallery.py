@@ -8,26 +8,16 @@ import torch
 from PIL import Image
 
 from lab import gallery
-from model import make_scheduler
 from support import stickers
-from support.checkpoint import write_index, write_unet
-from support.encoders import Encoders, PatchPCA
-from tests.toys import toy_unet
+from tests.checkpoints import CHANNELS, SETTINGS, toy_model, write_model
 
-SIDE = 32  # pixels
-SETTINGS = dict(resolution=SIDE, mixed_precision="no", guidance_scale=3.0, image_guidance_scale=1.5)
+SIDE = SETTINGS["resolution"]
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A finished run of a random toy network with a codec that was fitted to noise."""
-    noise = np.random.default_rng(0).integers(0, 255, (30, 8, 8, 3), dtype=np.uint8)
-    codec = PatchPCA(patch_size=4, latent_channels=4)
-    codec.fit(torch.from_numpy(noise))
-    folder, unet = tmp_path_factory.mktemp("run"), toy_unet()
-    write_unet(folder / "unet", unet, unet.state_dict())
-    write_index(folder, Encoders(codec), make_scheduler(), SETTINGS)
-    return folder
+    return write_model(tmp_path_factory.mktemp("run"), *toy_model(preconditioned=True))
 
 
 @pytest.fixture(scope="module")
@@ -110,12 +100,13 @@ def test_held_out_stickers_are_never_trained_ones(drawn):
 
 def test_only_given_frames_reach_the_network(monkeypatch):
     seen = {}
-    codec = PatchPCA(patch_size=4, latent_channels=4)
-    monkeypatch.setattr(codec, "encode", lambda pixels: torch.ones(len(pixels), 4, SIDE // 4, SIDE // 4))
+    _, encoders = toy_model()
+    latents = torch.ones(CHANNELS, SIDE // 4, SIDE // 4)
+    monkeypatch.setattr(encoders.codec, "encode", lambda pixels: latents.expand(len(pixels), -1, -1, -1))
     monkeypatch.setattr(gallery.sample, "generate", lambda *args, **options: seen.update(args=args))
     real = np.zeros((8, SIDE, SIDE, 3), np.uint8)
     cells = [gallery.task_cell(row, "a red heart bouncing", real) for row in gallery.STRIP]
-    gallery.sample_cells(None, Encoders(codec), SETTINGS, cells)
+    gallery.sample_cells(None, encoders, SETTINGS, cells)
     _, _, prompts, latents, given = seen["args"]
     assert prompts == ["a red heart bouncing"] * 2 + [""] * 2
     assert np.array_equal(given.sum(1), [0, 1, 3, 5])

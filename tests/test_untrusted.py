@@ -79,6 +79,7 @@ BROKEN = {
     "another side": ("prior/config.json", dict(side=-4), "resolution = 16, which its parts are not made for"),
     "lengths": ("prior/config.json", dict(lengths=[3, HUGE]), "lengths"),
     "no lengths": ("prior/config.json", dict(lengths=[]), "cannot be read"),
+    "other lengths": ("prior/config.json", dict(lengths=[2, 3, 4, 5, 6, 8]), "other clip lengths"),
     "no prior": ("prior/config.json", write(b"{"), "cannot be read"),
     "another shape": (f"codec/{WEIGHTS}", bend, "in its weights"),
     "another class": ("unet/config.json", dict(_class_name="UNet2DConditionModel"), "not a DFGN"),

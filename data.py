@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
@@ -46,57 +47,40 @@ def thumbnails(frames):
     return np.stack(small).reshape(len(frames), -1)
 
 
-def product(a, b):
-    """Matrix product by torch: decoding processes hold it to one thread, numpy's would take all cores."""
-    return (torch.from_numpy(a) @ torch.from_numpy(b)).numpy()
+def assign(distances):
+    """distances (N, k) -> nearest centroid of each frame (N,). An empty cluster takes the farthest frame."""
+    nearest, assignment = distances.min(dim=1)
+    for cluster in set(range(distances.shape[1])) - set(assignment.tolist()):
+        alone = assignment.bincount()[assignment] == 1
+        farthest = nearest.masked_fill(alone, -1).argmax()
+        assignment[farthest], nearest[farthest] = cluster, 0
+    return assignment
 
 
-def kmeans(gram, k, rng, restarts=6, iterations=50):
-    """Lloyd's k-means with k-means++ starts, on inner products alone: the clips are short and their features
-    long, so the N x N Gram matrix holds all that is needed. All R restarts advance together. An empty cluster
-    takes the frame farthest from its centroid.
+def kmeans(x, k, rng, restarts=6, iterations=50):
+    """Lloyd's k-means, the best of some k-means++ starts.
 
-    gram: float64 (N, N) inner products of the features; at least k of them distinct
-    Returns (assignment int (N,), squared distances float (N, k) to the centroids)
-    of the best of `restarts` runs.
+    x: float64 (N, D), at least k distinct rows
+    Returns (assignment (N,), distances (N, k) to the means of the clusters).
     """
-    n, runs = len(gram), np.arange(restarts)
-    norms = np.diag(gram)
-    pairwise = np.maximum(norms[:, None] + norms[None] - 2 * gram, 0)  # (N, N) squared distances
-
-    def to_centroids(assignment):
-        member = np.eye(k)[assignment]  # (R, N, k)
-        share = member / member.sum(axis=1, keepdims=True)
-        inner = product(gram, share)
-        # |x|^2 - 2 x c + |c|^2
-        return norms[:, None] - 2 * inner + (inner * share).sum(axis=1, keepdims=True)
-
-    centers = [rng.integers(n, size=restarts)]  # k times (R,)
-    nearest = pairwise[centers[0]]  # (R, N)
-    while len(centers) < k:  # greedy k-means++: the best of three centers drawn by their squared distance
-        total = nearest.cumsum(axis=1)
-        drawn = rng.random((restarts, 3)) * total[:, -1:]
-        candidates = (total[:, None] <= drawn[..., None]).sum(axis=2).clip(max=n - 1)  # (R, 3)
-        reduced = np.minimum(nearest[:, None], pairwise[candidates])  # (R, 3, N)
-        best = reduced.sum(axis=2).argmin(axis=1)
-        centers.append(candidates[runs, best])
-        nearest = reduced[runs, best]
-    assignment = pairwise[np.stack(centers, axis=1)].argmin(axis=1)  # (R, N)
-    for _ in range(iterations):
-        distances = to_centroids(assignment)  # (R, N, k)
-        new = distances.argmin(axis=2)
-        for run in np.flatnonzero((new[..., None] == np.arange(k)).any(axis=1).sum(axis=1) < k):
-            for cluster in np.flatnonzero(np.bincount(new[run], minlength=k) == 0):
-                stays = np.bincount(new[run], minlength=k)[new[run]] == 1  # the only member of its cluster
-                far = np.where(stays, -np.inf, distances[run, np.arange(n), new[run]])
-                new[run, far.argmax()] = cluster
-        if (new == assignment).all():
-            break
-        assignment = new
-    distances = to_centroids(assignment)
-    inertia = np.take_along_axis(distances, assignment[..., None], axis=2).sum(axis=(1, 2))
-    best = inertia.argmin()
-    return assignment[best], distances[best]
+    runs, pairwise = [], torch.cdist(x, x).square()
+    for _ in range(restarts):
+        starts = [rng.integers(len(x))]
+        while len(starts) < k:  # of three frames drawn by squared distance the one that brings it down most
+            nearest = pairwise[starts].amin(dim=0)  # (N,)
+            drawn = rng.choice(len(x), size=3, p=(nearest / nearest.sum()).numpy())
+            left = pairwise[drawn].minimum(nearest).sum(dim=1)  # (3,)
+            starts.append(drawn[left.argmin()])
+        distances, assignment = torch.cdist(x, x[starts]), None  # (N, k)
+        for _ in range(iterations):
+            before, assignment = assignment, assign(distances)
+            if before is not None and before.equal(assignment):
+                break
+            members = F.one_hot(assignment, k).T.to(x)  # (k, N)
+            distances = torch.cdist(x, members @ x / members.sum(dim=1, keepdim=True))
+        inertia = distances.gather(1, assignment[:, None]).square().sum()
+        runs.append((inertia, assignment, distances))
+    return min(runs, key=lambda run: run[0])[1:]
 
 
 def extract_key_frames(features, lengths=LENGTHS, seed=0):
@@ -108,16 +92,17 @@ def extract_key_frames(features, lengths=LENGTHS, seed=0):
     to the centroid of each of k clusters, in the order of time. Empty where no k is that small.
     """
     distinct = len({feature.tobytes() for feature in features})
-    x = features.astype(np.float64)
-    x = x - x.mean(axis=0)
-    gram = product(x, x.T)
+    x = torch.from_numpy(features).double()
+    x = x - x.mean(dim=0)
+    x = torch.linalg.qr(x.T, mode="r").R.T  # the same distances in at most N dimensions, which is faster
     key_frames = {}
     for k in lengths:
         if k > distinct:
             break
-        assignment, distances = kmeans(gram, k, np.random.default_rng((seed, k)))
-        masked = np.where(assignment[:, None] == np.arange(k), distances, np.inf)  # (N, k)
-        key_frames[k] = np.sort(masked.argmin(axis=0))
+        assignment, distances = kmeans(x, k, np.random.default_rng((seed, k)))
+        distances = distances.round(decimals=3)  # of equally near frames the first, whatever the rounding
+        distances[assignment[:, None] != torch.arange(k)] = torch.inf
+        key_frames[k] = np.sort(distances.argmin(dim=0).numpy())
     return key_frames
 
 

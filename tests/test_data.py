@@ -19,7 +19,7 @@ import data
 import masks
 from curriculum import Curriculum
 from data import load_clip, load_clips, open_dataset
-from masks import LENGTHS, NUM_FRAMES
+from masks import NUM_FRAMES
 from support import cache, media
 from support.encoders import PatchPCA
 from support.folder import scan_folder
@@ -41,7 +41,7 @@ def open_folder(folder, cache, **codec):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Clips and their key frames
+# Clips
 
 
 def test_unusable_files_are_dropped_with_a_reason(folder):
@@ -52,52 +52,6 @@ def test_unusable_files_are_dropped_with_a_reason(folder):
     dropped = {name: reason for name, reason in reasons.items() if isinstance(reason, str)}
     assert set(dropped) == {"still.gif", "text.gif", "cut.gif"}
     assert "distinct" in dropped["still.gif"]
-
-
-def test_kmeans_is_as_good_as_scikit_learns():
-    from sklearn.cluster import KMeans
-
-    ours, theirs = [], []
-    for seed in range(12):
-        rng = np.random.default_rng(seed)
-        n, k = int(rng.integers(8, 60)), int(rng.integers(3, 9))
-        centers = rng.normal(0, 3, (k, 20))
-        x = centers[rng.integers(k, size=n)] + rng.normal(0, 1, (n, 20))
-        assignment, distances = data.kmeans(x @ x.T, k, np.random.default_rng((0, k)))
-        # the distances are those to the means of the clusters
-        means = np.stack([x[assignment == c].mean(axis=0) for c in range(k)])
-        np.testing.assert_allclose(distances, ((x[:, None] - means) ** 2).sum(-1), atol=1e-6)
-        ours.append(distances[np.arange(n), assignment].sum())
-        theirs.append(KMeans(k, n_init=4, random_state=seed).fit(x).inertia_)
-    ratio = np.array(ours) / np.array(theirs)
-    assert ratio.mean() < 1.02 and ratio.max() < 1.15
-
-
-def test_key_frames_are_one_per_scene_in_order_of_time():
-    scenes = np.random.default_rng(0).integers(0, 255, (4, data.THUMBNAIL**2 * 3))
-    order = [2] * 7 + [0] * 1 + [3] * 9 + [1] * 4
-    noise = np.random.default_rng(1).integers(-3, 4, (len(order), scenes.shape[1]))
-    features = np.clip(scenes[order] + noise, 0, 255).astype(np.uint8)
-    key_frames = data.extract_key_frames(features)
-    assert list(key_frames) == list(LENGTHS)
-    assert [order[i] for i in key_frames[4]] == [2, 0, 3, 1]
-    for k, indices in key_frames.items():
-        assert len(set(indices)) == k and (np.diff(indices) > 0).all()
-
-
-@pytest.mark.parametrize("distinct", [1, 2, 3, 5, 8])
-def test_k_never_exceeds_the_distinct_frames(distinct):
-    base = np.random.default_rng(0).integers(0, 255, (distinct, 3072)).astype(np.uint8)
-    key_frames = data.extract_key_frames(np.repeat(base, 4, axis=0))
-    assert list(key_frames) == [k for k in LENGTHS if k <= distinct]
-    for k, indices in key_frames.items():
-        assert len({i // 4 for i in indices}) == k  # no frame twice, though each stands there four times
-
-
-def test_equal_frames_span_the_clip():
-    assert data.equal_frames(8).tolist() == list(range(8))
-    frames = data.equal_frames(40)
-    assert frames[[0, -1]].tolist() == [0, 39] and (np.diff(frames) > 0).all()
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from support.common import UserError
-from support.optim import averaged
+from support.optim import align_moments, averaged
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -283,6 +283,7 @@ def load_checkpoint(path, training):
         set_model_state_dict(unet, load_file(path / "unet" / WEIGHTS), options=whole)
         tensors = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
         set_optimizer_state_dict(unet, training.optimizer, tensors["optimizer"], options=whole)
+        align_moments(training.optimizer)
         training.lr_schedule.load_state_dict(tensors["lr_schedule"])
         training.scaler.load_state_dict(tensors["scaler"])
         training.curriculum.load_state_dict(state["curriculum"])

@@ -46,6 +46,15 @@ def make_optimizer(unet, learning_rate, eight_bit=False, low_memory=False):
     return AdamW8bit(groups, lr=learning_rate, bf16_stochastic_round=low_memory, **ADAM)
 
 
+def align_moments(optimizer):
+    """Gives moments that were loaded the memory layout of their weights: those of sharded ranks come
+    contiguous. Fused AdamW on a CPU takes equal layouts for granted, and would mix up their numbers."""
+    for weight, moments in optimizer.state.items():
+        for name, moment in moments.items():
+            if type(moment) is torch.Tensor and moment.shape == weight.shape:  # neither sharded nor 8-bit
+                moments[name] = torch.empty_like(weight, dtype=moment.dtype).copy_(moment)
+
+
 def clip_gradients(unet):
     """Clips the gradients to MAX_GRAD_NORM. Returns their norm before that, over all ranks: a float."""
     norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), MAX_GRAD_NORM)

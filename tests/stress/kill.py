@@ -1,76 +1,67 @@
 """
-Kills a toy training run with SIGKILL at random moments and inside its saves, resumes it each time, and compares what
-comes out with an unbroken run:
+Kills a toy training run with SIGKILL at random moments and inside its saves, resumes it each time, and
+compares what comes out with an unbroken run:
 
-    python tests/kill.py --trials 20 --seed 0
+    python tests/stress/kill.py --trials 20 --seed 0
 
-A trial is one kill. Even trials kill at a random time after the first step, odd ones at a random writing, renaming or
-removing call (halfway through the file, where a file is written).
+A trial is one kill. Even trials kill at a random time after the first step, odd ones at a random writing,
+renaming or removing call (halfway through the file, where a file is written).
 """
 
 import argparse
-import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
-import torch
-from safetensors.torch import load_file
 from tqdm import tqdm
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from support import (
-    checkpoint,  # noqa: E402
-    stickers,  # noqa: E402
+from support import checkpoint, stickers
+from tests.runs import log, said, same, start, train_elsewhere, weights
+
+CALLS_PER_SAVE = 15
+FLAGS = dict(
+    max_train_steps=90,
+    train_batch_size=2,
+    validation_steps=0,
+    checkpoints_total_limit=2,
+    resume_from_checkpoint="latest",
 )
 
-STEPS, SAVE_EVERY, CALLS_PER_SAVE = 90, 3, 15
+
+def steps(out):
+    return [step for step, _ in checkpoint.list_checkpoints(out)]
 
 
-def start(out, data, cache, **env):
-    words = [
-        "tests/toy_train.py",
-        "--data",
-        data,
-        "--cache_dir",
-        cache,
-        "--output_dir",
-        out,
-        "--max_train_steps",
-        STEPS,
-        "--train_batch_size",
-        2,
-        "--mixed_precision",
-        "no",
-        "--num_workers",
-        0,
-        "--validation_steps",
-        0,
-        "--checkpointing_steps",
-        SAVE_EVERY,
-        "--resume_from_checkpoint",
-        "latest",
-        "--validation_prompts",
-        "a cat",
-    ]
-    return subprocess.Popen(
-        [sys.executable, *map(str, words)],
-        cwd=ROOT,
-        env={**os.environ, **env, "TOY_NO_PICTURES": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def kill_inside_a_save(out, rng, flags):
+    """Kills a run at one of its calls. Returns its exit status."""
+    call = rng.integers(1, 2 * CALLS_PER_SAVE)
+    return start(out, env=dict(TOY_KILL=str(call)), **flags).wait()
 
 
-def weights(folder):
-    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+def kill_at_a_moment(out, rng, flags):
+    """Kills a run within a second after its first save. Returns its exit status."""
+    before, process = steps(out), start(out, **flags)
+    while process.poll() is None and steps(out) == before:
+        time.sleep(0.01)
+    time.sleep(rng.uniform(0, 1.0))
+    process.send_signal(signal.SIGKILL)
+    return process.wait()
+
+
+def kill(out, trial, rng, flags):
+    """One trial. Returns whether the run was killed. Raises SystemExit if it failed or left damage behind."""
+    status = (kill_inside_a_save if trial % 2 == 1 else kill_at_a_moment)(out, rng, flags)
+    if status not in (0, -signal.SIGKILL):
+        raise SystemExit(f"trial {trial}: exit status {status}\n{said(out)[-2000:]}")
+    for _, path in checkpoint.list_checkpoints(out):
+        if damage := checkpoint.find_damage(path):
+            raise SystemExit(f"trial {trial}: {path.name}: {damage}")
+    return status != 0
 
 
 def main():
@@ -82,46 +73,17 @@ def main():
     with tempfile.TemporaryDirectory() as root:
         root = Path(root)
         data = stickers.draw_stickers(root / "set", count=24)
-        whole = start(root / "whole", data, root / "cache")
-        if whole.wait() != 0:
-            raise SystemExit(whole.stderr.read()[-2000:])
-        out, kills, finished = root / "killed", 0, 0
-        for trial in tqdm(range(args.trials), desc="kills"):
-            inside = trial % 2 == 1
-            calls = str(rng.integers(1, 2 * CALLS_PER_SAVE))
-            process = start(out, data, root / "cache", **(dict(TOY_KILL=calls) if inside else {}))
-            if not inside:
-                before = [step for step, _ in checkpoint.list_checkpoints(out)]
-                while (
-                    process.poll() is None
-                    and [step for step, _ in checkpoint.list_checkpoints(out)] == before
-                ):
-                    time.sleep(0.01)
-                time.sleep(rng.uniform(0, 1.0))
-                process.send_signal(signal.SIGKILL)
-            code = process.wait()
-            if code not in (0, -signal.SIGKILL):
-                raise SystemExit(f"trial {trial}: exit status {code}\n{process.stderr.read()[-2000:]}")
-            kills, finished = kills + (code != 0), finished + (code == 0)
-            for _, path in checkpoint.list_checkpoints(out):
-                if damage := checkpoint.find_damage(path):
-                    raise SystemExit(f"trial {trial}: {path.name}: {damage}")
-        last = start(out, data, root / "cache")
-        if last.wait() != 0:
-            raise SystemExit(last.stderr.read()[-2000:])
-        a, b = weights(root / "whole"), weights(out)
-        same = a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-        logs = [
-            [(entry["step"], entry["loss"]) for entry in checkpoint.read_log(root / name / "log.jsonl")]
-            for name in ("whole", "killed")
-        ]
+        flags = dict(FLAGS, data=data, cache_dir=root / "cache")
+        whole, out = train_elsewhere(root / "whole", **flags), root / "killed"
+        kills = sum(kill(out, trial, rng, flags) for trial in tqdm(range(args.trials), desc="kills"))
+        train_elsewhere(out, **flags)
+        same_weights, same_log = same(weights(whole), weights(out)), log(whole) == log(out)
         leftovers = [path.name for path in out.glob("*.tmp")]
-        print(
-            f"{kills} kills ({finished} runs ended before theirs); every checkpoint left behind was whole; final weights "
-            f"{'equal' if same else 'DIFFER'}, {len(logs[0])} logged losses "
-            f"{'equal' if logs[0] == logs[1] else 'DIFFER'}, leftovers: {leftovers or 'none'}"
-        )
-        sys.exit(0 if same and logs[0] == logs[1] and not leftovers else 1)
+        print(f"{kills} kills, {args.trials - kills} runs ended before theirs; no checkpoint was damaged")
+        print(f"final weights {'equal' if same_weights else 'DIFFER'}")
+        print(f"{len(log(whole))} entries of the log {'equal' if same_log else 'DIFFER'}")
+        print(f"left over: {leftovers or 'nothing'}")
+    sys.exit(0 if same_weights and same_log and not leftovers else 1)
 
 
 if __name__ == "__main__":

@@ -136,10 +136,9 @@ class STI(nn.Module):
         s = frames.unpack(self.norm_attention(s)) + order[:, None]  # (B, F, HW/gg, d)
         tokens_per_frame = s.shape[2]
         s = s.flatten(1, 2)  # (B, F*HW/gg, d)
-        # each (B, heads, F*HW/gg, head width)
-        q, k, v = (
-            w(s).unflatten(2, (self.heads, -1)).transpose(1, 2) for w in (self.to_q, self.to_k, self.to_v)
-        )
+        # (B, heads, F*HW/gg, head width) each
+        projections = self.to_q, self.to_k, self.to_v
+        q, k, v = (w(s).unflatten(2, (self.heads, -1)).transpose(1, 2) for w in projections)
         keys = None
         if frames.valid is not None:  # filler slots are no keys: (B, 1, 1, F*HW/gg)
             keys = frames.valid.repeat_interleave(tokens_per_frame, dim=1)[:, None, None]

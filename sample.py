@@ -24,11 +24,10 @@ from tqdm import tqdm
 
 import masks
 from model import DFGN, NUM_TIMESTEPS, make_scheduler
-from support import media
+from support import machine, media
 from support.common import UserError, one_sentence
 from support.finished import MAX_SCALE, CheckpointError, newest_run, read_model
 from support.flags import Parser, number, part_flags
-from support.machine import device as this_device
 from support.machine import precision, prepare
 from support.pictures import sheet
 from support.prior import first_latents, precondition
@@ -187,16 +186,25 @@ def parse_image(text):
 
 def parse_args():
     parser = Parser(description="Generate, interpolate and extend animated stickers.")
-    # fmt: off
     add, default = parser.add_argument, "(default: %(default)s)"
     scale, frames = number(float, -MAX_SCALE, MAX_SCALE), number(int, masks.LENGTHS[0], masks.NUM_FRAMES)
-    add("--checkpoint", metavar="DIR_OR_ID",
-        help="a finished run, a checkpoint-N folder in it, or a hub id (default: the newest run under runs/)")
+    add(
+        "--checkpoint",
+        metavar="DIR_OR_ID",
+        help="a finished run, a checkpoint-N folder in it, or a hub id (default: the newest run under runs/)",
+    )
     part_flags(add, "what the checkpoint records")
     add("--prompt", default="", help="what the sticker shows")
     add("--negative_prompt", default="", help="what it should not show")
-    add("--image", nargs="+", action="extend", type=parse_image, default=[], metavar="SLOT:FILE",
-        help="given frames: picture files and the frames, counted from 0, where they stand")
+    add(
+        "--image",
+        nargs="+",
+        action="extend",
+        type=parse_image,
+        default=[],
+        metavar="SLOT:FILE",
+        help="given frames: picture files and the frames, counted from 0, where they stand",
+    )
     add("--num_frames", type=frames, default=masks.NUM_FRAMES, help=f"frames of the sticker {default}")
     add("--num_inference_steps", type=number(int, 1, NUM_TIMESTEPS), default=50, help=f"DDIM steps {default}")
     add("--eta", type=number(float, 0, 1), default=1.0, help=f"0: deterministic, 1: as DDPM {default}")
@@ -205,10 +213,13 @@ def parse_args():
     add("--seed", type=number(int, 0), default=0, help=f"another seed, another sticker {default}")
     add("--num_samples", type=number(int, 1), default=1, help=f"stickers to make {default}")
     add("--fps", type=number(float, 0.1, 1000), default=8.0, help=f"frames per second of the file {default}")
-    add("--output", default="sticker.gif", type=Path,
+    add(
+        "--output",
+        default="sticker.gif",
+        type=Path,
         help=f".gif, .webp, .mp4, or .png for a sheet {default}; several samples get numbered names, or a "
-        "row each of the sheet")
-    # fmt: on
+        "row each of the sheet",
+    )
     args = parser.parse_args()
     check_args(args)
     return args
@@ -233,16 +244,15 @@ def check_args(args):
 
 
 def write(output, clips, given, fps):
-    """Writes clips (num_samples, F, R, R, 3) to `output`, several to numbered names or, as PNG, to rows of a
-    sheet.
-    Returns the paths."""
+    """Writes clips (num_samples, F, R, R, 3) to `output`, several to numbered names, or as a PNG to the
+    rows of a sheet. Returns the paths."""
     if output.suffix.lower() == ".png" and len(clips) > 1:
         output.parent.mkdir(parents=True, exist_ok=True)
         sheet(list(clips), marks=[given.tolist()] * len(clips)).save(output)
         return [output]
-    names = (
-        [output.with_stem(f"{output.stem}-{i}") for i in range(len(clips))] if len(clips) > 1 else [output]
-    )
+    names = [output]
+    if len(clips) > 1:
+        names = [output.with_stem(f"{output.stem}-{i}") for i in range(len(clips))]
     for name, clip in zip(names, clips):
         media.write_clip(name, clip, fps)
     return names
@@ -254,7 +264,7 @@ def main():
     if args.checkpoint is None:
         args.checkpoint = newest_run()
         print(f"the newest run: {args.checkpoint}")
-    denoiser, encoders, settings = load(args.checkpoint, this_device(), args.vae, args.clip, args.t5)
+    denoiser, encoders, settings = load(args.checkpoint, machine.device(), args.vae, args.clip, args.t5)
     pictures = {slot: read_picture(file, settings["resolution"]) for slot, file in args.image}
     if pictures and not masks.is_trained(pictures, args.num_frames):
         print(

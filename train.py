@@ -221,7 +221,7 @@ def train(run, training, stop_signals):
 
 
 @torch.no_grad()
-def validation_loss(run, denoiser):
+def held_out_loss(run, denoiser):
     """The loss over held-out samples, drawn with equal probabilities and as at step 0: the same ones every
     time. None without any."""
     if not run.held_out:
@@ -244,9 +244,9 @@ def validate(run, training):
         denoiser = precondition(unet, run.encoders.prior, run.scheduler.alphas_cumprod)
         unet.eval()
         with averaged(unet, training.average):
-            loss = validation_loss(run, denoiser)
-            about = run.encoders, run.dataset, run.held_out, run.prompts, args
-            picture, samples = validation_sheet(denoiser, *about)
+            loss = held_out_loss(run, denoiser)
+            shown = run.dataset, run.held_out, run.prompts
+            picture, samples = validation_sheet(denoiser, run.encoders, *shown, args)
         unet.train()
         if world.main:
             with log.report_write_errors(world.print0):
@@ -295,8 +295,7 @@ def build_network(args, world, encoders, fresh):
     if args.init_unet and fresh:
         start_from_spatial(unet, args.init_unet)
     if args.low_memory:
-        for weight in unet.parameters():
-            weight.data = weight.data.to(torch.bfloat16)
+        torch.nn.Module.to(unet, torch.bfloat16)  # ModelMixin's own may keep some in fp32
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing(recompute)
     if args.compile:
@@ -335,7 +334,8 @@ def open_stickers(args, world, folder, found, problems, encoders):
     prompts = args.validation_prompts
     if prompts is None:
         captions = [clip.caption for clip in held_out if clip.caption][:6]
-        prompts = captions if args.data else stickers.PROMPTS
+        # Without any captions one sticker is drawn without text.
+        prompts = (captions or [""]) if args.data else stickers.PROMPTS
     return dict(dataset=dataset, clips=clips, held_out=held_out, prompts=prompts, summary=summary)
 
 
@@ -385,8 +385,8 @@ def main():
         world = World()
         run, training = set_up(args, world, on_exit)
         train(run, training, on_exit.enter_context(stop_requests()))
-        about = run.encoders.sources(), run.summary, run.global_batch, training.step
-        card = log.model_card(training.unet, args, *about)
+        facts = run.encoders.sources(), run.summary, run.global_batch, training.step
+        card = log.model_card(training.unet, args, *facts)
         checkpoint.write_finished(args.output_dir, training, run.parts, card, main=world.main)
         pictures = f"validation-{training.step}.png, sample.gif and progress.png"
         world.print0(f"wrote {args.output_dir}: the model, {pictures}")

@@ -183,7 +183,7 @@ def check_schedule(checkpoint, schedule):
 
 
 class SaveError(UserError):
-    """Something could not be written. What had been saved before is still there."""
+    """Something could not be written. Checkpoints saved before are still there."""
 
 
 @contextmanager
@@ -289,6 +289,8 @@ def load_checkpoint(path, training):
         training.curriculum.load_state_dict(state["curriculum"])
         for name in NUMBERS:
             setattr(training, name, state[name])
+    except UserError:  # of the curriculum
+        raise
     except (ValueError, KeyError, OSError, RuntimeError, UnpicklingError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
@@ -310,6 +312,10 @@ def write_finished(output_dir, training, parts, card, main=True):
         write_unet(writing / "unet", training.unet, weights)
         write_parts(writing, encoders, scheduler, dict(settings, step=training.step))
         (writing / "README.md").write_text(card)
+        # Parts of another run that this model does not have, and the index of the model that goes
+        for name in {"codec", "prior"} - {part.name for part in writing.iterdir()}:
+            shutil.rmtree(Path(output_dir) / name, ignore_errors=True)
+        (Path(output_dir) / "model_index.json").unlink(missing_ok=True)
         order = sorted(writing.iterdir(), key=lambda part: (part.name == "model_index.json", part.name))
         for part in order:  # model_index.json last: with it the folder is whole
             final = Path(output_dir) / part.name

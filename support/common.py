@@ -1,6 +1,5 @@
 """
-What every room of the project uses: errors that end as one sentence, files that are whole or absent, small
-helpers.
+What the whole project uses: errors that end as one sentence, files that are whole or absent, small functions.
 """
 
 import errno

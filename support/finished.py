@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 
 from support.common import UserError
@@ -17,6 +16,12 @@ from support.media import MAX_SIDE
 from support.pretrained import EncoderError, check_size
 
 MAX_SCALE = 1000  # of guidance: beyond it every picture is saturated
+PARTS = ["model_index.json", "unet/*", "unet_ema/*", "codec/*", "prior/*"]  # of a model on the hub
+
+
+# What files raise that are missing, damaged, of another size, or made to break whoever reads them
+BROKEN = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError)
+BROKEN += (SafetensorError,)
 
 
 class CheckpointError(UserError):
@@ -38,8 +43,8 @@ def local_folder(checkpoint):
     folder = Path(checkpoint)
     if not folder.is_dir():
         try:
-            folder = Path(snapshot_download(str(checkpoint)))
-        except (OSError, ValueError, HFValidationError) as error:  # HTTP errors are OSErrors
+            folder = Path(snapshot_download(str(checkpoint), allow_patterns=PARTS))
+        except (OSError, ValueError) as error:  # HTTP errors are OSErrors
             reason = " ".join(str(error).split())[:200]
             raise CheckpointError(
                 f"--checkpoint {checkpoint} is not a folder, nor a hub id that can be fetched: give the "
@@ -60,7 +65,7 @@ def check_settings(settings):
     if settings["mixed_precision"] not in DTYPES:
         raise ValueError(f"model_index.json says mixed_precision = {settings['mixed_precision']}")
     for name in ("guidance_scale", "image_guidance_scale"):
-        if not abs(settings[name]) < MAX_SCALE:
+        if not abs(settings[name]) <= MAX_SCALE:
             raise ValueError(f"model_index.json says {name} = {settings[name]}")
 
 
@@ -78,10 +83,8 @@ def check_fit(unet, encoders, resolution):
         t5_dim=encoders.t5.width,
     )
     wanted = dict(config, condition_channels=config.condition_channels or config.latent_channels)
-    if prior is not None and (prior.config.latent_channels, prior.config.text_dim) != (
-        channels,
-        found["clip_dim"],
-    ):
+    made_for = channels, encoders.clip.width
+    if prior is not None and (prior.config.latent_channels, prior.config.text_dim) != made_for:
         raise ValueError("its prior is of another model")
     for name, value in found.items():
         if wanted[name] != value:
@@ -112,17 +115,7 @@ def read_model(checkpoint, network, device="cpu", vae=None, clip=None, t5=None):
         check_fit(unet, encoders, settings["resolution"])
     except EncoderError as error:
         raise CheckpointError(str(error)) from error
-    # Missing, damaged, of another size, or made to break what reads it.
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        ArithmeticError,
-        SafetensorError,
-    ) as error:
+    except BROKEN as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"--checkpoint {checkpoint} cannot be read, use another one ({reason})."

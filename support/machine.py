@@ -56,8 +56,7 @@ def precision(device_type, mixed_precision):
 
 def recompute_contexts():
     """Contexts for gradient checkpointing: the backward pass runs outside `precision`, and must recompute
-    with
-    the same attention kernel (autocast is carried over by torch itself)."""
+    with the same attention kernel (torch itself carries autocast over)."""
     again = nullcontext() if torch.backends.cuda.flash_sdp_enabled() else sdpa_kernel(SDPBackend.MATH)
     return nullcontext(), again
 
@@ -68,9 +67,7 @@ recompute = partial(checkpoint, use_reentrant=False, context_fn=recompute_contex
 
 def cast_to_weight_dtype(norm, inputs):
     """A hook: LayerNorm computes in the type of its weights, in single precision as a rule. So does autocast
-    on a GPU, but on a CPU it would sum the gradients of weights and biases in bf16, which loses digits with
-    every
-    frame."""
+    on a GPU, but on a CPU it would sum the gradients of weights and biases in bf16, which loses digits."""
     return (inputs[0].to(norm.weight.dtype),)
 
 
@@ -85,9 +82,7 @@ def prepare(unet, device, channels_last=True):
 
 
 def compile_layers(unet):
-    """Compiles layer by layer (torch.compile): the whole network would be compiled anew for each way of
-    packing
-    frames."""
+    """Compiles layer by layer: the whole network would be compiled anew for each way of packing frames."""
     # of all layers of a class together: beyond it they would run as they are
     torch._dynamo.config.recompile_limit = 64
     for layer in unet.layers():
@@ -101,12 +96,10 @@ def compile_layers(unet):
 
 
 class World:
-    """The processes of a run: this one alone, or all that torchrun started. With one process nothing here
-    waits.
+    """The processes of a run: this one alone, or all that torchrun started. One alone never waits here.
 
-    rank, size: of all processes; local_rank, local_size: of those on this machine; main: whether this is rank
-    0;
-    device: where this process computes"""
+    rank, size: of all processes; local_rank, local_size: of those on this machine
+    main: whether this is rank 0; device: where this process computes"""
 
     def __init__(self):
         names = dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, LOCAL_WORLD_SIZE=1)
@@ -122,8 +115,7 @@ class World:
             self.connect()
 
     def connect(self):
-        # Rank 0 decodes, validates and saves while the others wait: far longer than the default timeout
-        # allows.
+        # Rank 0 decodes, validates and saves while the others wait: longer than the default timeout allows.
         patience = timedelta(hours=12)
         store, _, _ = next(rendezvous("env://", timeout=patience))
         # torchrun's store outlives a restart, with the addresses of the processes that are gone (pytorch
@@ -166,14 +158,12 @@ class World:
         if self.size == 1 or isinstance(unet, FSDPModule):
             return unet
         ids = [self.local_rank] if self.device.type == "cuda" else None
-        return DistributedDataParallel(
-            unet, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
-        )
+        options = dict(gradient_as_bucket_view=True, broadcast_buffers=False)
+        return DistributedDataParallel(unet, device_ids=ids, **options)
 
 
 def gradient_sync(network, last):
-    """The context of one forward and backward pass of a step: gradients are summed over the ranks in the
-    last."""
+    """The context of one forward and backward pass of a step; in the last the ranks sum their gradients."""
     if isinstance(network, FSDPModule):
         network.set_requires_gradient_sync(last)
     return nullcontext() if last or not isinstance(network, DistributedDataParallel) else network.no_sync()

@@ -27,7 +27,6 @@ def make_parser(presets):
     about = f"size, and defaults of the training: {listed}"
     first.add_argument("--preset", choices=presets, default="tiny", metavar="NAME", help=about)
     parser = Parser(description="Train an animated-sticker generator from scratch.", parents=[first])
-    # fmt: off
     add, default = parser.add_argument, "(default: %(default)s)"
     count, natural = number(int, 1), number(int, 0)
     add("--data", metavar="DIR", help="folder of stickers (default: draws the built-in set)")
@@ -37,42 +36,80 @@ def make_parser(presets):
     add("--train_batch_size", type=count, help=f"clips per process and micro-step {default}")
     add("--gradient_accumulation_steps", type=count, default=1, help=f"micro-steps per step {default}")
     add("--learning_rate", type=number(float, 1e-12), help=f"peak learning rate of AdamW {default}")
-    add("--lr_scheduler", choices=[s.value for s in SchedulerType if s.value != "piecewise_constant"],
-        help=f"learning rate over steps {default}")
+    add(
+        "--lr_scheduler",
+        choices=[s.value for s in SchedulerType if s.value != "piecewise_constant"],
+        help=f"learning rate over steps {default}",
+    )
     add("--lr_warmup_steps", type=natural, help=f"steps of linear warm-up {default}")
-    add("--mixed_precision", choices=["no", "fp16", "bf16"],
-        help="autocast; the weights stay in fp32 (default: bf16 where the machine has it, else no)")
+    add(
+        "--mixed_precision",
+        choices=["no", "fp16", "bf16"],
+        help="autocast; the weights stay in fp32 (default: bf16 where the machine has it, else no)",
+    )
     part_flags(add, "the built-in one")
     add("--init_unet", metavar="DIR_OR_ID", help="start the spatial part from a Stable Diffusion 2.x U-Net")
     add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, more time")
     add("--use_8bit_adam", action="store_true", help="AdamW's moments in 8 bits (needs torchao)")
-    add("--low_memory", action="store_true",
+    add(
+        "--low_memory",
+        action="store_true",
         help="bf16 weights with stochastic rounding, 8-bit moments, averaged weights on the CPU, gradient "
-        "checkpointing (needs torchao)")
+        "checkpointing (needs torchao)",
+    )
     add("--shard", action="store_true", help="split weights and optimizer over the ranks of torchrun (FSDP2)")
     add("--compile", action="store_true", help="torch.compile the layers: slow first steps, fast later ones")
-    add("--use_ema", action=argparse.BooleanOptionalAction, default=True,
-        help="keep averaged weights, and use them (default: yes)")
+    add(
+        "--use_ema",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep averaged weights, and use them (default: yes)",
+    )
     add("--ema_on_cpu", action="store_true", help="keep them in the CPU's memory")
-    add("--curriculum", choices=["none", "linear", "dcl"],
-        help="none: uniform; linear: static part alone; dcl: with feedback (default: dcl)")
-    add("--temporal", choices=["sti", "conv3d"], default="sti",
-        help=f"temporal layer; conv3d is the ablation of Table 3 {default}")
-    add("--ddu", choices=["on", "off"], default="on",
-        help=f"dual masks; off is the ablation of Table 3: text alone, always 8 frames {default}")
+    add(
+        "--curriculum",
+        choices=["none", "linear", "dcl"],
+        help="none: uniform; linear: static part alone; dcl: with feedback (default: dcl)",
+    )
+    add(
+        "--temporal",
+        choices=["sti", "conv3d"],
+        default="sti",
+        help=f"temporal layer; conv3d is the ablation of Table 3 {default}",
+    )
+    add(
+        "--ddu",
+        choices=["on", "off"],
+        default="on",
+        help=f"dual masks; off is the ablation of Table 3: text alone, always 8 frames {default}",
+    )
     add("--seed", type=natural, default=0, help=f"every random draw follows from it {default}")
     add("--checkpointing_steps", type=count, default=500, help=f"save every so many steps {default}")
     add("--checkpoints_total_limit", type=natural, default=2, help=f"keep the last ones, 0 = all {default}")
-    add("--resume_from_checkpoint", metavar="latest|PATH",
-        help="continue a run; latest without a checkpoint starts fresh")
-    add("--validation_steps", type=natural, default=2000,
-        help=f"sample sheet and held-out loss every so many steps and at the end; 0 = at the end {default}")
-    add("--validation_prompts", nargs="+", metavar="TEXT",
-        help="prompts on the sheet (default: fixed ones for the built-in stickers, else held-out captions)")
-    add("--report_to", choices=["none", "tensorboard", "wandb"], default="none",
-        help=f"log there too {default}")
+    add(
+        "--resume_from_checkpoint",
+        metavar="latest|PATH",
+        help="continue a run; latest without a checkpoint starts fresh",
+    )
+    add(
+        "--validation_steps",
+        type=natural,
+        default=2000,
+        help=f"sample sheet and held-out loss every so many steps and at the end; 0 = at the end {default}",
+    )
+    add(
+        "--validation_prompts",
+        nargs="+",
+        metavar="TEXT",
+        help="prompts on the sheet (default: fixed ones for the built-in stickers, else held-out captions)",
+    )
+    add(
+        "--report_to",
+        choices=["none", "tensorboard", "wandb"],
+        default="none",
+        help=f"log there too {default}",
+    )
     work_flags(add)
-    # fmt: on
     parser.set_defaults(**presets[first.parse_known_args()[0].preset])
     return parser
 

@@ -156,8 +156,9 @@ def start_from_spatial(unet, source):
     spatial = load_pretrained("--init_unet", source, ("unet",), load, build).state_dict()
     own = unet.state_dict()
     channels = spatial["conv_in.weight"].shape[1]
+    extra = own["conv_in.weight"].shape[1] - channels
     if channels == unet.config.latent_channels:
-        spatial["conv_in.weight"] = F.pad(spatial["conv_in.weight"], (0, 0, 0, 0, 0, channels))
+        spatial["conv_in.weight"] = F.pad(spatial["conv_in.weight"], (0, 0, 0, 0, 0, extra))
     for name, weight in spatial.items():
         if name not in own or own[name].shape != weight.shape:
             theirs, ours = tuple(weight.shape), tuple(own[name].shape) if name in own else "absent"

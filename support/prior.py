@@ -46,9 +46,8 @@ class GaussianPrior(ModelMixin, ConfigMixin):
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("modes", torch.eye(modes, size))  # (M, D), orthonormal rows
         self.register_buffer("no_text", torch.zeros(text_dim))  # features of the empty caption
-        self.register_buffer(
-            "shift", torch.zeros(WAVES, text_dim, modes)
-        )  # of modes, by a caption's features
+        # How far the modes move by a caption's features
+        self.register_buffer("shift", torch.zeros(WAVES, text_dim, modes))
         # First for clips without text, then for those with it, whose mean is known better: variances, the
         # last one of what is left; for every number of frames 3..8 and every band, in the upper left corner,
         # correlations with a mean diagonal of one
@@ -61,8 +60,7 @@ class GaussianPrior(ModelMixin, ConfigMixin):
         self.register_buffer("band", band, persistent=False)  # (M + 1,)
 
     def features(self, text):
-        """text as DFGN.forward takes it -> (B, text_dim): the sum of CLIP states, less that of the empty
-        caption"""
+        """text, as DFGN.forward takes it -> (B, text_dim): the sum of CLIP states less that of no caption"""
         states, mask = text[:2]
         return (states.float() * mask[..., None]).sum(dim=1) - self.no_text
 
@@ -74,8 +72,7 @@ class GaussianPrior(ModelMixin, ConfigMixin):
         return torch.cos(math.pi * place[..., None] * wave)
 
     def shift_by(self, words, slots, length):
-        """How far captions move the modes of each frame. words: their features (B, text_dim) -> (B, slots,
-        M)"""
+        """How far captions move the modes of each frame: features (B, text_dim) -> (B, slots, M)"""
         return self.waves(slots, length) @ (words @ self.shift).transpose(0, 1)
 
     @torch.no_grad()
@@ -127,19 +124,21 @@ class GaussianPrior(ModelMixin, ConfigMixin):
                     self.frames[has_text * len(self.lengths) + i, band, :k, :k] = correlation
         self.variance.clamp_(min=1e-6 * self.variance.max())
 
-    def conditioned(self, is_given, valid, text):
-        """What captions and given frames say before any noisy frame is seen. is_given, valid: bool (B, F)
+    def conditioned(self, given, valid, text):
+        """What captions and given frames say before any noisy frame is seen. given, valid: bool (B, F)
 
-        Returns shift (B, F, M) of the modes by the caption and, from then on for every band: follow (B,
-        bands, F, F), how a frame follows the given ones, which have no noise; Q (B, bands, F, F), the
-        eigenvectors over frames of how the others still vary; variance (B, F, M + 1) along those, of each
-        mode and of the rest."""
+        Returns
+        shift (B, F, M): of the modes by the caption; and for every band
+        follow (B, bands, F, F): how a frame follows the given ones, which have no noise
+        Q (B, bands, F, F): the eigenvectors over frames of how the others still vary
+        variance (B, F, M + 1): along those, of each mode and of the rest
+        """
         slots = valid.shape[1]
         words = self.features(text)
         has_text = (words.norm(dim=1) > 0.05 * self.no_text.norm()).long()  # (B,)
         shift = self.shift_by(words, slots, valid.sum(dim=1)) * has_text[:, None, None]
 
-        g, u = (m[:, None, :, None].float() for m in (is_given & valid, ~is_given & valid))  # (B, 1, F, 1)
+        g, u = (m[:, None, :, None].float() for m in (given & valid, ~given & valid))  # (B, 1, F, 1)
         length = (valid.sum(dim=1) - self.lengths[0]).clamp(min=0)
         T = self.frames[has_text * len(self.lengths) + length, :, :slots, :slots]  # (B, bands, F, F)
         among_given = T * g * g.mT + torch.diag_embed(1 - g.squeeze(3))
@@ -162,9 +161,9 @@ class GaussianPrior(ModelMixin, ConfigMixin):
         """The best linear estimate of the clean latents, and how far off it will be.
 
         noisy: (B, F, C, h, w), x_t; latents, given: clean latents and bool (B, F), which of them are given
-        alpha: (B,) cumulative; text: as DFGN.forward takes it; valid: bool (B, F) Returns estimate (B, F, C,
-        h, w), exact in given frames, and error (B, F), the expected root mean square of its error. In slots
-        that hold no frame both mean nothing.
+        alpha: (B,) cumulative; text: as DFGN.forward takes it; valid: bool (B, F)
+        Returns estimate (B, F, C, h, w), exact in given frames, and error (B, F), the root mean square of its
+        error that is to be expected. In slots that hold no frame both mean nothing.
         """
         shape = noisy.shape[2:]
         if valid is None:

@@ -237,13 +237,14 @@ def test_without_any_run_it_says_how_to_make_one(tmp_path, monkeypatch, capsys):
 
 def test_a_hub_id_is_fetched(checkpoint, monkeypatch):
     fetched = []
-    monkeypatch.setattr("support.finished.snapshot_download", lambda name: fetched.append(name) or checkpoint)
+    fetch = lambda name, allow_patterns: fetched.append(name) or checkpoint  # noqa: E731
+    monkeypatch.setattr("support.finished.snapshot_download", fetch)
     _, _, settings = sample.load("someone/stickers")
     assert fetched == ["someone/stickers"] and settings["resolution"] == 16
 
 
 def test_a_hub_id_that_cannot_be_fetched_gets_one_sentence(monkeypatch):
-    def fail(name):
+    def fail(name, allow_patterns):
         raise OSError("we could not\nreach the hub")
 
     monkeypatch.setattr("support.finished.snapshot_download", fail)

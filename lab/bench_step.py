@@ -49,7 +49,7 @@ def make_denoiser(preset, channels, side, text_width, channels_last=True):
     """(unet, denoiser) as train.py builds them: `full` is the bare U-Net, the others are preconditioned."""
     config = dict(SIZES[preset], latent_channels=channels, clip_dim=text_width, t5_dim=text_width)
     prior = None
-    if preset != "full":
+    if PRESETS[preset]["prior"]:
         config["condition_channels"] = 2 * channels
         prior = GaussianPrior(channels, side, text_width).to(DEVICE)
     unet = prepare(DFGN(**config), DEVICE, channels_last)

@@ -148,14 +148,13 @@ def sample_items(model, dataset, items, args, folder):
     (8, R, R, 3) beside `items`."""
     denoiser, encoders, recorded = model
     by_name = {clip.name: clip for clip in dataset.clips}
-    side = recorded["resolution"] // encoders.codec.factor
     batches = []
     for task in ("text", *CONDITIONED):
         mine = [item for item in items if item.task == task]
         batches += [mine[i : i + args.batch_size] for i in range(0, len(mine), args.batch_size)]
 
     def sample_batch(i, batch):
-        latents = torch.zeros(len(batch), NUM_FRAMES, encoders.codec.latent_channels, side, side)
+        latents, _ = sample.nothing_given(encoders, recorded["resolution"], len(batch))
         given = torch.from_numpy(np.stack([given_frames(item) for item in batch]))  # (B, 8)
         for b, item in enumerate(batch):
             if given[b].any():

@@ -11,7 +11,6 @@ A rule chooses these, not the eye: of the held-out stickers with 8 key frames, e
 Everything has seed 0.
 """
 
-import argparse
 import sys
 import textwrap
 from pathlib import Path
@@ -26,8 +25,10 @@ from data import load_clip
 from masks import NUM_FRAMES
 from support import media, stickers
 from support.common import UserError, evenly, one_sentence
+from support.flags import Parser
 from support.folder import scan_folder
 from support.machine import device
+from support.pictures import GIVEN, check_png, sheet
 
 # The commands of the README: which frames of how many are given, and whether the caption is.
 #    task                    given frames        frames  text
@@ -45,7 +46,7 @@ STEPS, FPS = 50, 8  # of DDIM; frames per second: both as sample.py
 COLUMNS = 4
 CELL = 150  # pixels: frames are enlarged by the largest whole number that keeps them within
 LINE, GAP, BORDER, MARK = 16, 10, 4, 5  # pixels
-GREY, GIVEN = (215, 215, 215), (230, 90, 20)  # GIVEN: as media.sheet marks given frames
+GREY = (215, 215, 215)
 TEXT = dict(fill=(0, 0, 0), font=ImageFont.load_default(13), anchor="ma", align="center", spacing=LINE - 13)
 
 
@@ -86,8 +87,7 @@ def held_out_stickers(folder, resolution, count):
 def sample_cells(denoiser, encoders, settings, cells):
     """Samples cells of equal numbers of frames, as one batch. Returns uint8 (len(cells), F, R, R, 3)."""
     codec, frames = encoders.codec, len(cells[0].given)
-    side = settings["resolution"] // codec.factor
-    latents = torch.zeros(len(cells), frames, codec.latent_channels, side, side)
+    latents, _ = sample.nothing_given(encoders, settings["resolution"], len(cells), frames)
     for b, cell in enumerate(cells):
         if cell.given.any():
             latents[b, cell.given] = codec.encode(torch.from_numpy(cell.real[cell.given])).float().cpu()
@@ -151,11 +151,11 @@ def draw_sheet(model, sticker):
     cells = [task_cell(row, caption, real) for row in TASKS]
     made = [sample_cells(*model, [cell])[0] for cell in cells]
     marks = [[False] * NUM_FRAMES, *(cell.given.tolist() for cell in cells)]
-    return media.sheet([real, *made], [f"real: {caption}", *(row[0] for row in TASKS)], marks=marks)
+    return sheet([real, *made], [f"real: {caption}", *(row[0] for row in TASKS)], marks=marks)
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="Draw the front page's pictures from a checkpoint.")
+    parser = Parser(description="Draw the front page's pictures from a checkpoint.")
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="DIR", help="a finished run, or a checkpoint-N folder in it")
     add("--output", metavar="FILE", help="the moving picture: .webp, .gif or .mp4")
@@ -165,8 +165,8 @@ def parse_args():
         raise UserError("nothing to draw: give --output, --sheet, or both.")
     if args.output and Path(args.output).suffix.lower() not in (".webp", ".gif", ".mp4"):
         raise UserError(f"--output {args.output}: let the moving picture end in .webp, .gif or .mp4.")
-    if args.sheet and Path(args.sheet).suffix.lower() != ".png":
-        raise UserError(f"--sheet {args.sheet}: the sheet is a PNG, let its name end in .png.")
+    if args.sheet:
+        check_png("--sheet", args.sheet)
     return args
 
 
@@ -181,7 +181,6 @@ def main():
             media.write_clip(args.output, draw_picture(cells, sample_cells(*model, cells)), FPS)
             print(f"wrote {args.output}, {Path(args.output).stat().st_size / 2**20:.2f} MB")
         if args.sheet:
-            Path(args.sheet).parent.mkdir(parents=True, exist_ok=True)
             draw_sheet(model, real[0]).save(args.sheet)
             print(f"wrote {args.sheet}")
 

@@ -3,19 +3,16 @@ Pictures: of a report the loss of every (task, k), the loss over the diffusion s
 an ablation what its runs logged.
 """
 
-import matplotlib
 import numpy as np
 
-from curriculum import HORIZON, target_difficulty
+from curriculum import HORIZON, STRATEGIES, target_difficulty
 from lab import metrics
 from lab.summary import given_frames
 from masks import LENGTHS, NUM_FRAMES, TASKS
-from support import media
 from support.common import evenly, replacing
+from support.pictures import pyplot, sheet
 
-matplotlib.use("Agg")  # no screen needed
-import matplotlib.pyplot as plt  # noqa: E402
-
+plt = pyplot()
 SHEET_ITEMS = 8  # samples of each task on its sheet
 
 
@@ -87,13 +84,11 @@ def sample_sheet(task, clips, readings):
             shown.append((metrics.cross_fade(real, given), "baseline: cross-fade", given.tolist()))
         for lines, line in zip((rows, labels, marks), zip(*shown)):
             lines += line
-    return media.sheet(rows, labels, marks=marks)
+    return sheet(rows, labels, marks=marks)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The pictures of ablate.py
-
-CURRICULA = ("none", "linear", "dcl")
 
 
 def running_difficulty(log):
@@ -128,13 +123,13 @@ def plot_ablation(logs):
     logs: {(row, seed): entries of log.jsonl}"""
     shown = {}
     for (row, seed), log in sorted(logs.items()):
-        if row in CURRICULA and log:
+        if row in STRATEGIES and log:
             shown.setdefault(row, {})[seed] = log
     if not shown:
         return None
     size, grid = (4.3 * len(shown), 8), dict(sharex=True, sharey="row", squeeze=False)
     figure, axes = plt.subplots(3, len(shown), figsize=size, dpi=100, layout="constrained", **grid)
-    for column, row in zip(axes.T, [row for row in CURRICULA if row in shown]):
+    for column, row in zip(axes.T, [row for row in STRATEGIES if row in shown]):
         for seed, log in shown[row].items():
             plot_run(column, log, f"seed {seed}")
         unused = "" if row == "dcl" else " (not used)"

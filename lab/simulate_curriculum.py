@@ -17,7 +17,6 @@ The loss of a step is the mean over a batch whose levels are drawn from the curr
   - disturbance: none in "quiet" and "noise", otherwise see there. The batch of 16 is the paper's.
 """
 
-import argparse
 import math
 
 import matplotlib
@@ -35,7 +34,9 @@ from curriculum import (
     static_probabilities,
 )
 from masks import LENGTHS, TASKS
-from support.common import UserError, one_sentence
+from support.common import one_sentence
+from support.flags import Parser
+from support.pictures import check_png
 
 matplotlib.use("Agg")
 
@@ -284,11 +285,11 @@ def draw_plot(log, measured, path):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="Simulate what the curriculum's feedback does to a loss.")
+    parser = Parser(description="Simulate what the curriculum's feedback does to a loss.")
     parser.add_argument("--plot", metavar="FILE.png", help="also draw the simulation to this PNG file")
     args = parser.parse_args()
-    if args.plot and not args.plot.lower().endswith(".png"):
-        raise UserError(f"--plot {args.plot}: the plot is a PNG, give it a name that ends in .png.")
+    if args.plot:
+        check_png("--plot", args.plot)
     return args
 
 

@@ -15,13 +15,14 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from support import machine
 from support.common import table
 from support.machine import native_bf16
 
 REPEATS = 7
 ROOT = Path(__file__).parents[1]
 CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
+DEVICE = machine.device()
 HALF = torch.bfloat16 if native_bf16() else torch.float32  # what is called half precision below
 HALF_NAME = "bf16" if native_bf16() else "no"
 

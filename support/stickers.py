@@ -6,7 +6,6 @@ training run needs no download and takes the very same path as with a user's fol
     python -m support.stickers --sheet sheet.png                    # all subjects, colours and motions
 """
 
-import argparse
 import json
 import shutil
 import tempfile
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from support.common import UserError, default_cache, one_sentence, printable
 from support.figures import EXTENT, LAYER, SUBJECTS, figure
+from support.flags import Parser, number
 from support.media import save_strip
 from support.pictures import check_png
 
@@ -170,8 +170,8 @@ def draw_clip(subject, colour, motion, rng, num_frames=None):
     matrix = np.column_stack([(inks - dark[:, None]) / 255, dark]).ravel().tolist()
 
     frames = []
-    for number, phase in enumerate(phases):
-        x, y, wide, high, turn, pose = pose_at(motion, phase, number, unit)
+    for place, phase in enumerate(phases):
+        x, y, wide, high, turn, pose = pose_at(motion, phase, place, unit)
         # Pillow asks where on the layer a canvas pixel lies: from the centre, turned back, scaled back
         zoom, cos, sin = LAYER / (2 * EXTENT) / unit, np.cos(np.radians(turn)), np.sin(np.radians(turn))
         inverse = zoom * np.array([[cos / wide, sin / wide], [-sin / high, cos / high]])
@@ -265,23 +265,23 @@ def draw_sheet(path):
     sheet.save(path)
 
 
+@one_sentence("support.stickers")
 def main():
-    parser = argparse.ArgumentParser(description="Draw the built-in sticker set.")
-    parser.add_argument("folder", nargs="?", help="where the GIFs go (default: a folder in the user's cache)")
-    parser.add_argument("--count", type=int, default=1200, help="number of stickers")
-    parser.add_argument("--seed", type=int, default=0, help="another number, another set")
-    parser.add_argument("--sheet", metavar="PNG", help="write one picture of subjects and motions instead")
+    parser = Parser(description="Draw the built-in sticker set.")
+    add = parser.add_argument
+    add("folder", nargs="?", help="where the GIFs go (default: a folder in the user's cache)")
+    add("--count", type=number(int, 1), default=1200, help="number of stickers (default: %(default)s)")
+    add("--seed", type=number(int, 0), default=0, help="another number, another set (default: %(default)s)")
+    add("--sheet", metavar="PNG", help="write one picture of subjects and motions instead")
     args = parser.parse_args()
-    with one_sentence("support.stickers"):
-        if args.sheet:
-            check_png("--sheet", args.sheet)
-            draw_sheet(args.sheet)
-            print(f"wrote {printable(args.sheet)}")
-        else:
-            folder = draw_stickers(
-                args.folder or default_folder(args.count, args.seed), args.count, args.seed
-            )
-            print(f"{args.count} stickers are in {printable(folder)}")
+    if args.sheet:
+        check_png("--sheet", args.sheet)
+        draw_sheet(args.sheet)
+        print(f"wrote {printable(args.sheet)}")
+        return
+    place = args.folder or default_folder(args.count, args.seed)
+    folder = draw_stickers(place, args.count, args.seed)
+    print(f"{args.count} stickers are in {printable(folder)}")
 
 
 if __name__ == "__main__":

@@ -39,9 +39,11 @@ few_steps = partial(sample.generate, num_inference_steps=3)  # in sample, instea
 
 
 def words(flags):
-    """{name: value} as words of a command line; True and False are switches."""
+    """{name: value} as words of a command line; True and False are switches, None is left out."""
     line = []
     for name, value in flags.items():
+        if value is None:
+            continue
         if isinstance(value, bool):
             line.append(f"--{name}" if value else f"--no-{name}")
         else:

@@ -20,6 +20,7 @@ import masks
 from curriculum import Curriculum
 from data import load_clip, load_clips, open_dataset
 from masks import NUM_FRAMES
+from model import make_scheduler
 from support import cache, media
 from support.encoders import PatchPCA
 from support.folder import scan_folder
@@ -368,3 +369,7 @@ def test_a_folder_whose_name_is_no_utf8(folder, tmp_path, monkeypatch, capfd):
         path.write_text("no sticker")
     status, written = run(monkeypatch, capfd, odd, "--num_workers", 0)
     assert status == 2 and r"odd \udcff holds no usable sticker" in written
+
+
+def test_timesteps_are_those_of_the_schedule():
+    assert data.NUM_TIMESTEPS == make_scheduler().config.num_train_timesteps

@@ -10,12 +10,14 @@ import pytest
 from PIL import Image
 
 import data
+import sample
 import train
-from model import SIZES
+from model import SIZES, make_scheduler
 from support import checkpoint, log, setup
 from support.folder import scan_folder
 from support.prior import GaussianPrior
 from tests import runs
+from tests.checkpoints import SETTINGS, toy_model
 from tests.runs import same, same_end, state, weights
 from tests.stress.toy_train import at_each_loss, in_a_path
 
@@ -142,7 +144,7 @@ def test_an_error_is_said_once_on_each_machine(run, capsys, monkeypatch, local_r
     monkeypatch.setenv("LOCAL_RANK", local_rank)
     with pytest.raises(SystemExit):
         run(learning_rate="inf")
-    assert ("--learning_rate inf" in capsys.readouterr().err) == says
+    assert ("--learning_rate: inf must" in capsys.readouterr().err) == says
 
 
 def test_a_set_up_that_was_interrupted_leaves_no_prior_behind(folder, tmp_path):
@@ -154,6 +156,15 @@ def test_a_set_up_that_was_interrupted_leaves_no_prior_behind(folder, tmp_path):
     levels = len(SIZES["full"]["block_out_channels"])
     encoders = setup.load_frozen_parts(args, train.World(), found, None, levels, data.fit_codec)
     assert encoders.prior is None and not (tmp_path / "prior").exists()
+
+
+def test_a_finished_model_holds_no_part_of_another_run(tmp_path):
+    """A checkpoint of elsewhere may go on in a folder where an interrupted set-up left its parts."""
+    GaussianPrior(4, 2, 8).save_pretrained(tmp_path / "prior")
+    unet, encoders = toy_model()
+    training = Namespace(unet=unet, average=None, step=3)
+    checkpoint.write_finished(tmp_path, training, (encoders, make_scheduler(), SETTINGS), "a card")
+    assert sample.load(tmp_path)[1].prior is None and (tmp_path / "README.md").read_text() == "a card"
 
 
 # Latents, a full disk

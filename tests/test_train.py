@@ -11,7 +11,7 @@ import pytest
 import masks
 import sample
 from support import media
-from tests.runs import FLAGS, ROOT, log, run_here, same, weights, words
+from tests.runs import FLAGS, ROOT, few_steps, log, run_here, same, weights, words
 
 # What a run leaves
 
@@ -81,6 +81,20 @@ def test_a_folder_without_captions_trains_without_text(run, folder, tmp_path, ca
     assert "training without text" in printed and "broken.gif" in printed
 
 
+@pytest.mark.parametrize("flags", [{}, dict(ddu="off")], ids=str)
+def test_without_captions_and_held_out_clips_one_sticker_is_drawn(run, folder, tmp_path, monkeypatch, flags):
+    """Five files without captions: there is no prompt, and no clip for a row of the sheet."""
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    long = [path for path in sorted(folder.glob("*.gif")) if len(media.read_clip(path, 16)[0]) >= 8]
+    for path in long[:5]:
+        shutil.copy(path, bare)
+    monkeypatch.setattr("train.validation_sheet", sample.validation_sheet)
+    monkeypatch.setattr("sample.generate", few_steps)
+    out = run(data=bare, max_train_steps=1, validation_prompts=None, **flags)
+    assert len(media.read_clip(out / "sample.gif", 16)[0]) >= 1 and (out / "validation-1.png").exists()
+
+
 def test_latest_without_a_checkpoint_starts_fresh(run):
     assert log(run(max_train_steps=1, resume_from_checkpoint="latest"))[-1]["step"] == 1
 
@@ -92,8 +106,8 @@ def test_latest_without_a_checkpoint_starts_fresh(run):
     "said, flags",
     [
         ("--resolution 30", dict(resolution=30)),
-        ("--max_train_steps 0", dict(max_train_steps=0)),
-        ("--seed -1", dict(seed=-1)),
+        ("--max_train_steps: 0 must", dict(max_train_steps=0)),
+        ("--seed: -1 must", dict(seed=-1)),
         ("--ddu off", dict(ddu="off", curriculum="dcl")),
         ("is not a folder", dict(data="absent")),
         ("is no checkpoint", dict(resume_from_checkpoint="nowhere")),

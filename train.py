@@ -124,8 +124,7 @@ def noise_loss(run, denoiser, batch):
 def accumulate_gradients(run, training, probabilities, stop_signals):
     """Draws the samples of this rank, in micro-batches, and adds up their gradients.
 
-    probabilities: (3, 6), P(task, k). Returns loss, mean k, and whether any rank was asked to stop: equal on
-    all ranks."""
+    probabilities: (3, 6), P(task, k). Returns loss, mean k, whether a rank was asked to stop: of all ranks."""
     args, world, step = run.args, run.world, training.step
     size, micro_steps = args.train_batch_size, args.gradient_accumulation_steps
     totals = torch.zeros(3, device=world.device)
@@ -146,8 +145,7 @@ def accumulate_gradients(run, training, probabilities, stop_signals):
 
 def update(training, loss):
     """Weights, averages and curriculum after one step; a step whose loss or gradients are not finite changes
-    none of them. Both numbers are sums over the ranks, so all ranks see it. Returns what the log says of
-    it."""
+    none of them. Both numbers are sums over the ranks, so all ranks see it. Returns the step's log entry."""
     training.scaler.unscale_(training.optimizer)
     grad_norm = clip_gradients(training.unet)
     good = math.isfinite(loss) and math.isfinite(grad_norm)
@@ -172,8 +170,7 @@ def update(training, loss):
 
 
 def train(run, training, stop_signals):
-    """Algorithm 1: ends when the steps are done, or leaves with 128 plus a signal's number. Raises
-    UserError."""
+    """Algorithm 1. Ends when the steps are done, or exits with 128 plus a signal's number."""
     args, world = run.args, run.world
     total = args.max_train_steps
     bar = tqdm(desc="training", unit="step", total=total, initial=training.step, disable=not world.main)

@@ -1,8 +1,9 @@
 """
 The paper's ablations: trains and measures the rows of Tables 3 and 4, equal seeds, steps and stickers.
 
-    python -m lab.ablate --output_dir runs/ablation --seeds 0 1 2              # tiny, on two cores: some
-    hours python -m lab.ablate --output_dir runs/ablation --seeds 0 1 2 --jobs 2     # two runs at a time
+    # tiny, some hours on two cores; two runs at a time; another size and folder
+    python -m lab.ablate --output_dir runs/ablation --seeds 0 1 2
+    python -m lab.ablate --output_dir runs/ablation --seeds 0 1 2 --jobs 2
     python -m lab.ablate --output_dir runs/real --preset small --data stickers/ --max_train_steps 20000
 
           row      Table 3                        Table 4             train.py

@@ -1,10 +1,11 @@
 """
 Measures a checkpoint: samples a fixed test list with fixed seeds, and writes report.json and report.md.
 
-    python -m lab.evaluate --checkpoint runs/tiny                      # built-in stickers: minutes on two
-    cores python -m lab.evaluate --checkpoint runs/mine --data stickers/     # a folder of yours python -m
-    lab.evaluate --checkpoint runs/mine --data stickers/ --i3d i3d_torchscript.pt --clip_score DIR \\
-        --vqa_command "python vqa.py -v {video}"                       # and what needs weights you provide
+    # built-in stickers, minutes on two cores; a folder of yours; and what needs weights you provide
+    python -m lab.evaluate --checkpoint runs/tiny
+    python -m lab.evaluate --checkpoint runs/mine --data stickers/
+    python -m lab.evaluate --checkpoint runs/mine --data stickers/ --i3d i3d.pt --clip_score DIR \\
+        --vqa_command "python vqa.py -v {video}"
 
 What is sampled goes to OUTPUT_DIR/items/, a file per batch, whole or not at all: an interrupted call goes on
 where it stopped, and its report is the one of an unbroken call. The test list, all of held-out clips and of 8

@@ -36,8 +36,7 @@ WORD = r"\w{1,64}|#"  # a token of the built-in encoders
 
 
 class PatchPCA(ModelMixin, ConfigMixin):
-    """Linear codec: principal components of image patches in,
-    ridge regression from 3 x 3 neighbouring codes out.
+    """Linear codec: principal components of image patches in, ridge regression from 3 x 3 codes out.
 
     The cousin of a VAE that can be fitted in seconds: `encode` cuts a frame into patches and keeps the
     `latent_channels` strongest components of each; `decode` predicts the pixels of a patch from its own code
@@ -86,8 +85,7 @@ class PatchPCA(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def fit(self, frames):
-        """Fits both directions to `frames`, uint8 (N, R, R, 3), in closed form.
-        A thousand frames are plenty."""
+        """Fits both directions in closed form to `frames`, uint8 (N, R, R, 3): a thousand are plenty."""
         patches = self._patches(frames)  # (N, P, h, w)
         x = patches.permute(0, 2, 3, 1).flatten(0, 2).double()  # (N h w, P)
         mean = x.mean(dim=0)
@@ -135,8 +133,8 @@ def hashed_vector(key, width):
 
 
 class WordVectors:
-    """One token per word, one fixed random vector per word: in the place of CLIP.
-    Unrelated words are nearly orthogonal."""
+    """One token, and one fixed random vector, per word: in the place of CLIP. Unrelated words are nearly
+    orthogonal."""
 
     width = 256
 
@@ -144,8 +142,7 @@ class WordVectors:
         return hashed_vector(word, self.width)
 
     def __call__(self, captions):
-        """captions: B strings -> states float32 (B, L, width), mask bool (B, L);
-        L is that of the longest caption.
+        """captions: B strings -> states float32 (B, L, width), mask bool (B, L), L that of the longest.
 
         The first token is a start token, so that an empty caption still gives attention something to look at.
         The rest are the words and the "#" signs; what is beyond MAX_TOKENS is cut."""
@@ -313,8 +310,7 @@ class Encoders:
     def load(cls, folder, sources, device="cpu", dtype=torch.float32):
         """The encoders of a model: what `save` wrote into `folder`, and the `sources` recorded with it.
 
-        Raises EncoderError if a pre-trained part is not there or the VAE is another one; OSError if there is
-        no codec in `folder`."""
+        Raises EncoderError for a part that is not there or another VAE, OSError without a codec."""
         named = {name: sources.get(name) for name in ("vae", "clip", "t5")}
         codec = None if named["vae"] else load_fitted(PatchPCA, Path(folder) / "codec")
         has_prior = (Path(folder) / "prior").is_dir()
@@ -330,7 +326,6 @@ class Encoders:
 
 
 def load_fitted(part, folder):
-    """A PatchPCA or GaussianPrior that save_pretrained wrote into `folder`. OSError, ValueError if it cannot
-    be."""
+    """A PatchPCA or GaussianPrior that save_pretrained wrote into `folder`. Raises OSError or ValueError."""
     check_size(folder, lambda folder: part.from_config(part.load_config(folder)))
     return part.from_pretrained(folder, low_cpu_mem_usage=False, use_safetensors=True)

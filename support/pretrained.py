@@ -24,8 +24,8 @@ MAX_SIZE, MAX_LAYERS = 2**20, 256  # of any number in a config.json; of those th
 
 
 def check_config(config, name):
-    """Raises ValueError unless a model may be built from a part of a config.json, a dict or
-    list of that name: no absurd numbers, weights in the usual files, no code from elsewhere."""
+    """Raises ValueError unless a model may be built from a part of a config.json, a dict or list called
+    `name`: no absurd numbers, weights in the usual files, no code from elsewhere."""
     if len(config) > MAX_LAYERS:
         raise ValueError(f"its config.json lists {len(config)} {name}")
     for key, value in config.items() if isinstance(config, dict) else [(name, x) for x in config]:

@@ -124,7 +124,7 @@ def noise_loss(run, denoiser, batch):
 def accumulate_gradients(run, training, probabilities, stop_signals):
     """Draws the samples of this rank, in micro-batches, and adds up their gradients.
 
-    probabilities: (3, 6), P(task, k). Returns loss, mean k, whether a rank was asked to stop: of all ranks."""
+    probabilities: (3, 6), P(task, k). Returns loss, mean k, whether a rank was asked to stop: of all."""
     args, world, step = run.args, run.world, training.step
     size, micro_steps = args.train_batch_size, args.gradient_accumulation_steps
     totals = torch.zeros(3, device=world.device)

@@ -221,7 +221,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert len(list((tmp_path / "set").glob("*.gif"))) == 3
     for words, reason in (
         ((tmp_path / "set", "--count", 2), "delete it or name another folder."),
-        ((tmp_path / "new", "--count", 0), "count must be at least 1"),
+        ((tmp_path / "new", "--count", 0), "--count: 0 must be at least 1"),
         (("--sheet", tmp_path / "none" / "a.png"), "its folder cannot be written to"),
     ):
         with pytest.raises(SystemExit) as end:

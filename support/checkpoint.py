@@ -81,6 +81,9 @@ def remove_leftovers(output_dir):
     for pattern in ("checkpoint-*.tmp", "finished.tmp"):
         for leftover in Path(output_dir).glob(pattern):
             shutil.rmtree(leftover, ignore_errors=True)
+    for path in Path(output_dir).glob(".*.tmp"):
+        if re.fullmatch(r"\..+\.\d+\.tmp", path.name):  # of common.replacing
+            path.unlink()
 
 
 def list_checkpoints(output_dir):

@@ -233,8 +233,11 @@ def test_what_a_kill_left_is_removed_and_nothing_else(tmp_path):
     for name in ("checkpoint-3.tmp", "checkpoint-3.old.tmp", "finished.tmp", "mine.tmp", "checkpoint-3"):
         (tmp_path / name).mkdir()
     (tmp_path / "notes.tmp").touch()
+    for name in (".log.jsonl.12199.tmp", ".notes.tmp"):  # of common.replacing, and of somebody else
+        (tmp_path / name).touch()
     checkpoints.remove_leftovers(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"mine.tmp", "notes.tmp", "checkpoint-3"}
+    left = {"mine.tmp", "notes.tmp", ".notes.tmp", "checkpoint-3"}
+    assert {path.name for path in tmp_path.iterdir()} == left
 
 
 # What changed meanwhile

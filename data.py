@@ -246,11 +246,11 @@ def open_dataset(folder, stickers, codec, resolution, cache_dir, num_workers=0):
 
 
 class Batch(NamedTuple):
-    latents: torch.Tensor  # float32 (B, 8, C, h, w) clean frames, zeros in the slots beyond k
-    noise: torch.Tensor  # float32 (B, 8, C, h, w)
+    latents: torch.Tensor  # float32 (B, F, C, h, w) clean frames, zeros in the slots beyond k
+    noise: torch.Tensor  # float32 (B, F, C, h, w)
     timesteps: torch.Tensor  # int64 (B,)
-    given: torch.Tensor  # bool (B, 8) condition mask
-    valid: torch.Tensor  # bool (B, 8) loss mask
+    given: torch.Tensor  # bool (B, F) condition mask
+    valid: torch.Tensor  # bool (B, F) loss mask
     captions: list  # B strings, empty where the text is hidden
     tasks: list  # B names
     lengths: list  # B numbers of frames, k
@@ -297,11 +297,14 @@ def draw_sample(dataset, clips, probabilities, seed, step, index, global_batch, 
 
 
 def draw_batch(dataset, clips, probabilities, seed, step, indices, global_batch, ddu=True):
-    """The Batch of the samples `indices` of the global batch of `global_batch` samples at `step`."""
+    """The Batch of the samples `indices` of the global batch of `global_batch` samples at `step`, in the
+    CPU's memory. It has as many slots, F, as its longest clip has frames: a batch of one has no filler."""
     samples = [draw_sample(dataset, clips, probabilities, seed, step, i, global_batch, ddu) for i in indices]
     latents, noise, timesteps, given, valid, captions, tasks, lengths = zip(*samples)
-    tensors = (torch.from_numpy(np.stack(x)) for x in (latents, noise, timesteps, given, valid))
-    return Batch(*tensors, list(captions), list(tasks), list(lengths))
+    frames = [torch.from_numpy(np.stack(x)[:, : max(lengths)]) for x in (latents, noise, given, valid)]
+    latents, noise, given, valid = (x.contiguous() for x in frames)
+    timesteps = torch.from_numpy(np.stack(timesteps))
+    return Batch(latents, noise, timesteps, given, valid, list(captions), list(tasks), list(lengths))
 
 
 # ------------------------------------------------------------------------------------------------------------

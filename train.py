@@ -38,6 +38,7 @@ from support.machine import (
     prepare,
     recompute,
     stop_requests,
+    to_device,
 )
 from support.optim import Average, averaged, clip_gradients, make_optimizer, shard
 from support.options import parse_args
@@ -113,12 +114,13 @@ def noise_loss(run, denoiser, batch):
     """Eq. 1 under both masks: the network sees the frames that the condition mask gives, and its squared
     error counts where the loss mask is set. batch: of data.draw_batch. Returns float32 (B,)."""
     device = run.world.device
-    batch = data.Batch(*(x.to(device, non_blocking=True) if torch.is_tensor(x) else x for x in batch))
-    noisy = run.scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)  # (B, 8, C, h, w)
+    tensors = batch.latents, batch.noise, batch.timesteps, batch.valid
+    latents, noise, timesteps, valid = (to_device(x, device) for x in tensors)
+    noisy = run.scheduler.add_noise(latents, noise, timesteps)  # (B, F, C, h, w)
+    text = run.encoders.text(batch.captions, device)
     with precision(device.type, run.args.mixed_precision):
-        text = run.encoders.text(batch.captions, device)
-        noise_pred = denoiser(noisy, batch.latents, batch.given, batch.timesteps, text, batch.valid)
-    return run.loss_weight[batch.timesteps] * masks.masked_loss(noise_pred, batch.noise, batch.valid)
+        noise_pred = denoiser(noisy, latents, batch.given, timesteps, text, batch.valid)
+    return run.loss_weight[timesteps] * masks.masked_loss(noise_pred, noise, valid)
 
 
 def accumulate_gradients(run, training, probabilities, stop_signals):

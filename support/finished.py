@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from support.common import UserError
 from support.encoders import Encoders
-from support.machine import DTYPES
+from support.machine import DTYPES, native_precision
 from support.media import MAX_SIDE
 from support.pretrained import EncoderError, check_size
 
@@ -111,7 +111,8 @@ def read_model(checkpoint, network, device="cpu", vae=None, clip=None, t5=None):
         unet = network.from_pretrained(part, low_cpu_mem_usage=False, use_safetensors=True)
         named = dict(vae=vae, clip=clip, t5=t5)
         sources = settings | {name: source for name, source in named.items() if source}
-        encoders = Encoders.load(folder, sources, device)
+        dtype = DTYPES[native_precision(settings["mixed_precision"])]  # of text encoders, as in training
+        encoders = Encoders.load(folder, sources, device, dtype)
         check_fit(unet, encoders, settings["resolution"])
     except EncoderError as error:
         raise CheckpointError(str(error)) from error

@@ -31,12 +31,12 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from data import load_clip  # noqa: E402
-from support import folder, media  # noqa: E402
+from support import decode, folder, media  # noqa: E402
 from support.common import printable  # noqa: E402
 from support.workers import in_processes  # noqa: E402
 from tests.clips import apng, chunk, clip, write  # noqa: E402
 
-SECONDS = media.MAX_SECONDS  # of one case; real: a process that hangs is ended after workers.HANG_SECONDS
+SECONDS = decode.MAX_SECONDS  # of one case; real: a process that hangs is ended after workers.HANG_SECONDS
 MEMORY = 512  # MiB that a decoding process may grow by
 RESOLUTION = 32
 EXTREMES = (0, 1, 2, 255, 256, 4096, 2**15, *(2**bits - 1 for bits in (16, 24, 31, 32, 63, 64)), 2**31)
@@ -205,7 +205,7 @@ def try_file(number, seed, place):
         outcome = "decoded"
         if not (frames.dtype == np.uint8 and frames.shape[1:] == (RESOLUTION, RESOLUTION, 3)):
             fault = f"frames {frames.dtype} {frames.shape}"
-        if not (1 <= len(frames) == len(durations) <= media.MAX_FRAMES and (durations > 0).all()):
+        if not (1 <= len(frames) == len(durations) <= decode.MAX_FRAMES and (durations > 0).all()):
             fault = f"{len(frames)} frames, durations {durations}"
         if not np.isfinite(durations).all():
             fault = f"durations {durations}"

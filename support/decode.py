@@ -15,6 +15,7 @@ from itertools import chain, islice, pairwise
 
 import av
 import numpy as np
+from av.stream import Disposition
 from PIL import AvifImagePlugin, Image, ImageCms, ImageFilter, ImageOps, ImageSequence
 
 from support.common import UserError
@@ -171,7 +172,6 @@ OPTIONS = {
     "max_fps": "99",
     "default_fps": "10",  # of APNG, as DEFAULT_DELAY
 }
-ATTACHED_PICTURE = 0x400  # in a stream's disposition: the cover of a film or a song
 
 
 def open_file(data, form):
@@ -183,7 +183,7 @@ def open_file(data, form):
 def film(container):
     """Its first stream of moving pictures: a cover is a stream, too. Raises MediaError."""
     for stream in container.streams.video:
-        if stream.codec_context and not stream.disposition & ATTACHED_PICTURE:
+        if stream.codec_context and not stream.disposition & Disposition.attached_pic:
             return stream
     raise MediaError("has no video that FFmpeg can decode; convert it")
 
@@ -195,12 +195,14 @@ def packets(container, stream, start):
         yield packet
 
 
-def stride(data, form, side, start):
+def stride(data, form, start):
     """The least n for which every n-th frame of a video is within the limits: ordinary ones have hundreds in
     full HD. The header may lie about their number, so packets are counted, which is fast."""
     with open_file(data, form) as container:
-        count = sum(packet.size > 0 for packet in packets(container, film(container), start))
-    most = max(1, min(MAX_FRAMES, MAX_PIXELS // side**2))
+        stream = film(container)
+        side = max(shape(stream.codec_context, stream.sample_aspect_ratio))
+        count = sum(packet.size > 0 for packet in packets(container, stream, start))
+    most = max(1, min(MAX_FRAMES, MAX_PIXELS // max(1, side) ** 2))
     return max(1, -(-count // most))
 
 
@@ -216,22 +218,26 @@ def decoder_of(stream):
     return decoder
 
 
-def square_pixels(width, height, ratio):
+def shape(frame, ratio):
     """(width, height) of a frame once its pixels are square: as in browsers, their shorter side grows.
 
     ratio: of a pixel's width to its height; 0 or None if unknown
     """
     ratio = float(ratio or 1)
-    return (round(width * ratio), height) if ratio > 1 else (width, round(height / ratio))
+    return (
+        (round(frame.width * ratio), frame.height)
+        if ratio > 1
+        else (frame.width, round(frame.height / ratio))
+    )
 
 
 def is_mirrored(data, track):
     """Whether an MP4 shows this track in a mirror, as of front cameras: PyAV tells its rotation alone."""
     for box in re.finditer(b"tkhd", data):
-        body = data[box.end() :][:88]
-        at = 0 if body[:1] == b"\0" else 8  # further on where its times have 64 bits
-        if len(body) == 88 and struct.unpack_from(">I", body, 12 + at) == (track,):
-            a, b, _, c, d = struct.unpack_from(">5i", body, 40 + at)
+        body = data[box.end() : box.end() + 96]
+        number, matrix = (12, 40) if body[:1] == b"\0" else (20, 52)  # its times have 32 bits, or 64
+        if len(body) == 96 and struct.unpack_from(">I", body, number) == (track,):
+            a, b, _, c, d = struct.unpack_from(">5i", body, matrix)
             return a * d < b * c
     return False
 
@@ -243,13 +249,13 @@ def turns_of(rotation, mirrored):
     return turns + quarters[round(rotation / 90) % 4]
 
 
-def apng_profile(data):
-    """The colour profile of an APNG (bytes), or None."""
+def apng_info(data):
+    """What Pillow reads before the first frame of an APNG, such as its EXIF data and colour profile."""
     try:
         with Image.open(io.BytesIO(data), formats=("PNG",)) as file:
-            return file.info.get("icc_profile")
+            return file.info
     except Exception:  # damaged: FFmpeg has the say
-        return None
+        return {}
 
 
 def rgba_pixels(frame, size):
@@ -262,38 +268,36 @@ def rgba_pixels(frame, size):
 def ffmpeg_pictures(data, form, start):
     """Yields (RGBA picture, delay in milliseconds) for every frame, of a long video for every n-th (stride);
     form is FFmpeg's name of the format, start that of check_time."""
+    apng = form == "apng"
+    info, step = (apng_info(data), 1) if apng else ({}, stride(data, form, start))
     with open_file(data, form) as container:
         check_time(start)
         stream = film(container)
-        coded, ratio, step, icc = stream.codec_context, 1, 1, None
+        coded, decoder = stream.codec_context, decoder_of(stream)
         check_limits(coded.width, coded.height)  # 0 x 0 where it is beyond max_pixels
-        if form == "apng":  # its pixels are square in browsers, whatever it says
-            icc = apng_profile(data)
-        else:
-            ratio = stream.sample_aspect_ratio
-            size = square_pixels(coded.width, coded.height, ratio)
-            check_limits(*size)
-            step = stride(data, form, max(size), start)
-        decoder = decoder_of(stream)
+        ratio = 1 if apng else stream.sample_aspect_ratio  # an APNG's pixels are square, whatever it says
+        mirrored = form == "mp4" and is_mirrored(data, stream.id)
 
         def decode():
             for packet in packets(container, stream, start):
                 yield from decoder.decode(packet if packet.size else None)  # None: the last ones
 
-        count, turns = 0, []
+        count = 0
         kept = islice(decode(), 0, None, step)
         for count, (frame, following) in enumerate(pairwise(chain(kept, [None])), 1):
-            size = square_pixels(frame.width, frame.height, ratio)
+            size = shape(frame, ratio)
             check_limits(*size, count)
-            if count == 1:  # of an APNG only the first frame tells
-                turns = turns_of(frame.rotation, form == "mp4" and is_mirrored(data, stream.id))
             # How long until the next one begins.
             ticks = following.pts - frame.pts if following else (frame.duration or 0) * step
             delay = 1000 * float(ticks * stream.time_base)
             picture = Image.fromarray(rgba_pixels(frame, size))
-            picture = in_srgb(picture, icc, coded.color_primaries, coded.color_trc)
-            for turn in turns:
-                picture = picture.transpose(turn)
+            picture = in_srgb(picture, info.get("icc_profile"), coded.color_primaries, coded.color_trc)
+            if apng:
+                picture.info = info
+                picture = upright(picture)
+            else:
+                for turn in turns_of(frame.rotation, mirrored):
+                    picture = picture.transpose(turn)
             yield picture, delay if delay > 0 else DEFAULT_DELAY
         if not count:
             raise EOFError

@@ -2,6 +2,7 @@
 one sentence. Files of every kind are made here."""
 
 import struct
+import time
 import zlib
 from fractions import Fraction
 
@@ -38,9 +39,9 @@ def film(path, frames, form="mp4", times=None, **settings):
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
         for name, value in (dict(bit_rate=4_000_000) | settings).items():
             setattr(stream.codec_context, name, value)
-        for time, pixels in zip(times or range(len(frames)), frames):
+        for pts, pixels in zip(times or range(len(frames)), frames):
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            frame.pts = time
+            frame.pts = pts
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
@@ -116,7 +117,7 @@ def test_a_cover_picture_is_not_the_video(tmp_path):
     """FFmpeg lists the cover first where its box stands first, as here."""
     with av.open(str(tmp_path / "a.mp4"), "w", format="mp4") as container:
         cover, stream = container.add_stream("mjpeg"), container.add_stream("mpeg4", rate=10)
-        cover.disposition = decode.ATTACHED_PICTURE
+        cover.disposition = decode.Disposition.attached_pic.value
         cover.pix_fmt, stream.pix_fmt = "yuvj420p", "yuv420p"
         cover.width = cover.height = stream.width = stream.height = 32
         for each, colours in ((cover, [GREEN]), (stream, [RED] * 4)):
@@ -132,7 +133,7 @@ def test_a_cover_picture_is_not_the_video(tmp_path):
         parts.append(part)
     (tmp_path / "a.mp4").write_bytes(b"".join(parts))
     with av.open(str(tmp_path / "a.mp4")) as container:
-        assert container.streams.video[0].disposition & decode.ATTACHED_PICTURE
+        assert container.streams.video[0].disposition & decode.Disposition.attached_pic
     frames, _ = media.read_clip(tmp_path / "a.mp4", 32)
     assert len(frames) == 4 and near(frames[0, 16, 16], RED, 12)
 
@@ -185,7 +186,7 @@ def test_five_seconds_of_full_hd_are_not_too_much(tmp_path):
         for i in range(150):
             packet.pts = packet.dts = 512 * i
             container.mux(packet)
-    assert decode.stride((tmp_path / "a.mp4").read_bytes(), "mp4", 1920, 0) == 2
+    assert decode.stride((tmp_path / "a.mp4").read_bytes(), "mp4", time.thread_time()) == 2
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -262,7 +262,12 @@ def test_the_clock_is_looked_at_where_no_frame_comes_out(tmp_path, monkeypatch):
 
         video = property(
             lambda self: [
-                SimpleNamespace(codec_context=Mute(), metadata={}, disposition=0, sample_aspect_ratio=None)
+                SimpleNamespace(
+                    codec_context=Mute(),
+                    metadata={},
+                    disposition=decode.Disposition(0),
+                    sample_aspect_ratio=None,
+                )
             ]
         )
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import masks
 from masks import LENGTHS, NUM_FRAMES, TASKS
-from support import cache, media, pictures
+from support import cache, decode, media, pictures
 from support.common import UserError, evenly, one_sentence, printable
 from support.encoders import PretrainedVAE
 from support.flags import Parser, number, work_flags
@@ -342,7 +342,7 @@ def fit_prior(prior, dataset, clips, encoders, most_clips=1024):
 
 def parse_args():
     parser = Parser(description="Say what of a folder of stickers is used, and encode it.")
-    add, side = parser.add_argument, number(int, LEAST_SIDE, media.MAX_SIDE)
+    add, side = parser.add_argument, number(int, LEAST_SIDE, decode.MAX_SIDE)
     add("folder", help="folder of stickers")
     add("--preview", metavar="FILE.png", help="write a histogram of lengths and a sheet of key frames")
     add("--encode", action="store_true", help="encode every key frame into the latent cache of train.py")

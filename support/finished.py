@@ -10,9 +10,9 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 
 from support.common import UserError
+from support.decode import MAX_SIDE
 from support.encoders import Encoders
 from support.machine import DTYPES, native_precision
-from support.media import MAX_SIDE
 from support.pretrained import EncoderError, check_size
 
 MAX_SCALE = 1000  # of guidance: beyond it every picture is saturated

@@ -358,10 +358,9 @@ def parse_args():
     return args
 
 
-def inspect(args):
-    """Decodes a folder, says what is used and what is dropped, and draws the preview."""
-    stickers, dropped = scan_folder(args.folder)
-    used, counts, shown = [], [], []
+def inspect(args, stickers):
+    """Decodes the stickers, says what is used and what is dropped, and draws the preview."""
+    used, dropped, counts, shown = [], [], [], []
     clips = load_clips(stickers, args.resolution, args.num_workers)
     clips = tqdm(clips, "reading stickers", len(stickers), unit="file", disable=None)
     for sticker, clip in zip(stickers, clips):
@@ -382,17 +381,20 @@ def inspect(args):
 @one_sentence("data.py")
 def main():
     args = parse_args()
+    stickers, notes = scan_folder(args.folder)
+    for note in notes:
+        print(f"note: {note}")
     if args.preview or not args.encode:
-        inspect(args)
+        inspect(args, stickers)
     if args.encode:
-        stickers, _ = scan_folder(args.folder)
         codec = PretrainedVAE(args.vae, device())
         if args.resolution % codec.factor:
             raise UserError(f"--resolution {args.resolution}: must be a multiple of {codec.factor}.")
         dataset = open_dataset(
             args.folder, stickers, codec, args.resolution, args.cache_dir, args.num_workers
         )
-        print(f"{len(dataset.clips)} clips are in {printable(dataset.folder)}")
+        counts = f"{len(dataset.clips)} clips are in {printable(dataset.folder)}"
+        print(f"{counts}, {len(dataset.dropped)} files were dropped")
 
 
 if __name__ == "__main__":

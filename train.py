@@ -318,7 +318,7 @@ def begin_training(args, world, unet):
     )
 
 
-def open_stickers(args, world, folder, found, problems, encoders):
+def open_stickers(args, world, folder, found, notes, encoders):
     """Latents of the stickers, encoded where they are missing by all ranks together, and what is said of
     them."""
     setup.digest_first(args, world, folder, found)
@@ -327,12 +327,12 @@ def open_stickers(args, world, folder, found, problems, encoders):
     clips, held_out = dataset.split("train", args.ddu), dataset.split("validation", args.ddu)
     if not clips:
         raise UserError(f"--data {folder}: no clip is left to train on; `python data.py {folder}` says why.")
-    problems = problems + dataset.dropped
-    summary = f"{len(clips)} clips to train on, {len(held_out)} held out, {len(problems)} dropped"
-    log.report_folder(world.print0, folder, summary, problems, any(clip.caption for clip in clips))
+    dropped = dataset.dropped
+    summary = f"{len(clips)} clips to train on, {len(held_out)} held out, {len(dropped)} dropped"
+    log.report_folder(world.print0, folder, summary, notes, dropped, any(clip.caption for clip in clips))
     prompts = args.validation_prompts
     if prompts is None:
-        captions = [clip.caption for clip in held_out if clip.caption][:6]
+        captions = [clip.caption for clip in held_out or clips if clip.caption][:6]
         # Without any captions one sticker is drawn without text.
         prompts = (captions or [""]) if args.data else stickers.PROMPTS
     return dict(dataset=dataset, clips=clips, held_out=held_out, prompts=prompts, summary=summary)
@@ -350,10 +350,10 @@ def set_up(args, world, on_exit):
     ends."""
     resume, schedule = setup.claim_output(args, world, on_exit)
     report = log.make_reporter(args) if world.main else None
-    folder, found, problems = setup.find_stickers(args, world)
+    folder, found, notes = setup.find_stickers(args, world)
     levels = len(SIZES[args.preset]["block_out_channels"])
     encoders = setup.load_frozen_parts(args, world, found, resume, levels, data.fit_codec)
-    opened = open_stickers(args, world, folder, found, problems, encoders)
+    opened = open_stickers(args, world, folder, found, notes, encoders)
     dataset, clips = opened["dataset"], opened["clips"]
     if args.prior and resume is None:
         fit_prior(args, world, encoders, dataset, clips)

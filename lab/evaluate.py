@@ -42,9 +42,9 @@ from lab.summary import Clips, given_frames, summarize
 from masks import NUM_FRAMES
 from support import machine, stickers
 from support.checkpoint import list_checkpoints
-from support.common import UserError, evenly, one_sentence, replacing
+from support.common import UserError, default_cache, evenly, one_sentence, replacing
 from support.finished import local_folder
-from support.flags import Parser, number, part_flags, work_flags
+from support.flags import SEED, Parser, number, part_flags, work_flags
 from support.folder import metadata_rows, scan_folder
 
 CONDITIONED = {"image": ("G1",), "interpolation": ("I1", "I2", "I3"), "prediction": ("P1", "P2")}
@@ -211,7 +211,7 @@ def parse_args(words=None):
     add("--eta", type=number(float, 0, 1), help="of DDIM (default: 1; 0 for interpolation and prediction)")
     add("--guidance_scale", type=scale, help=f"text guidance {recorded}")
     add("--image_guidance_scale", type=scale, help=f"guidance by given frames {recorded}")
-    add("--seed", type=number(int, 0), default=0, help="another seed, other samples (default %(default)s)")
+    add("--seed", type=SEED, default=0, help="another seed, other samples (default %(default)s)")
     add("--ddu", choices=["on", "off"], help=ddu)
     part_flags(add, "what the checkpoint records")
     add("--i3d", metavar="FILE.pt", help="FVD with this I3D TorchScript, the usual one of 400 features")
@@ -219,6 +219,7 @@ def parse_args(words=None):
     add("--vqa_command", metavar="COMMAND", help=vqa)
     work_flags(add)
     args = parser.parse_args(words)
+    args.cache_dir = args.cache_dir or default_cache()
     if args.output_dir is None:
         inside = (args.checkpoint / "state.json").is_file()  # a checkpoint-N, which stays as it was saved
         beside = args.checkpoint.parent / f"evaluation-of-{args.checkpoint.name}"

@@ -3,7 +3,10 @@ takes no part in it."""
 
 import json
 import struct
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 
 import av
 import numpy as np
@@ -115,3 +118,10 @@ def good_folder(folder):
     """A folder of one good sticker, good.gif."""
     media.write_clip(folder / "good.gif", clip(4, 32), 10)
     return folder
+
+
+def is_locked(path):
+    """Whether another process finds the lock on `path` taken."""
+    code = "import sys; from support.common import locked\nwith locked(sys.argv[1]) as alone: print(alone)"
+    command = [sys.executable, "-c", code, str(path)]
+    return subprocess.check_output(command, text=True, cwd=Path(__file__).parents[1]) == "False\n"

@@ -38,7 +38,7 @@ from lab.pictures import plot_ablation, save
 from lab.report import sampler_text
 from model import SIZES
 from support.common import UserError, default_cache, one_sentence, replacing, table
-from support.flags import SEED, Parser, number, work_flags
+from support.flags import SEED, Parser, filled, number, work_flags
 from support.log import read_log
 
 ROOT = Path(__file__).parents[1]
@@ -264,7 +264,7 @@ def parse_args(words=None):
     add("--rows", nargs="+", choices=TRAIN_FLAGS, default=[*TRAIN_FLAGS], help="which rows (default: all)")
     add("--preset", choices=SIZES, default="tiny", help="size, and defaults of the training (default tiny)")
     add("--max_train_steps", type=count, help=steps)
-    add("--data", metavar="DIR", help="folder of stickers (default: the built-in set)")
+    add("--data", metavar="DIR", type=filled, help="folder of stickers (default: the built-in set)")
     add("--train_flags", default="", metavar="TEXT", help="further flags of train.py, in one text")
     add("--jobs", type=count, default=1, help=jobs)
     scale_flags(add)

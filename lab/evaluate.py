@@ -44,7 +44,7 @@ from support import machine, stickers
 from support.checkpoint import list_checkpoints
 from support.common import UserError, default_cache, evenly, one_sentence, replacing
 from support.finished import local_folder
-from support.flags import SEED, Parser, number, part_flags, work_flags
+from support.flags import SEED, Parser, filled, number, part_flags, work_flags
 from support.folder import metadata_rows, scan_folder
 
 CONDITIONED = {"image": ("G1",), "interpolation": ("I1", "I2", "I3"), "prediction": ("P1", "P2")}
@@ -205,7 +205,12 @@ def parse_args(words=None):
     ddu = "whether it was trained with dual masks (default: as its last checkpoint records, else on)"
     vqa = "a program, such as FAST-VQA: {video} becomes an MP4, the last number that it prints is the score"
     add("--checkpoint", type=Path, required=True, help="a finished run, or a checkpoint-N folder in it")
-    add("--data", metavar="DIR", help="the folder of stickers it was trained on (default: the built-in set)")
+    add(
+        "--data",
+        metavar="DIR",
+        type=filled,
+        help="the folder of stickers it was trained on (default: the built-in set)",
+    )
     add("--output_dir", type=Path, help="where the report goes (default: evaluation in or beside it)")
     scale_flags(add)
     add("--eta", type=number(float, 0, 1), help="of DDIM (default: 1; 0 for interpolation and prediction)")

@@ -70,8 +70,8 @@ def lasting_output():
     and a log on a full disk. Letters that the terminal lacks come out as escapes."""
     # None: it was closed from the start. The first file to be opened would then take its number.
     streams = [stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr)]
-    for stream in streams:
-        stream.reconfigure(errors="backslashreplace")
+    if hasattr(streams[0], "reconfigure"):  # a notebook's has not
+        streams[0].reconfigure(errors="backslashreplace")  # as standard error has it from the start
     try:
         with redirect_stdout(Lasting(streams[0])), redirect_stderr(Lasting(streams[1])):
             yield
@@ -138,7 +138,9 @@ def default_cache():
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rdtf"
     except RuntimeError as error:  # this user has no home
-        raise UserError("there is no home folder to keep a cache in: give --cache_dir.") from error
+        raise UserError(
+            "there is no home folder to keep a cache in: set XDG_CACHE_HOME, or give --cache_dir."
+        ) from error
 
 
 def evenly(things, count):

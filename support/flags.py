@@ -38,12 +38,20 @@ def number(kind, least, most=MOST):
 SEED = number(int, 0, 2**63 - 1)  # torch takes no larger one
 
 
+def filled(text):
+    """A `type=` of add_argument: any text but the empty one that a shell leaves of a variable that is not
+    set."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
 def part_flags(add, default):
     """--vae, --clip, --t5: the pre-trained parts. add: parser.add_argument of the program; default: what is
     used without them, in words."""
     parts = dict(vae="AutoencoderKL", clip="CLIP text model, tokenizer", t5="T5 encoder, tokenizer")
     for name, part in parts.items():
-        add(f"--{name}", metavar="DIR_OR_ID", help=f"{part} (default: {default})")
+        add(f"--{name}", metavar="DIR_OR_ID", type=filled, help=f"{part} (default: {default})")
 
 
 def work_flags(add, num_workers=min(8, os.cpu_count() or 1)):

@@ -10,7 +10,7 @@ from diffusers.optimization import SchedulerType
 
 from support.common import UserError, default_cache
 from support.finished import recorded_flags
-from support.flags import SEED, Parser, number, part_flags, work_flags
+from support.flags import SEED, Parser, filled, number, part_flags, work_flags
 from support.machine import native_bf16
 from support.media import MAX_SIDE
 
@@ -32,8 +32,8 @@ def make_parser(presets, recorded):
     parser = Parser(description="Train an animated-sticker generator from scratch.", parents=[first])
     add, default = parser.add_argument, "(default: %(default)s)"
     count, natural = number(int, 1), number(int, 0)
-    add("--data", metavar="DIR", help="folder of stickers (default: draws the built-in set)")
-    add("--output_dir", help="where the run is written (default: runs/PRESET)")
+    add("--data", metavar="DIR", type=filled, help="folder of stickers (default: draws the built-in set)")
+    add("--output_dir", type=filled, help="where the run is written (default: runs/PRESET)")
     add("--resolution", type=number(int, 1, MAX_SIDE), help=f"side of the frames in pixels {default}")
     add("--max_train_steps", type=count, help=f"optimizer steps; the curriculum spans them {default}")
     add("--train_batch_size", type=count, help=f"clips per process and micro-step {default}")
@@ -51,10 +51,16 @@ def make_parser(presets, recorded):
         help="autocast; the weights stay in fp32 (default: bf16 where the machine has it, else no)",
     )
     part_flags(add, "the built-in one")
-    add("--init_unet", metavar="DIR_OR_ID", help="start the spatial part from a Stable Diffusion 2.x U-Net")
+    add(
+        "--init_unet",
+        metavar="DIR_OR_ID",
+        type=filled,
+        help="start the spatial part from a Stable Diffusion 2.x U-Net",
+    )
     add(
         "--init_from",
         metavar="DIR_OR_ID",
+        type=filled,
         help="start a new run from a finished model or a checkpoint-N folder: its weights (averaged ones), "
         "codec, text encoders, preset, resolution and temporal layer, with a schedule of its own",
     )
@@ -98,6 +104,7 @@ def make_parser(presets, recorded):
     add(
         "--resume_from_checkpoint",
         metavar="latest|PATH",
+        type=filled,
         help="continue a run; latest without a checkpoint starts fresh",
     )
     add(

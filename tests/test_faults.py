@@ -290,7 +290,7 @@ def test_without_a_home_all_works_that_needs_no_cache(no_home, folder, run, refu
         assert not stop.value.code
     runs.run_here(data.main, folder, "--num_workers", 0)
     assert "24 stickers used" in capsys.readouterr().out
-    refused("give --cache_dir", run, cache_dir=None)
+    refused("set XDG_CACHE_HOME, or give --cache_dir", run, cache_dir=None)
     run(max_train_steps=1)
 
 

@@ -113,6 +113,7 @@ def test_latest_without_a_checkpoint_starts_fresh_and_says_so(run, capsys):
         ("--ddu off", dict(ddu="off", curriculum="dcl")),
         ("is not a folder", dict(data="absent")),
         ("is no checkpoint", dict(resume_from_checkpoint="nowhere")),
+        ("--data: must not be empty", dict(data="")),  # a variable of the shell that is not set
         ("torchrun", dict(shard=True)),
         ("--low_memory", dict(low_memory=True, mixed_precision="fp16")),
     ],

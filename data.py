@@ -23,7 +23,7 @@ from tqdm import tqdm
 import masks
 from masks import LENGTHS, NUM_FRAMES, TASKS
 from support import cache, decode, media, pictures
-from support.common import UserError, evenly, one_sentence, printable
+from support.common import UserError, default_cache, evenly, one_sentence, printable
 from support.encoders import PretrainedVAE
 from support.flags import Parser, number, work_flags
 from support.folder import DataError, print_summary, scan_folder
@@ -391,7 +391,7 @@ def main():
         if args.resolution % codec.factor:
             raise UserError(f"--resolution {args.resolution}: must be a multiple of {codec.factor}.")
         dataset = open_dataset(
-            args.folder, stickers, codec, args.resolution, args.cache_dir, args.num_workers
+            args.folder, stickers, codec, args.resolution, args.cache_dir or default_cache(), args.num_workers
         )
         counts = f"{len(dataset.clips)} clips are in {printable(dataset.folder)}"
         print(f"{counts}, {len(dataset.dropped)} files were dropped")

@@ -219,16 +219,19 @@ def gradient_sync(network, last):
 
 @contextmanager
 def stop_requests():
-    """Yields a list that collects SIGTERM and SIGINT (Ctrl-C) instead of exiting. A second Ctrl-C exits at
-    once, with status 130."""
+    """Yields a list that collects SIGTERM, SIGINT (Ctrl-C) and SIGHUP (the terminal was closed) instead of
+    exiting. A second Ctrl-C exits at once, with status 130. Under nohup SIGHUP is ignored, and stays so."""
     signals = []
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
 
     def note(number, _):
         if number == signal.SIGINT and signal.SIGINT in signals:
             os._exit(128 + number)
         signals.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield signals
     finally:

@@ -5,7 +5,6 @@ import signal
 
 import pytest
 import torch
-
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel

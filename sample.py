@@ -28,7 +28,7 @@ from support import machine, media
 from support.common import UserError, check_output, one_sentence
 from support.finished import MAX_SCALE, CheckpointError, newest_run, read_model
 from support.flags import SEED, Parser, number, part_flags
-from support.machine import precision, prepare
+from support.machine import native_precision, precision, prepare, to_device
 from support.pictures import sheet
 from support.prior import first_latents, precondition
 from support.workers import read_picture
@@ -94,7 +94,7 @@ def generate(
     Every task of Table 7 is a choice of `given`. Sample b of a seed is the same whatever the batch.
     """
     batch, shape, device = len(prompts), latents.shape[1:], denoiser.device
-    latents, given = latents.to(device), given.to(device)
+    latents, given = to_device(latents, device), given.cpu()
     states = encoders.text(list(prompts) + [negative_prompt] * batch, device)
     text, null_text = (tuple(x[half] for x in states) for half in (slice(batch), slice(batch, None)))
     has_text = any(prompt != negative_prompt for prompt in prompts)
@@ -103,7 +103,7 @@ def generate(
     def draw_noise(step):  # for each sample by itself: (seed, step, index)
         draws = [np.random.default_rng((seed, step, b)) for b in range(batch)]
         noise = np.stack([rng.standard_normal(shape, dtype=np.float32) for rng in draws])
-        return torch.from_numpy(noise).to(device)
+        return to_device(torch.from_numpy(noise), device)
 
     scheduler = make_scheduler()
     scheduler.set_timesteps(num_inference_steps)
@@ -131,13 +131,15 @@ def load(checkpoint, device="cpu", vae=None, clip=None, t5=None):
     vae, clip, t5: where the pre-trained parts are now, if not where the run recorded them.
 
     Returns (denoiser, encoders, settings), settings being the content of model_index.json: what `generate`
-    takes, and the scales and precision it was trained for. Raises CheckpointError.
+    takes, and the scales it was trained for; its precision, where this machine has it. Raises
+    CheckpointError.
     """
     unet, encoders, settings = read_model(checkpoint, DFGN, device, vae, clip, t5)
     if encoders.prior is not None and encoders.prior.lengths != masks.LENGTHS:
         raise CheckpointError(
             f"--checkpoint {checkpoint} cannot be read: its prior is for other clip lengths."
         )
+    settings["mixed_precision"] = native_precision(settings["mixed_precision"])
     prepare(unet.eval(), device)
     return precondition(unet, encoders.prior, make_scheduler().alphas_cumprod), encoders, settings
 

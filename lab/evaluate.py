@@ -41,11 +41,12 @@ from lab.report import write_report
 from lab.summary import Clips, given_frames, summarize
 from masks import NUM_FRAMES
 from support import machine, stickers
+from support.captions import metadata_rows
 from support.checkpoint import list_checkpoints
 from support.common import UserError, default_cache, evenly, one_sentence, replacing
 from support.finished import local_folder
 from support.flags import SEED, Parser, filled, number, part_flags, work_flags
-from support.folder import metadata_rows, scan_folder
+from support.folder import scan_folder
 
 CONDITIONED = {"image": ("G1",), "interpolation": ("I1", "I2", "I3"), "prediction": ("P1", "P2")}
 FIDELITY = ("interpolation", "prediction")  # compared with the truth: sampled without chance and guidance
@@ -67,10 +68,11 @@ class Item(NamedTuple):
 def word_table(folder, names):
     """{file name: (colour, subject, motion)} of a folder that support/stickers.py drew; {} for another, such
     as one without the words of all the stickers `names`."""
-    if not (Path(folder) / "stickers.json").is_file():
+    metadata = Path(folder) / "metadata.jsonl"
+    if not (metadata.is_file() and metadata.with_name("stickers.json").is_file()):
         return {}
     table = {}
-    for _, entry in metadata_rows(Path(folder)):
+    for _, entry in metadata_rows(metadata):
         entry = entry if isinstance(entry, dict) else {}
         name, *words = (entry.get(key) for key in ("file_name", "subject", "colour", "motion"))
         if isinstance(name, str) and tuple(words) in stickers.COMBINATIONS:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from support.common import locked, replacing
 
-CACHE_VERSION = 6  # raise it when resizing, key frames or the layout of the cache change
+CACHE_VERSION = 7  # raise it when decoding, resizing, key frames or the layout of the cache change
 SHARD_CLIPS = 256  # what an interruption can lose
 
 

@@ -11,9 +11,9 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 
 from support.common import UserError
+from support.decode import MAX_SIDE
 from support.encoders import Encoders
-from support.machine import DTYPES
-from support.media import MAX_SIDE
+from support.machine import DTYPES, native_precision
 from support.pretrained import EncoderError, check_size
 
 MAX_SCALE = 1000  # of guidance: beyond it every picture is saturated
@@ -136,7 +136,8 @@ def read_model(checkpoint, network, device="cpu", vae=None, clip=None, t5=None):
         unet = read_unet(folder, network)
         named = dict(vae=vae, clip=clip, t5=t5)
         sources = settings | {name: source for name, source in named.items() if source}
-        encoders = Encoders.load(folder, sources, device)
+        dtype = DTYPES[native_precision(settings["mixed_precision"])]  # of text encoders, as in training
+        encoders = Encoders.load(folder, sources, device, dtype)
         check_fit(unet, encoders, settings["resolution"])
     return unet, encoders, settings
 

@@ -60,13 +60,16 @@ def report_write_errors(print0):
         print0(f"warning: {error}")
 
 
-def report_folder(print0, folder, summary, problems, has_captions):
-    """Says what of a folder of stickers is trained on. problems: [(name, reason)] of what is dropped"""
+def report_folder(print0, folder, summary, notes, dropped, has_captions):
+    """Says what of a folder of stickers is trained on. notes: sentences on what else is in it; dropped:
+    [(name, reason)] of the files that cannot be used"""
     print0(f"{folder}: {summary}")
-    for name, reason in problems[:20]:
-        print0(f"  dropped {printable(name)}: {reason}")
-    if len(problems) > 20:
-        print0(f"  and {len(problems) - 20} more: `python data.py {folder}` lists them")
+    lines = [f"note: {note}" for note in notes]
+    lines += [f"dropped {printable(name)}: {reason}" for name, reason in dropped]
+    for line in lines[:20]:
+        print0(f"  {line}")
+    if len(lines) > 20:
+        print0(f"  and {len(lines) - 20} more: `python data.py {folder}` lists them")
     if not has_captions:
         print0(
             f"{folder} has no captions: training without text. (metadata.jsonl or NAME.txt files would "

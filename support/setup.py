@@ -59,14 +59,19 @@ def recall(args, resume):
 
 
 def find_stickers(args, world):
-    """Returns the folder, its stickers, and [(name, reason)] of what cannot be used; the built-in set is
-    drawn."""
+    """Returns the folder, its stickers, and sentences on what is not used; the built-in set is drawn. Raises
+    UserError."""
     folder = Path(args.data) if args.data else stickers.default_folder(root=args.cache_dir)
+    if folder.resolve() == args.output_dir.resolve():
+        raise UserError(
+            f"--output_dir {args.output_dir} is the folder of the stickers: choose another, so that the next "
+            "run does not train on what this one draws."
+        )
     if not args.data and world.main:
         stickers.draw_stickers(folder)
     world.barrier()
-    found, problems = scan_folder(folder)
-    return folder, found, problems
+    found, notes = scan_folder(folder)
+    return folder, found, notes
 
 
 def load_frozen_parts(args, world, found, resume, levels, fit_codec):

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from support import media
+from support.folder import scan_folder
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 PALETTE = [(0, 0, 0), RED, GREEN, BLUE]  # index 0 is transparent in a patch that says so
@@ -118,6 +119,22 @@ def good_folder(folder):
     """A folder of one good sticker, good.gif."""
     media.write_clip(folder / "good.gif", clip(4, 32), 10)
     return folder
+
+
+def fill(folder, *names):
+    """Files without content, and the folders that they lie in. Returns the folder."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+def scan(folder):
+    """({name: Sticker}, notes) of a folder; each note is a line that any terminal can print."""
+    stickers, notes = scan_folder(folder)
+    for note in notes:
+        assert note.isprintable() and note.encode() and len(note) < 1000
+    return {sticker.name: sticker for sticker in stickers}, notes
 
 
 def is_locked(path):

@@ -15,7 +15,7 @@ from PIL import Image
 
 import data
 from data import load_clips
-from support import cache, media, workers
+from support import cache, decode, media, workers
 from support.encoders import PatchPCA
 from support.folder import scan_folder
 from support.workers import in_processes
@@ -45,7 +45,7 @@ def hungry(kind):
 
 
 def test_what_does_not_fit_into_memory_costs_one_item(monkeypatch, capfd):
-    monkeypatch.setattr(media, "MAX_MEMORY_BYTES", 2**27)
+    monkeypatch.setattr(decode, "MAX_MEMORY_BYTES", 2**27)
     results = list(in_processes(hungry, ["numpy", 1, "torch", 2, "python", 3, "result", 4], 1))
     assert results[:6] == [media.NO_MEMORY, 1, media.NO_MEMORY, 2, media.NO_MEMORY, 3]
     assert len(results[6]) == 2**27 * 3 // 4 and results[7] == 4

@@ -390,9 +390,8 @@ def main():
         codec = PretrainedVAE(args.vae, device())
         if args.resolution % codec.factor:
             raise UserError(f"--resolution {args.resolution}: must be a multiple of {codec.factor}.")
-        dataset = open_dataset(
-            args.folder, stickers, codec, args.resolution, args.cache_dir or default_cache(), args.num_workers
-        )
+        place = args.cache_dir or default_cache()
+        dataset = open_dataset(args.folder, stickers, codec, args.resolution, place, args.num_workers)
         counts = f"{len(dataset.clips)} clips are in {printable(dataset.folder)}"
         print(f"{counts}, {len(dataset.dropped)} files were dropped")
 

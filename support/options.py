@@ -9,10 +9,10 @@ from pathlib import Path
 from diffusers.optimization import SchedulerType
 
 from support.common import UserError, default_cache
+from support.decode import MAX_SIDE
 from support.finished import recorded_flags
 from support.flags import SEED, Parser, filled, number, part_flags, work_flags
 from support.machine import native_bf16
-from support.media import MAX_SIDE
 
 # A resumed run continues the saved one only if these are as they were.
 SCHEDULE_FLAGS = (

@@ -391,7 +391,7 @@ def main():
             args.folder, stickers, codec, args.resolution, args.cache_dir, args.num_workers
         )
         counts = f"{len(dataset.clips)} clips are in {printable(dataset.folder)}"
-        print(f"{counts}, {len(dataset.dropped)} files were dropped")
+        print(f"{counts}, {len(dataset.dropped)} dropped")
 
 
 if __name__ == "__main__":

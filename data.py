@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 import masks
 from masks import LENGTHS, NUM_FRAMES, TASKS
-from support import cache, media, pictures
-from support.common import UserError, evenly, one_sentence, printable
+from support import cache, decode, media, pictures
+from support.common import UserError, default_cache, evenly, one_sentence, printable
 from support.encoders import PretrainedVAE
 from support.flags import Parser, number, work_flags
 from support.folder import DataError, print_summary, scan_folder
@@ -246,11 +246,11 @@ def open_dataset(folder, stickers, codec, resolution, cache_dir, num_workers=0):
 
 
 class Batch(NamedTuple):
-    latents: torch.Tensor  # float32 (B, 8, C, h, w) clean frames, zeros in the slots beyond k
-    noise: torch.Tensor  # float32 (B, 8, C, h, w)
+    latents: torch.Tensor  # float32 (B, F, C, h, w) clean frames, zeros in the slots beyond k
+    noise: torch.Tensor  # float32 (B, F, C, h, w)
     timesteps: torch.Tensor  # int64 (B,)
-    given: torch.Tensor  # bool (B, 8) condition mask
-    valid: torch.Tensor  # bool (B, 8) loss mask
+    given: torch.Tensor  # bool (B, F) condition mask
+    valid: torch.Tensor  # bool (B, F) loss mask
     captions: list  # B strings, empty where the text is hidden
     tasks: list  # B names
     lengths: list  # B numbers of frames, k
@@ -297,11 +297,14 @@ def draw_sample(dataset, clips, probabilities, seed, step, index, global_batch, 
 
 
 def draw_batch(dataset, clips, probabilities, seed, step, indices, global_batch, ddu=True):
-    """The Batch of the samples `indices` of the global batch of `global_batch` samples at `step`."""
+    """The Batch of the samples `indices` of the global batch of `global_batch` samples at `step`, in the
+    CPU's memory. It has as many slots, F, as its longest clip has frames: a batch of one has no filler."""
     samples = [draw_sample(dataset, clips, probabilities, seed, step, i, global_batch, ddu) for i in indices]
     latents, noise, timesteps, given, valid, captions, tasks, lengths = zip(*samples)
-    tensors = (torch.from_numpy(np.stack(x)) for x in (latents, noise, timesteps, given, valid))
-    return Batch(*tensors, list(captions), list(tasks), list(lengths))
+    frames = [torch.from_numpy(np.stack(x)[:, : max(lengths)]) for x in (latents, noise, given, valid)]
+    latents, noise, given, valid = (x.contiguous() for x in frames)
+    timesteps = torch.from_numpy(np.stack(timesteps))
+    return Batch(latents, noise, timesteps, given, valid, list(captions), list(tasks), list(lengths))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -339,7 +342,7 @@ def fit_prior(prior, dataset, clips, encoders, most_clips=1024):
 
 def parse_args():
     parser = Parser(description="Say what of a folder of stickers is used, and encode it.")
-    add, side = parser.add_argument, number(int, LEAST_SIDE, media.MAX_SIDE)
+    add, side = parser.add_argument, number(int, LEAST_SIDE, decode.MAX_SIDE)
     add("folder", help="folder of stickers")
     add("--preview", metavar="FILE.png", help="write a histogram of lengths and a sheet of key frames")
     add("--encode", action="store_true", help="encode every key frame into the latent cache of train.py")
@@ -379,19 +382,17 @@ def inspect(args, stickers):
 def main():
     args = parse_args()
     stickers, notes = scan_folder(args.folder)
-    for note in notes:
-        print(f"note: {note}")
+    print("".join(f"note: {note}\n" for note in notes), end="")
     if args.preview or not args.encode:
         inspect(args, stickers)
     if args.encode:
         codec = PretrainedVAE(args.vae, device())
         if args.resolution % codec.factor:
             raise UserError(f"--resolution {args.resolution}: must be a multiple of {codec.factor}.")
-        dataset = open_dataset(
-            args.folder, stickers, codec, args.resolution, args.cache_dir, args.num_workers
-        )
-        counts = f"{len(dataset.clips)} clips are in {printable(dataset.folder)}"
-        print(f"{counts}, {len(dataset.dropped)} dropped")
+        latents = args.cache_dir or default_cache()
+        dataset = open_dataset(args.folder, stickers, codec, args.resolution, latents, args.num_workers)
+        where, dropped = printable(dataset.folder), len(dataset.dropped)
+        print(f"{len(dataset.clips)} clips are in {where}, {dropped} dropped")
 
 
 if __name__ == "__main__":

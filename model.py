@@ -23,6 +23,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from diffusers import ConfigMixin, DDIMScheduler, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_timestep_embedding
 from diffusers.models.resnet import ResnetBlock2D
@@ -30,6 +32,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 
 from support.layers import print_layers, print_sizes
+from support.machine import to_device
 
 NUM_TIMESTEPS = 1000  # diffusion steps (Table 6)
 
@@ -39,9 +42,11 @@ NUM_TIMESTEPS = 1000  # diffusion steps (Table 6)
 
 def make_scheduler():
     """Table 6's schedule, "linear" as in the latent diffusion code: linear in sqrt(beta). diffusers' defaults
-    are for pixels: latents are not clipped, and the schedule ends at alpha_1, not at 1."""
+    are for pixels: latents are not clipped, and the schedule ends at alpha_1, not at 1. With "trailing"
+    spacing any number of sampling steps starts at the noisiest timestep, 999."""
     linear = dict(beta_start=0.00085, beta_end=0.0120, beta_schedule="scaled_linear")
-    return DDIMScheduler(NUM_TIMESTEPS, **linear, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    latents = dict(clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing")
+    return DDIMScheduler(NUM_TIMESTEPS, **linear, **latents)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -51,14 +56,14 @@ def make_scheduler():
 class Frames:
     """Where the valid frames of a batch stand; valid: bool (B, F), or None when every slot is valid.
     Spatial layers work on the N valid frames alone, packed into one batch; temporal layers need the clip's
-    axis back and get zeros in the slots that hold no frame."""
+    axis back and get zeros in the slots that hold no frame. A mask in the CPU's memory makes no GPU wait."""
 
     def __init__(self, valid, batch, slots, device):
         self.batch, self.slots = batch, slots
-        self.valid = None if valid is None or bool(valid.all()) else valid
-        self.index = torch.arange(batch * slots, device=device)
-        if self.valid is not None:
-            self.index = self.index[self.valid.flatten()]  # (N,) places in B * F
+        valid = None if valid is None or bool(valid.all()) else valid
+        index = torch.arange(batch * slots) if valid is None else valid.flatten().nonzero().squeeze(1)
+        self.valid = None if valid is None else to_device(valid, device)
+        self.index = to_device(index, device)  # (N,) places in B * F
         self.clip = self.index // slots  # (N,) which clip a packed frame belongs to
 
     def pack(self, x):
@@ -159,7 +164,7 @@ class STI(nn.Module):
     def forward(self, h, frames):
         s, e = self.semantic(h, frames), self.detail(h, frames)
         w = self.fusion(torch.cat([s, e], dim=1).permute(0, 2, 3, 1)).softmax(dim=-1)  # (N, H, W, 2)
-        w_1 = w[..., 0].unsqueeze(1)  # (N, 1, H, W); w_2 = 1 - w_1
+        w_1 = w[..., 0].unsqueeze(1).to(s.dtype)  # (N, 1, H, W); w_2 = 1 - w_1
         return h + self.alpha.to(h.dtype) * torch.lerp(e, s, w_1)  # w_1 s + w_2 e
 
 
@@ -219,10 +224,11 @@ class Block(nn.Module):
         return list(zip_longest(self.resnets, self.attentions, self.temporal))
 
 
-class DFGN(ModelMixin, ConfigMixin):
+class DFGN(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
     """Noise prediction network G_theta([x_t, y, z], t) (Table 6)."""
 
-    recompute = None  # see enable_gradient_checkpointing
+    _supports_gradient_checkpointing = True
+    gradient_checkpointing = False
 
     @register_to_config
     def __init__(
@@ -293,10 +299,12 @@ class DFGN(ModelMixin, ConfigMixin):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def enable_gradient_checkpointing(self, recompute):
-        """Keeps no activations inside a layer: recompute(function, h, ...), such as torch.utils.checkpoint's,
-        runs it once more in the backward pass. (ModelMixin's own would nest: transformers recompute too.)"""
-        self.recompute = recompute
+    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=None):
+        """What ModelMixin's enable_ and disable_gradient_checkpointing call: no activations are kept inside a
+        layer, func(layer, h, ...) runs it once more in the backward pass. ModelMixin's own would switch it on
+        inside the transformers too, which would then run three times."""
+        self.gradient_checkpointing = enable
+        self._gradient_checkpointing_func = gradient_checkpointing_func
 
     def layers(self):
         """The layers of all blocks, as Block.layers gives them."""
@@ -320,6 +328,7 @@ class DFGN(ModelMixin, ConfigMixin):
         timestep: integers (B,), one diffusion step for all frames of a clip
         text: (clip, clip_mask, t5, t5_mask), states (B, L, clip_dim | t5_dim) and bool (B, L), True = a token
         valid: bool (B, F), the loss mask; False = the slot holds no frame; None = all do
+        Both masks may lie in the CPU's memory, and do best there.
         Returns (B, F, C, H, W), zeros in the slots that hold no frame.
         """
         frames = Frames(valid, *noisy.shape[:2], noisy.device)
@@ -332,10 +341,11 @@ class DFGN(ModelMixin, ConfigMixin):
         emb = self.time_embedding(emb)[frames.clip]  # (N, 4 d_0)
 
         run = partial(self.run_layer, emb=emb, text=text, text_mask=text_mask, frames=frames)
-        if self.recompute is not None and torch.is_grad_enabled():
-            run = partial(self.recompute, run)
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            run = partial(self._gradient_checkpointing_func, run)
 
-        condition = torch.where(given[:, :, None, None, None], latents, 0.0)  # (B, F, C', H, W)
+        given = to_device(given, noisy.device)[:, :, None, None, None]
+        condition = torch.where(given, latents, 0.0)  # (B, F, C', H, W)
         h = torch.cat([frames.pack(noisy), frames.pack(condition)], dim=1)  # (N, C + C', H, W)
         h = self.conv_in(h.contiguous(memory_format=torch.channels_last))  # (N, d_0, H, W)
 

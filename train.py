@@ -30,6 +30,7 @@ from sample import validation_sheet
 from support import checkpoint, log, media, setup, stickers
 from support.common import UserError, one_sentence
 from support.encoders import Encoders, load_fitted
+from support.finished import start_from_model
 from support.machine import (
     World,
     compile_layers,
@@ -38,6 +39,7 @@ from support.machine import (
     prepare,
     recompute,
     stop_requests,
+    to_device,
 )
 from support.optim import Average, averaged, clip_gradients, make_optimizer, shard
 from support.options import parse_args
@@ -113,12 +115,13 @@ def noise_loss(run, denoiser, batch):
     """Eq. 1 under both masks: the network sees the frames that the condition mask gives, and its squared
     error counts where the loss mask is set. batch: of data.draw_batch. Returns float32 (B,)."""
     device = run.world.device
-    batch = data.Batch(*(x.to(device, non_blocking=True) if torch.is_tensor(x) else x for x in batch))
-    noisy = run.scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)  # (B, 8, C, h, w)
+    tensors = batch.latents, batch.noise, batch.timesteps, batch.valid
+    latents, noise, timesteps, valid = (to_device(x, device) for x in tensors)
+    noisy = run.scheduler.add_noise(latents, noise, timesteps)  # (B, F, C, h, w)
+    text = run.encoders.text(batch.captions, device)
     with precision(device.type, run.args.mixed_precision):
-        text = run.encoders.text(batch.captions, device)
-        noise_pred = denoiser(noisy, batch.latents, batch.given, batch.timesteps, text, batch.valid)
-    return run.loss_weight[batch.timesteps] * masks.masked_loss(noise_pred, batch.noise, batch.valid)
+        noise_pred = denoiser(noisy, latents, batch.given, timesteps, text, batch.valid)
+    return run.loss_weight[timesteps] * masks.masked_loss(noise_pred, noise, valid)
 
 
 def accumulate_gradients(run, training, probabilities, stop_signals):
@@ -277,7 +280,8 @@ def fit_prior(args, world, encoders, dataset, clips):
 
 
 def build_network(args, world, encoders, fresh):
-    """The U-Net with random weights, or those of --init_unet, where and as it will be trained."""
+    """The U-Net with random weights, or those of --init_unet or --init_from, where and as it will be
+    trained."""
     torch.manual_seed(args.seed)
     channels = encoders.codec.latent_channels
     unet = DFGN(
@@ -291,6 +295,8 @@ def build_network(args, world, encoders, fresh):
     prepare(unet, world.device, channels_last=not args.shard)  # sharded weights have to be contiguous
     if args.init_unet and fresh:
         start_from_spatial(unet, args.init_unet)
+    if args.init_from and fresh:
+        start_from_model(unet, args.init_from)
     if args.low_memory:
         torch.nn.Module.to(unet, torch.bfloat16)  # ModelMixin's own may keep some in fp32
     if args.gradient_checkpointing:
@@ -336,13 +342,6 @@ def open_stickers(args, world, folder, found, notes, encoders):
     return dict(dataset=dataset, clips=clips, held_out=held_out, prompts=prompts, summary=summary)
 
 
-def resume_training(world, resume, training, dataset):
-    saved = checkpoint.load_checkpoint(resume, training)
-    world.print0(f"resuming {resume} at step {training.step}")
-    if saved["latents"] != dataset.identity:
-        world.print0("warning: the stickers have changed since: the run goes on with the new ones")
-
-
 def set_up(args, world, on_exit):
     """Returns (Run, Training), fresh or resumed. What on_exit, an ExitStack, holds is undone when the run
     ends."""
@@ -353,19 +352,19 @@ def set_up(args, world, on_exit):
     encoders = setup.load_frozen_parts(args, world, found, resume, levels, data.fit_codec)
     opened = open_stickers(args, world, folder, found, notes, encoders)
     dataset, clips = opened["dataset"], opened["clips"]
-    if args.prior and resume is None:
+    if args.prior and resume is None and not args.init_from:
         fit_prior(args, world, encoders, dataset, clips)
     unet = build_network(args, world, encoders, fresh=resume is None)
     training = begin_training(args, world, unet)
     if resume is not None:
-        resume_training(world, resume, training, dataset)
+        setup.resume_training(args, world, resume, training, dataset)
     if world.main:
         log.begin_log(args.output_dir / "log.jsonl", training.step if resume is not None else -1)
 
     network, scheduler, global_batch = world.distribute(unet), make_scheduler(), schedule["global_batch"]
     denoiser = precondition(network, encoders.prior, scheduler.alphas_cumprod)
     weight = loss_weights(denoiser, scheduler.alphas_cumprod).to(world.device)
-    about = dict(schedule=schedule, latents=dataset.identity)
+    about = dict(schedule=schedule, latents=dataset.identity, **setup.origins(args))
     fixed = dict(network=network, denoiser=denoiser, loss_weight=weight, global_batch=global_batch)
     run = Run(args, world, encoders, scheduler, **fixed, **opened, about=about, report=report)
     parameters = sum(weight.numel() for weight in unet.parameters())

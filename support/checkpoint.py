@@ -15,8 +15,6 @@ however many ranks they were spread over: any number of ranks can go on from the
 skipped, bad_in_row.
 """
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -38,7 +36,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from support.common import UserError
+from support.common import UserError, locked
 from support.optim import align_moments, averaged
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -54,15 +52,12 @@ def output_lock(output_dir):
     """Makes `output_dir` and keeps other runs out of it: UserError if one is there. The process holds the
     lock until it exits, however it does."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    with open(output_dir / ".lock", "w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):  # else a disk without locks
-                raise UserError(
-                    f"--output_dir {output_dir} is in use by a run that has not ended: end it, or choose "
-                    "another folder."
-                ) from error
+    with locked(output_dir / ".lock") as alone:
+        if alone is False:
+            raise UserError(
+                f"--output_dir {output_dir} is in use by a run that has not ended: end it, or choose another "
+                "folder."
+            )
         yield
 
 
@@ -133,7 +128,7 @@ def choose_checkpoint(output_dir, wanted, print0):
     if finished and not checkpoints:
         problem = (
             f"--output_dir {output_dir} holds {finished[0]} and no checkpoint to go on from: choose another "
-            "folder, so that nothing in it is overwritten."
+            "folder, so that nothing in it is overwritten (--init_from starts a run from a finished model)."
         )
     elif wanted == "latest":
         for path in reversed(checkpoints):
@@ -145,6 +140,8 @@ def choose_checkpoint(output_dir, wanted, print0):
             problem = (
                 f"--output_dir {output_dir}: all its checkpoints are damaged: start anew in another folder."
             )
+        else:
+            print0(f"{output_dir} holds no checkpoint: the run starts at its beginning")
     elif wanted:
         path = Path(wanted)
         flag = f"--resume_from_checkpoint {path}"
@@ -177,7 +174,8 @@ def check_schedule(checkpoint, schedule):
                 flag = "--train_batch_size x --gradient_accumulation_steps x processes"
             raise UserError(
                 f"{flag} is {value}, but {checkpoint} was trained with {saved.get(name)}: a resumed run "
-                "keeps its schedule. Give the old value, or start anew in another --output_dir."
+                "keeps its schedule. Give the old value, or let a new run in another --output_dir start from "
+                f"its weights: --init_from {checkpoint}"
             )
 
 
@@ -314,7 +312,8 @@ def write_finished(output_dir, training, parts, card, main=True):
         shutil.rmtree(writing, ignore_errors=True)
         write_unet(writing / "unet", training.unet, weights)
         write_parts(writing, encoders, scheduler, dict(settings, step=training.step))
-        (writing / "README.md").write_text(card)
+        # An --output_dir of letters that this locale lacks stands in it as surrogates.
+        (writing / "README.md").write_text(card, encoding="utf-8", errors="surrogateescape")
         # Parts of another run that this model does not have, and the index of the model that goes
         for name in {"codec", "prior"} - {part.name for part in writing.iterdir()}:
             shutil.rmtree(Path(output_dir) / name, ignore_errors=True)

@@ -3,6 +3,7 @@ What a run tells: log.jsonl, the same in other places, what it could not write, 
 """
 
 import json
+import shlex
 from contextlib import contextmanager, suppress
 
 from support.common import UserError, printable, replacing, table
@@ -11,7 +12,7 @@ from support.common import UserError, printable, replacing, table
 def read_log(path):
     """The entries of a log.jsonl; lines that a kill or a full disk cut short are skipped."""
     entries = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         with suppress(ValueError):
             entries.append(json.loads(line))
     return [entry for entry in entries if isinstance(entry, dict) and "step" in entry]
@@ -82,6 +83,7 @@ def model_card(unet, args, sources, summary, global_batch, step):
     rows = dict(
         size=f"{args.preset}, {sum(p.numel() for p in unet.parameters()):,} parameters",
         data=f"{args.data or 'the built-in stickers'}: {summary}",
+        started_from=args.init_from or args.init_unet or "random weights",
         frames=f"3 to 8 of {args.resolution} x {args.resolution} pixels",
         **frozen,
         steps=f"{step}, {global_batch} clips each",
@@ -105,7 +107,7 @@ tags: [rdtf, animated-stickers, text-to-video]
 An animated-sticker generator of the RDTF kind, trained with `train.py`.
 
 ```bash
-python sample.py --checkpoint {args.output_dir} --prompt "{prompt}" --output sticker.gif
+python sample.py --checkpoint {shlex.quote(str(args.output_dir))} --prompt "{prompt}" --output sticker.gif
 ```
 
 {settings}

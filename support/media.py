@@ -6,17 +6,13 @@ The one place where sticker files come in and go out.
     write_clip("out/heart.webp", frames, fps=8)                 # .gif .webp .mp4, or .png for a sheet
 
 On its way in, the bytes of a file tell its format (the suffix is not believed), its header is held against
-the limits below before a pixel is decoded, and of every frame only the resized result is kept: memory is
-bounded by a few canvases, however long the animation; the clock is looked at between frames. Pillow decodes
-GIF, WebP and still pictures; FFmpeg (through PyAV) decodes MP4, WebM and APNG, since Pillow 13 leaves
-residue of earlier frames in many APNGs.
+limits (decode.py) before a pixel is decoded, and of every frame only the resized result is kept: memory is
+bounded by a few canvases, however long the animation; the clock is looked at between frames.
 """
 
-import io
 import re
 import time
 import warnings
-from itertools import chain, pairwise
 from pathlib import Path
 
 import av
@@ -24,53 +20,20 @@ import imageio.v3 as imageio
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
-from support.common import UserError, printable, replacing
+from support.common import printable, replacing
+from support.decode import TOO_LARGE, MediaError, ffmpeg_pictures, pillow_pictures
 from support.pictures import sheet
 
 SUFFIXES = (".gif", ".webp", ".png", ".apng", ".mp4", ".webm")  # what a sticker folder is searched for
+# How files of the kind of HEIC name themselves.
+HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"avci", b"avcs", b"jpeg")
 OUTPUTS = (".gif", ".webp", ".mp4", ".png")  # what write_clip knows
 
-# A sticker is small. Whatever exceeds these is no sticker, or a file made to exhaust the machine.
-MAX_BYTES = 64 * 2**20  # of the file
-MAX_SIDE = 4096  # pixels, of the canvas
-MAX_FRAMES = 1000
-MAX_PIXELS = 400_000_000  # frames x the square around the canvas (on_white): some ten seconds of decoding
-MAX_SECONDS = 30  # of processor time, for a file: a busy machine refuses nothing that an idle one takes
-MAX_MEMORY_BYTES = 2**30  # that a decoding process takes (workers.py): 1000 frames of 256 x 256 take 400 MB
-DEFAULT_DELAY = 100.0  # milliseconds: what browsers make of a missing delay and of one of at most 10 ms
+MAX_BYTES = 64 * 2**20  # of a file; the other limits stand in decode.py
 WHITE = (255, 255, 255)
-TOO_LARGE = f"has a side that is not 1 to {MAX_SIDE} pixels long; resize it first"
 NO_MEMORY = "does not fit into memory; shorten or resize it first"
-
-Image.MAX_IMAGE_PIXELS = MAX_SIDE**2 // 2  # Pillow raises beyond twice that, before it allocates
-av.logging.set_level(av.logging.PANIC)  # FFmpeg would write to stderr; what matters comes as an exception
-
-
-class MediaError(UserError):
-    """A file that cannot be read or written: one sentence with its name, the reason and the way out."""
-
-
-def check_limits(width, height, count=1):
-    """Raises MediaError where the canvas, the frames so far, or their pixels are out of bounds.
-
-    What counts is the square around the canvas: a frame that is 4096 x 1 pixels costs what 4096 x 4096 do.
-    """
-    if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
-        raise MediaError(TOO_LARGE)
-    if count > MAX_FRAMES:
-        raise MediaError(f"has more than {MAX_FRAMES} frames; shorten it first")
-    if count * max(width, height) ** 2 > MAX_PIXELS:
-        raise MediaError(
-            f"has more than {MAX_PIXELS:,} pixels in all frames, made square; shorten or resize it first"
-        )
-
-
-def check_time(start):
-    """Raises MediaError MAX_SECONDS of processor time after `start` (a time.thread_time())."""
-    if time.thread_time() - start > MAX_SECONDS:
-        raise MediaError(f"takes more than {MAX_SECONDS} seconds to decode; shorten or resize it first")
 
 
 def out_of_memory(error):
@@ -79,64 +42,47 @@ def out_of_memory(error):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# In: two decoders, and what all formats share
+# In
 
 
-def pillow_pictures(data, form, start):
-    """Yields (RGBA picture, delay in milliseconds) for every frame; form is Pillow's name of the format,
-    start that of check_time."""
-    with Image.open(io.BytesIO(data), formats=(form,)) as file:
-        width, height = file.size
-        for count, frame in enumerate(ImageSequence.Iterator(file), 1):
-            check_limits(*frame.size, count)  # nothing of this frame is decoded yet
-            if form == "JPEG":
-                frame = ImageOps.exif_transpose(frame)  # upright
-            if frame.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips instead of scaling
-                frame = Image.fromarray((np.asarray(frame) // 257).astype(np.uint8))
-            picture = frame.convert("RGBA")
-            delay = float(frame.info.get("duration", 0))  # WebP: known only once the frame is decoded
-            if form == "GIF":  # Pillow enlarges the canvas for what lies outside, browsers do not show it
-                picture = picture.crop((0, 0, width, height))
-            check_time(start)
-            yield picture, delay if delay > 10 else DEFAULT_DELAY
+def gif_is_whole(data):
+    """Whether a GIF ends after a frame. Its last byte, the trailer, may be missing, anything may follow it,
+    as in browsers: no frame is lost by that."""
+
+    def after_table(at, flags):  # of colours, which flags may announce
+        return at + (flags >> 7) * (6 << (flags & 7))
+
+    def after_blocks(at):  # of at most 255 bytes; an empty one is the last
+        while data[at]:
+            at += data[at] + 1
+        return at + 1
+
+    whole = False
+    try:
+        at = after_table(13, data[10])
+        while at < len(data) and data[at] != ord(";"):
+            if data[at] == ord(","):
+                at, whole = after_blocks(after_table(at + 10, data[at + 9]) + 1), True
+            elif data[at] == ord("!"):
+                whole = whole and data[at + 1] != 0xF9  # which announces a frame
+                at = after_blocks(at + 2)
+            else:
+                at += 1  # Pillow, too, passes over what it does not know
+    except IndexError:
+        return False
+    return whole
 
 
-def ffmpeg_pictures(data, form, start):
-    """Yields (RGBA picture, delay in milliseconds) for every frame; form is FFmpeg's name of the format,
-    start that of check_time."""
-    options = {
-        "max_pixels": str(MAX_SIDE**2),  # FFmpeg then allocates no larger frames
-        "max_fps": "99",
-        "default_fps": "10",  # of APNG, as DEFAULT_DELAY
-    }
-    # From memory, since FFmpeg would take a path that contains a colon for an address of its own.
-    with av.open(io.BytesIO(data), format=form, options=options) as container:
-        check_time(start)
-        stream = next(iter(container.streams.video), None)
-        decoder = stream and stream.codec_context
-        if not decoder:
-            raise MediaError("has no video that FFmpeg can decode; convert it")
-        check_limits(decoder.width, decoder.height)  # 0 x 0 where it is beyond max_pixels
-        # FFmpeg's own decoders drop the alpha channel of video stickers.
-        libvpx = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(decoder.name)
-        if libvpx and "1" in (stream.metadata.get("alpha_mode"), stream.metadata.get("ALPHA_MODE")):
-            decoder = av.CodecContext.create(libvpx, "r")
-        decoder.options = options
-        decoder.thread_count = 1  # the callers run one process per core
-
-        def decode():
-            for packet in container.demux(stream):
-                check_time(start)  # not at frames alone: a packet may hold one that is never shown
-                yield from decoder.decode(packet if packet.size else None)  # None: the last ones
-
-        count = 0
-        for count, (frame, following) in enumerate(pairwise(chain(decode(), [None])), 1):
-            check_limits(frame.width, frame.height, count)
-            ticks = following.pts - frame.pts if following else frame.duration or 0  # until the next begins
-            delay = 1000 * float(ticks * stream.time_base)
-            yield Image.fromarray(frame.to_ndarray(format="rgba")), delay if delay > 0 else DEFAULT_DELAY
-        if not count:
-            raise EOFError
+def heif_form(data):
+    """Pillow's name of a file that starts with "ftyp", or None if it is a video. Raises MediaError."""
+    major, brands = data[8:12], data[8 : int.from_bytes(data[:4], "big")]
+    if major not in (b"avif", b"avis", b"mif1", b"msf1", b"miaf", *HEIC):
+        return None
+    if b"avif" not in brands and b"avis" not in brands:
+        raise MediaError("is HEIC, which is not read; export it as JPEG or PNG")
+    if not features.check("avif"):
+        raise MediaError("is AVIF, which this Pillow does not read; export it as PNG or WebP")
+    return "AVIF"
 
 
 def pictures(path, stills, start):
@@ -149,7 +95,7 @@ def pictures(path, stills, start):
     data = path.read_bytes()
     decode, complete = pillow_pictures, True
     if data[:6] in (b"GIF87a", b"GIF89a"):
-        form, complete = "GIF", data.rstrip(b"\0 \r\n").endswith(b";")
+        form, complete = "GIF", data.rstrip(b"\0 \r\n").endswith(b";") or gif_is_whole(data)
     elif data[:8] == b"\x89PNG\r\n\x1a\n":
         form, complete = "PNG", b"IEND\xaeB`\x82" in data
         if b"acTL" in data[: data.find(b"IDAT")]:
@@ -157,7 +103,9 @@ def pictures(path, stills, start):
     elif data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         form, complete = "WEBP", len(data) >= 8 + int.from_bytes(data[4:8], "little")
     elif data[4:8] == b"ftyp":
-        decode, form = ffmpeg_pictures, "mp4"
+        form = heif_form(data)
+        if not form:
+            decode, form = ffmpeg_pictures, "mp4"
     elif data[:4] == b"\x1aE\xdf\xa3":
         decode, form = ffmpeg_pictures, "matroska"
     elif data[:3] == b"\xff\xd8\xff" and stills:

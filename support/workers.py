@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from pebble import ProcessExpired, ProcessPool
 
-from support import media
+from support import decode, media
 from support.common import printable
 
-HANG_SECONDS = 60  # until a process is ended that decodes one file: twice media.MAX_SECONDS
+HANG_SECONDS = 60  # until a process is ended that decodes one file: twice decode.MAX_SECONDS
 LOOK_AHEAD = 4  # files that each decoding process may be ahead of the reader: they wait in memory
 
 
@@ -42,7 +42,7 @@ def begin_worker():
     status = Path("/proc/self/status")
     if status.exists():  # Linux; elsewhere nothing tells what it holds already
         held = int(re.search(r"VmData:\s+(\d+)", status.read_text())[1]) * 1024
-        most = held + media.MAX_MEMORY_BYTES
+        most = held + decode.MAX_MEMORY_BYTES
         memory_limit = most if memory_limit == resource.RLIM_INFINITY else min(most, memory_limit)
 
 
@@ -86,10 +86,10 @@ def until_failure(work, todo, num_workers):
 
 def in_processes(work, items, num_workers):
     """Yields work(item) for each item, in order, from `num_workers` processes; where an item ends its process
-    (a crash), takes longer than HANG_SECONDS or more than media.MAX_MEMORY_BYTES, twice, the reason (str).
+    (a crash), takes longer than HANG_SECONDS or more than decode.MAX_MEMORY_BYTES, twice, the reason (str).
 
     What else `work` raises is raised here. With 0 processes this one works: then nothing limits its memory,
-    media.MAX_SECONDS alone its time, and a crash ends the run.
+    decode.MAX_SECONDS alone its time, and a crash ends the run.
     """
     if num_workers == 0:
         yield from (catch_out_of_memory(work, item) for item in items)

@@ -3,7 +3,10 @@ takes no part in it."""
 
 import json
 import struct
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 
 import av
 import numpy as np
@@ -132,3 +135,10 @@ def scan(folder):
     for note in notes:
         assert note.isprintable() and note.encode() and len(note) < 1000
     return {sticker.name: sticker for sticker in stickers}, notes
+
+
+def is_locked(path):
+    """Whether another process finds the lock on `path` taken."""
+    code = "import sys; from support.common import locked\nwith locked(sys.argv[1]) as alone: print(alone)"
+    command = [sys.executable, "-c", code, str(path)]
+    return subprocess.check_output(command, text=True, cwd=Path(__file__).parents[1]) == "False\n"

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from data import Clip, load_clip
-from support import media
+from support import decode, media
 from support.folder import Sticker
 from support.workers import in_processes
 from tests.clips import apng, chunk, clip, gif, good_folder, write
@@ -62,8 +62,8 @@ def test_a_truncated_file_is_refused_wherever_it_is_cut(tmp_path, suffix):
             frames, _ = media.read_clip(cut, 8)
         except media.MediaError:
             refused(cut)
-        else:  # of an MP4 some metadata may be missing; a WebM is read up to the cut
-            assert suffix in (".mp4", ".webm") and np.array_equal(frames, whole[: len(frames)])
+        else:  # of an MP4 some metadata may be missing, of a GIF its last byte; a WebM is read up to the cut
+            assert suffix in (".mp4", ".webm", ".gif") and np.array_equal(frames, whole[: len(frames)])
             assert len(frames) == 8 or suffix == ".webm"
 
 
@@ -126,9 +126,9 @@ def test_pixels_are_those_of_the_square_around_the_canvas(tmp_path, monkeypatch)
     patches = [(0, 0, np.full((1, 1), i % 4), 0, 0, 5) for i in range(10)]
     for size in ((200, 1), (1, 200)):
         (tmp_path / "thin.gif").write_bytes(gif(*size, patches))
-        monkeypatch.setattr(media, "MAX_PIXELS", 10 * 200 * 200)
+        monkeypatch.setattr(decode, "MAX_PIXELS", 10 * 200 * 200)
         assert len(media.read_clip(tmp_path / "thin.gif", 8)[0]) == 10
-        monkeypatch.setattr(media, "MAX_PIXELS", 10 * 200 * 200 - 1)
+        monkeypatch.setattr(decode, "MAX_PIXELS", 10 * 200 * 200 - 1)
         assert "399,999 pixels in all frames, made square" in refused(tmp_path / "thin.gif")
 
 
@@ -136,15 +136,18 @@ def test_pixels_are_those_of_the_square_around_the_canvas(tmp_path, monkeypatch)
 def test_too_many_frames_pixels_or_bytes(tmp_path, suffix, monkeypatch):
     path = tmp_path / ("a" + suffix)
     write(path, clip())
-    for limit, value, word in (
-        ("MAX_FRAMES", 7, "frames"),
-        ("MAX_PIXELS", 7 * 64 * 64, "pixels"),
-        ("MAX_BYTES", 100, "MiB"),
-        ("MAX_SIDE", 63, "side"),
+    for module, limit, value, word in (
+        (decode, "MAX_FRAMES", 7, "frames"),
+        (decode, "MAX_PIXELS", 7 * 64 * 64, "pixels"),
+        (decode, "MAX_SIDE", 63, "side"),
+        (media, "MAX_BYTES", 100, "MiB"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(media, limit, value)
-            assert word in refused(path)
+            patch.setattr(module, limit, value)
+            if suffix in (".mp4", ".webm") and word in ("frames", "pixels"):
+                assert len(media.read_clip(path, 8)[0]) == 4  # of a video every second frame is read
+            else:
+                assert word in refused(path)
     assert len(media.read_clip(path, 8)[0]) == 8
 
 
@@ -208,9 +211,9 @@ def test_a_file_that_takes_long_is_refused_between_frames(tmp_path, monkeypatch,
     write(tmp_path / ("a" + suffix), clip())
     now = iter(range(0, 1000, 10))  # seconds: every look at the clock is ten later
     monkeypatch.setattr(media.time, "thread_time", lambda: next(now))
-    with pytest.raises(media.MediaError, match=f"more than {media.MAX_SECONDS} seconds to decode; "):
+    with pytest.raises(media.MediaError, match=f"more than {decode.MAX_SECONDS} seconds to decode; "):
         media.read_clip(tmp_path / ("a" + suffix), 8)
-    assert next(now) <= media.MAX_SECONDS + 20  # at once, not at the end
+    assert next(now) <= decode.MAX_SECONDS + 20  # at once, not at the end
     monkeypatch.setattr(media.time, "thread_time", lambda: 0)
     assert len(media.read_clip(tmp_path / ("a" + suffix), 8)[0]) == 8
 
@@ -226,7 +229,7 @@ def grown(path):
 
 
 def test_small_files_do_not_take_all_memory(place, monkeypatch):
-    monkeypatch.setattr(media, "MAX_MEMORY_BYTES", 2**27)  # forked processes inherit it
+    monkeypatch.setattr(decode, "MAX_MEMORY_BYTES", 2**27)  # forked processes inherit it
     paths = []
     for name, content in fuzz.bombs().items():
         (place / name).write_bytes(content)
@@ -247,7 +250,7 @@ def test_the_clock_is_looked_at_where_no_frame_comes_out(tmp_path, monkeypatch):
     """A packet may hold a frame that is never shown."""
     write(tmp_path / "a.webm", clip())
     content, looks = (tmp_path / "a.webm").read_bytes(), []
-    monkeypatch.setattr(media, "check_time", looks.append)
+    monkeypatch.setattr(decode, "check_time", looks.append)
 
     class Mute:
         width = height = 64
@@ -257,7 +260,16 @@ def test_the_clock_is_looked_at_where_no_frame_comes_out(tmp_path, monkeypatch):
         def __init__(self, *_, **__):
             self.streams = self
 
-        video = property(lambda self: [SimpleNamespace(codec_context=Mute(), metadata={})])
+        video = property(
+            lambda self: [
+                SimpleNamespace(
+                    codec_context=Mute(),
+                    metadata={},
+                    disposition=decode.Disposition(0),
+                    sample_aspect_ratio=None,
+                )
+            ]
+        )
 
         def demux(self, stream):
             return [SimpleNamespace(size=1)] * 8
@@ -268,7 +280,7 @@ def test_the_clock_is_looked_at_where_no_frame_comes_out(tmp_path, monkeypatch):
         def __exit__(self, *_):
             pass
 
-    monkeypatch.setattr(media.av, "open", Container)
+    monkeypatch.setattr(decode.av, "open", Container)
     with pytest.raises(EOFError):
-        list(media.ffmpeg_pictures(content, "matroska", 0))
-    assert len(looks) == 1 + 8  # after the header, and at each packet
+        list(decode.ffmpeg_pictures(content, "matroska", 0))
+    assert len(looks) == 1 + 8 + 8  # after the header, and at each packet, which is counted first

@@ -224,16 +224,6 @@ def test_read_image_of_any_format_under_a_wrong_suffix(tmp_path, form):
         assert media.read_clip(tmp_path / "a.png", 20)[0].shape == (1, 20, 20, 3)
 
 
-def test_a_photo_is_turned_upright(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned by 90 degrees
-    photo = Image.new("RGB", (32, 16), WHITE)
-    photo.paste(RED, (0, 0, 16, 16))  # its left half becomes the upper one
-    photo.save(tmp_path / "a.jpg", exif=exif)
-    picture = media.read_image(tmp_path / "a.jpg", 32)
-    assert np.abs(picture[4:12, 12:20].astype(int) - RED).max() < 20 and picture[20:28, 12:20].min() > 235
-
-
 def test_padding_is_white_centred_and_does_not_stretch(tmp_path):
     Image.new("RGB", (40, 20), RED).save(tmp_path / "wide.gif")
     Image.new("RGB", (20, 40), RED).save(tmp_path / "tall.gif")

@@ -296,13 +296,20 @@ def test_several_samples_become_rows_of_a_sheet(tmp_path):
         ("--prompt x --eta nan", "--eta: nan must"),
         ("--prompt x --guidance_scale nan", "--guidance_scale: nan must"),
         ("--prompt x --image_guidance_scale 1e9", "--image_guidance_scale"),
-        ("--prompt x --num_inference_steps 1 --output a.png/a.gif", "a.png/a.gif cannot be written"),
+        ("--prompt x --output a.png/a.gif", "a.png/a.gif cannot be written"),
+        ("--prompt x --output /proc/new/a.gif", "/proc/new/a.gif cannot be written"),
+        ("--prompt x --output there.gif", "there.gif is a folder"),
+        ("--prompt x --num_samples 2 --output new/there.gif", "there-1.gif is a folder"),
+        ("--prompt x --seed 99999999999999999999", "--seed: 99999999999999999999 must"),
         ("", "--prompt"),
     ],
 )
 def test_bad_flags_get_one_sentence(checkpoint, tmp_path, monkeypatch, capsys, flags, words):
     monkeypatch.chdir(tmp_path)
     picture(tmp_path / "a.png")
+    for name in ("there.gif", "new/there-1.gif"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.setattr(sample, "generate", lambda *args, **more: pytest.fail("said too late"))
     refused(checkpoint, flags.split(), words, monkeypatch, capsys)
 
 

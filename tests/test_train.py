@@ -113,8 +113,9 @@ def test_a_folder_too_small_to_hold_out_anything_trains(run, folder, tmp_path, m
     assert (out / "model_index.json").exists() and (out / "checkpoint-1").is_dir()
 
 
-def test_latest_without_a_checkpoint_starts_fresh(run):
+def test_latest_without_a_checkpoint_starts_fresh_and_says_so(run, capsys):
     assert log(run(max_train_steps=1, resume_from_checkpoint="latest"))[-1]["step"] == 1
+    assert "holds no checkpoint: the run starts at its beginning" in capsys.readouterr().out
 
 
 # What is refused
@@ -126,9 +127,11 @@ def test_latest_without_a_checkpoint_starts_fresh(run):
         ("--resolution 30", dict(resolution=30)),
         ("--max_train_steps: 0 must", dict(max_train_steps=0)),
         ("--seed: -1 must", dict(seed=-1)),
+        ("--seed: 99999999999999999999 must", dict(seed=99999999999999999999)),
         ("--ddu off", dict(ddu="off", curriculum="dcl")),
         ("is not a folder", dict(data="absent")),
         ("is no checkpoint", dict(resume_from_checkpoint="nowhere")),
+        ("--data: must not be empty", dict(data="")),  # a variable of the shell that is not set
         ("torchrun", dict(shard=True)),
         ("--low_memory", dict(low_memory=True, mixed_precision="fp16")),
     ],
@@ -196,16 +199,22 @@ def test_its_checkpoints_can_be_sampled(trained, folder, tmp_path, output, flags
 
 
 def test_the_real_commands(folder, cache, tmp_path):
-    """As a user types them, one after the other, and a sticker is there."""
+    """As a user types them, one after the other, and a sticker is there: in a folder whose name has a space
+    and letters that the locale lacks."""
+    place = tmp_path / "мои стикеры"
+    place.mkdir()
 
     def command(program, *flags):
         line = [sys.executable, ROOT / program, *map(str, flags)]
         env = dict(os.environ, OMP_NUM_THREADS="1")  # more, beside other tests, wait for each other
-        result = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env=env)
+        env |= dict(LC_ALL="C", PYTHONUTF8="0", PYTHONIOENCODING="ascii")
+        result = subprocess.run(line, capture_output=True, text=True, cwd=place, env=env)
         assert result.returncode == 0, result.stderr[-3000:]
         return result.stdout
 
-    command("train.py", *words(FLAGS | dict(data=folder, cache_dir=cache, max_train_steps=2)))
+    flags = dict(data=folder, cache_dir=cache, max_train_steps=2, output_dir="runs/бег")
+    command("train.py", *words(FLAGS | flags))
+    assert "--checkpoint 'runs/бег'" in (place / "runs" / "бег" / "README.md").read_text(encoding="utf-8")
     said = command("sample.py", "--prompt", "a red heart bouncing", "--num_inference_steps", 2)
-    assert "the newest run: runs/toy" in said and "wrote sticker.gif" in said
-    assert media.read_clip(tmp_path / "sticker.gif", 64)[0].shape[1:] == (64, 64, 3)
+    assert "the newest run: runs/" in said and "wrote sticker.gif" in said
+    assert media.read_clip(place / "sticker.gif", 64)[0].shape[1:] == (64, 64, 3)

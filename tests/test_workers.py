@@ -11,16 +11,15 @@ import numpy as np
 import pebble
 import pytest
 import torch
-from filelock import FileLock
 from PIL import Image
 
 import data
 from data import load_clips
-from support import cache, media, workers
+from support import cache, decode, media, workers
 from support.encoders import PatchPCA
 from support.folder import scan_folder
 from support.workers import in_processes
-from tests.clips import clip, good_folder
+from tests.clips import clip, good_folder, is_locked
 from tests.stress import fuzz
 
 
@@ -46,7 +45,7 @@ def hungry(kind):
 
 
 def test_what_does_not_fit_into_memory_costs_one_item(monkeypatch, capfd):
-    monkeypatch.setattr(media, "MAX_MEMORY_BYTES", 2**27)
+    monkeypatch.setattr(decode, "MAX_MEMORY_BYTES", 2**27)
     results = list(in_processes(hungry, ["numpy", 1, "torch", 2, "python", 3, "result", 4], 1))
     assert results[:6] == [media.NO_MEMORY, 1, media.NO_MEMORY, 2, media.NO_MEMORY, 3]
     assert len(results[6]) == 2**27 * 3 // 4 and results[7] == 4
@@ -193,8 +192,7 @@ def test_no_process_stays_when_the_encoder_fails(place, tmp_path, monkeypatch):
         data.open_dataset(place, stickers, codec, 16, tmp_path / "cache", num_workers=2)
     assert not multiprocessing.active_children() and error.traceback
     (lock,) = (tmp_path / "cache").glob("*/*.lock")
-    with FileLock(lock, timeout=0, is_singleton=False):
-        assert not list(lock.parent.glob("*.safetensors"))
+    assert not is_locked(lock) and not list(lock.parent.glob("*.safetensors"))
 
 
 def linger(pipe, seconds, item):

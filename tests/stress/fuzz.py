@@ -3,7 +3,7 @@ Damages good stickers in every way that comes to mind, and reads them as a train
 
     python tests/stress/fuzz.py --cases 10000 --seed 0
 
-A case (seed, number) is a good GIF, WebP, PNG, APNG, MP4 or WebM after one or two mutations, under
+A case (seed, number) is a good GIF, WebP, AVIF, PNG, APNG, MP4 or WebM after one or two mutations, under
 a suffix that may be wrong. It must end as a clip or as a MediaError of one printable line, within SECONDS and
 MEMORY, and its process must live. Then as many metadata files, a quarter of --cases, must end as stickers and
 problems or as a DataError. A case that breaks this is kept under --keep, and the exit status is 1.
@@ -25,19 +25,19 @@ from pathlib import Path
 
 import av
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageCms, features
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from data import load_clip  # noqa: E402
-from support import folder, media  # noqa: E402
+from support import decode, folder, media  # noqa: E402
 from support.captions import MAX_CAPTION, DataError  # noqa: E402
 from support.common import printable  # noqa: E402
 from support.workers import in_processes  # noqa: E402
 from tests.clips import apng, chunk, clip, write  # noqa: E402
 
-SECONDS = media.MAX_SECONDS  # of one case; real: a process that hangs is ended after workers.HANG_SECONDS
+SECONDS = decode.MAX_SECONDS  # of one case; real: a process that hangs is ended after workers.HANG_SECONDS
 MEMORY = 512  # MiB that a decoding process may grow by
 RESOLUTION = 32
 EXTREMES = (0, 1, 2, 255, 256, 4096, 2**15, *(2**bits - 1 for bits in (16, 24, 31, 32, 63, 64)), 2**31)
@@ -58,12 +58,18 @@ def good_files():
                 files.append(Path(place, "a" + suffix).read_bytes())
     first, *rest = map(Image.fromarray, flat)
     everything = dict(save_all=True, append_images=rest)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    says = dict(exif=turned, icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     for form, picture, options in (
         ("PNG", first, {}),
         ("PNG", first.quantize(16), dict(save_all=True, append_images=[r.quantize(16) for r in rest])),
         ("GIF", first, everything | dict(duration=[40, 80] * 3, disposal=2, interlace=1)),
         ("WEBP", first.convert("RGBA"), everything | dict(quality=60)),
         ("WEBP", first, {}),
+        ("WEBP", first, everything | says),
+        ("PNG", first, says),
+        *[("AVIF", first, everything)] * features.check("avif"),
     ):
         file = io.BytesIO()
         picture.save(file, form, **options)
@@ -206,7 +212,7 @@ def try_file(number, seed, place):
         outcome = "decoded"
         if not (frames.dtype == np.uint8 and frames.shape[1:] == (RESOLUTION, RESOLUTION, 3)):
             fault = f"frames {frames.dtype} {frames.shape}"
-        if not (1 <= len(frames) == len(durations) <= media.MAX_FRAMES and (durations > 0).all()):
+        if not (1 <= len(frames) == len(durations) <= decode.MAX_FRAMES and (durations > 0).all()):
             fault = f"{len(frames)} frames, durations {durations}"
         if not np.isfinite(durations).all():
             fault = f"durations {durations}"

@@ -382,18 +382,17 @@ def inspect(args, stickers):
 def main():
     args = parse_args()
     stickers, notes = scan_folder(args.folder)
-    for note in notes:
-        print(f"note: {note}")
+    print("".join(f"note: {note}\n" for note in notes), end="")
     if args.preview or not args.encode:
         inspect(args, stickers)
     if args.encode:
         codec = PretrainedVAE(args.vae, device())
         if args.resolution % codec.factor:
             raise UserError(f"--resolution {args.resolution}: must be a multiple of {codec.factor}.")
-        where = args.cache_dir or default_cache(), args.num_workers
-        dataset = open_dataset(args.folder, stickers, codec, args.resolution, *where)
-        folder, dropped = printable(dataset.folder), len(dataset.dropped)
-        print(f"{len(dataset.clips)} clips are in {folder}, {dropped} files were dropped")
+        latents = args.cache_dir or default_cache()
+        dataset = open_dataset(args.folder, stickers, codec, args.resolution, latents, args.num_workers)
+        where, dropped = printable(dataset.folder), len(dataset.dropped)
+        print(f"{len(dataset.clips)} clips are in {where}, {dropped} dropped")
 
 
 if __name__ == "__main__":

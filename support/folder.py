@@ -171,7 +171,7 @@ def read_sidecars(folder, paths, names, notes):
         except OSError as error:
             notes.add("captions that cannot be read", f"{text} ({error.strerror})")
         except ValueError:
-            notes.add("captions that are no UTF-8 text, and not used: save them as UTF-8", text)
+            notes.add("captions that are not used, since they are no UTF-8 text", text)
     for text in texts:
         if text not in used:
             notes.add("text files without a sticker of the same name", text)

@@ -107,20 +107,12 @@ def test_text_files_without_a_sticker_are_noted(pair):
 
 
 @pytest.mark.parametrize(
-    "text",
-    [
-        "[\n  {},\n  {}\n]",
-        "{},\n{},\n",
-        "{}\n\n{}",
-        " [{}, {}] \n",
-        "\ufeff{}\r\n{}\r\n",
-    ],
+    "text", ["[\n %s,\n %s\n]", "%s,\n%s,\n", "%s\n\n%s", " [%s, %s] ", "\ufeff%s\r\n%s"]
 )
 def test_arrays_commas_and_empty_lines_of_json_are_read(pair, text):
-    text = text.replace("{}", json.dumps(A, indent=2 if text[0] == "[" else None), 1).replace(
-        "{}", json.dumps(B)
+    (pair / "metadata.jsonl").write_text(
+        text % (json.dumps(A, indent=2 * (text[0] == "[") or None), json.dumps(B))
     )
-    (pair / "metadata.jsonl").write_text(text)
     assert captions_of(pair) == BOTH and not scan(pair)[1]
 
 
@@ -309,7 +301,9 @@ def test_a_sidecar_that_is_no_text_is_noted_and_not_used(place, content):
     (place / "good.txt").write_bytes(content)
     stickers, notes = scan(place)
     assert stickers["good.gif"].caption == "" and len(notes) == 1
-    assert notes[0].startswith("captions that are no UTF-8 text") and notes[0].endswith(": good.txt")
+    assert notes[0].startswith("captions that are not used, since they are no UTF-8") and notes[0].endswith(
+        ": good.txt"
+    )
 
 
 def test_a_sidecar_that_is_a_folder_is_none(place):

@@ -23,7 +23,7 @@ from model import make_scheduler
 from support import cache, media
 from support.encoders import PatchPCA
 from support.folder import scan_folder
-from tests.clips import is_locked, moving_square, square_folder
+from tests.clips import fill, is_locked, moving_square, square_folder
 
 UNIFORM = Curriculum("none", 1).probabilities(0)
 
@@ -331,6 +331,21 @@ def run(monkeypatch, capsys, *flags):
 def test_wrong_flags_are_one_sentence(folder, monkeypatch, capsys, flags, words):
     status, written = run(monkeypatch, capsys, folder, "--num_workers", 0, *flags)
     assert status == 2 and words in written and written.endswith(".\n") and "Traceback" not in written
+
+
+def test_what_is_not_used_is_said_and_not_counted_as_dropped(folder, monkeypatch, capsys):
+    monkeypatch.setattr(data, "PretrainedVAE", lambda *_: PatchPCA(patch_size=8, latent_channels=6))
+    fill(folder, ".hidden/a.gif", "pack.tgs", "broken.gif")
+    encode = ["--encode", "--vae", "x", "--resolution", 16, "--cache_dir", folder.parent]
+    for flags, words in (([], "12 stickers used, 1 dropped"), (encode, ", 1 dropped\n")):
+        with monkeypatch.context() as patch:
+            patch.setattr(PatchPCA, "encode", lambda self, frames: torch.zeros(len(frames), 6, 2, 2))
+            patch.setattr(PatchPCA, "identity", "any")
+            patch.setattr(sys, "argv", ["data.py", str(folder), "--num_workers", "0", *map(str, flags)])
+            data.main()
+        said = capsys.readouterr().out
+        assert "note: what is hidden" in said and "note: files with a suffix that is not read: .tgs" in said
+        assert words in said
 
 
 def test_one_usable_file_of_many_is_shown(folder, tmp_path, monkeypatch, capsys):

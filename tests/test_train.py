@@ -11,7 +11,8 @@ import pytest
 import masks
 import sample
 from support import media
-from tests.runs import FLAGS, ROOT, few_steps, log, run_here, same, weights, words
+from tests.clips import fill, scan
+from tests.runs import FLAGS, NO_PICTURES, ROOT, few_steps, log, run_here, same, weights, words
 
 # What a run leaves
 
@@ -76,9 +77,11 @@ def test_a_folder_without_captions_trains_without_text(run, folder, tmp_path, ca
     for path in sorted(folder.glob("*.gif"))[:12]:
         shutil.copy(path, bare)
     (bare / "broken.gif").write_bytes(b"GIF89a")
+    (bare / "a.tgs").touch()
     run(data=bare, max_train_steps=2)
     printed = capsys.readouterr().out
-    assert "training without text" in printed and "broken.gif" in printed
+    assert "training without text" in printed and "11 clips to train on, 1 held out, 1 dropped" in printed
+    assert "\n  note: files with a suffix that is not read: .tgs\n  dropped broken.gif: " in printed
 
 
 @pytest.mark.parametrize("flags", [{}, dict(ddu="off")], ids=str)
@@ -93,6 +96,21 @@ def test_without_captions_and_held_out_clips_one_sticker_is_drawn(run, folder, t
     monkeypatch.setattr("sample.generate", few_steps)
     out = run(data=bare, max_train_steps=1, validation_prompts=None, **flags)
     assert len(media.read_clip(out / "sample.gif", 16)[0]) >= 1 and (out / "validation-1.png").exists()
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_folder_too_small_to_hold_out_anything_trains(run, folder, tmp_path, monkeypatch, count):
+    """To overfit: the sheet shows what it is trained on."""
+    few = tmp_path / "few"
+    few.mkdir()
+    for path in sorted(folder.glob("*.gif"))[:count]:
+        shutil.copy(path, few)
+        (few / path.name).with_suffix(".txt").write_text(f"number {path.stem}")
+    sheet, prompts = NO_PICTURES["validation_sheet"], []
+    monkeypatch.setattr("train.validation_sheet", lambda *shown: prompts.extend(shown[4]) or sheet())
+    out = run(data=few, max_train_steps=1, validation_prompts=None)
+    assert prompts == [f"number {i:05}" for i in range(min(count, 6))]
+    assert (out / "model_index.json").exists() and (out / "checkpoint-1").is_dir()
 
 
 def test_latest_without_a_checkpoint_starts_fresh_and_says_so(run, capsys):
@@ -126,6 +144,17 @@ def test_bad_flags_get_one_sentence(run, refused, said, flags):
 @pytest.mark.parametrize("flag", ["vae", "init_unet"])
 def test_a_folder_that_is_no_part_gets_one_sentence(run, refused, tmp_path, flag):
     refused(f"--{flag}", run, **{flag: tmp_path})
+
+
+def test_an_output_folder_among_the_stickers_is_passed_over_and_refused_in_their_place(
+    trained, run, refused, tmp_path
+):
+    place = fill(tmp_path / "a", "a.gif")
+    shutil.copytree(trained, place / "finished")
+    shutil.copytree(trained, place / "begun")
+    (place / "begun" / "model_index.json").unlink()
+    assert set(scan(place)[0]) == {"a.gif"}
+    refused("is the folder of the stickers: choose another", run, "a", data=place)
 
 
 def test_an_empty_folder_gets_one_sentence(run, refused, tmp_path):

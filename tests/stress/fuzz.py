@@ -246,7 +246,11 @@ def metadata_folder(place):
         Path(place, name).touch()
     table = "file_name,caption\n" + "".join(f'{name},"quoted, ""caption"""\n' for name in names)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    return {"metadata.jsonl": [lines.encode()], "metadata.csv": [table.encode()]}
+    array = json.dumps(rows, indent=1)
+    return {
+        "metadata.jsonl": [lines.encode(), array.encode(), lines.encode("utf-16")],
+        "metadata.csv": [table.encode(), table.replace(",", ";").encode("utf-16")],
+    }
 
 
 def try_metadata(number, seed, place, files):

@@ -127,14 +127,16 @@ def prepare(unet, device, channels_last=True):
     return unet.to(memory_format=torch.channels_last) if channels_last else unet
 
 
-def compile_layers(unet):
-    """Compiles layer by layer: the whole network would be compiled anew for each way of packing frames."""
-    # of all layers of a class together: beyond it they would run as they are
-    torch._dynamo.config.recompile_limit = 64
+def compile_layers(unet, **options):
+    """Compiles layer by layer: the whole network would be compiled anew for each way of packing frames. With
+    dynamic shapes a layer has one graph for all numbers of clips, slots and frames above one, with or without
+    gradients. options: of torch.compile"""
+    # Graphs of all layers of a class together; beyond it they would run as they are.
+    torch._dynamo.config.recompile_limit, torch._dynamo.config.accumulated_recompile_limit = 256, 1024
     for layer in unet.layers():
         for module in layer:
             if module is not None:
-                module.compile()
+                module.compile(dynamic=True, **options)
 
 
 # ------------------------------------------------------------------------------------------------------------

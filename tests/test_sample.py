@@ -100,6 +100,27 @@ def test_schedule_is_that_of_latent_diffusion():
     assert not scheduler.config.clip_sample and scheduler.config.prediction_type == "epsilon"
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 25, 50, 600, 999, 1000])
+def test_any_number_of_steps_starts_at_the_noisiest_timestep(steps):
+    scheduler = make_scheduler()
+    scheduler.set_timesteps(steps)
+    timesteps = scheduler.timesteps.tolist()
+    assert len(timesteps) == steps and timesteps[0] == 999 and timesteps[-1] >= 0
+    assert timesteps == sorted(set(timesteps), reverse=True)
+    x = torch.ones(1)
+    for t in timesteps:
+        x = scheduler.step(torch.ones(1), t, x).prev_sample  # no index beyond the schedule
+
+
+def test_a_model_is_run_in_a_precision_that_this_machine_has(checkpoint, monkeypatch):
+    index = json.loads((checkpoint / "model_index.json").read_text())
+    (checkpoint / "model_index.json").write_text(json.dumps(index | dict(mixed_precision="bf16")))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for native, expected in ((False, "no"), (True, "bf16")):
+        monkeypatch.setattr("support.machine.native_bf16", lambda: native)
+        assert sample.load(checkpoint)[2]["mixed_precision"] == expected
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Sampling
 

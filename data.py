@@ -389,10 +389,10 @@ def main():
         codec = PretrainedVAE(args.vae, device())
         if args.resolution % codec.factor:
             raise UserError(f"--resolution {args.resolution}: must be a multiple of {codec.factor}.")
-        latents = args.cache_dir or default_cache()
-        dataset = open_dataset(args.folder, stickers, codec, args.resolution, latents, args.num_workers)
-        where, dropped = printable(dataset.folder), len(dataset.dropped)
-        print(f"{len(dataset.clips)} clips are in {where}, {dropped} dropped")
+        where = args.cache_dir or default_cache(), args.num_workers
+        dataset = open_dataset(args.folder, stickers, codec, args.resolution, *where)
+        folder, dropped = printable(dataset.folder), len(dataset.dropped)
+        print(f"{len(dataset.clips)} clips are in {folder}, {dropped} dropped")
 
 
 if __name__ == "__main__":

@@ -36,14 +36,10 @@ from support.machine import to_device
 
 NUM_TIMESTEPS = 1000  # diffusion steps (Table 6)
 
-# ------------------------------------------------------------------------------------------------------------
-# Diffusion
-
 
 def make_scheduler():
-    """Table 6's schedule, "linear" as in the latent diffusion code: linear in sqrt(beta). diffusers' defaults
-    are for pixels: latents are not clipped, and the schedule ends at alpha_1, not at 1. With "trailing"
-    spacing any number of sampling steps starts at the noisiest timestep, 999."""
+    """Table 6's schedule, "linear" as in the latent diffusion code: linear in sqrt(beta). Latents are not
+    clipped, the schedule ends at alpha_1, not at 1, and any number of sampling steps starts at t = 999."""
     linear = dict(beta_start=0.00085, beta_end=0.0120, beta_schedule="scaled_linear")
     latents = dict(clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing")
     return DDIMScheduler(NUM_TIMESTEPS, **linear, **latents)
@@ -134,7 +130,6 @@ class STI(nn.Module):
         height, width = h.shape[2:]
         gamma = min(self.gamma, height, width)
         s = F.avg_pool2d(h, gamma, ceil_mode=True, count_include_pad=False)  # (N, d, H/g, W/g)
-        small_height = s.shape[2]
         s = s.flatten(2).transpose(1, 2)  # (N, HW/gg, d)
         positions = torch.arange(frames.slots, device=h.device)
         order = get_timestep_embedding(positions, s.shape[2]).to(s.dtype)  # (F, d) fixed sinusoids
@@ -150,7 +145,7 @@ class STI(nn.Module):
         s = F.scaled_dot_product_attention(q, k, v, attn_mask=keys)  # (B, heads, F*HW/gg, head width)
         s = self.to_out(s.transpose(1, 2).flatten(2))  # (B, F*HW/gg, d)
         s = frames.pack(s.unflatten(1, (frames.slots, tokens_per_frame)))  # (N, HW/gg, d)
-        s = s.transpose(1, 2).unflatten(2, (small_height, -1))  # (N, d, H/g, W/g)
+        s = s.transpose(1, 2).unflatten(2, (-(-height // gamma), -1))  # (N, d, H/g, W/g)
         s = self.norm_semantic(s)  # before upsampling: the same statistics from fewer pixels
         s = F.interpolate(s, scale_factor=float(gamma), mode="nearest")
         return s[:, :, :height, :width]  # (N, d, H, W)
@@ -285,10 +280,8 @@ class DFGN(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
             if level > 0:
                 block.upsamplers.append(Upsample2D(width, use_conv=True))
             self.up_blocks.append(block)
-
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, width, eps=1e-5)
         self.conv_out = nn.Conv2d(width, latent_channels, kernel_size=3, padding=1)
-
         self.initialize()
 
     def initialize(self):
@@ -300,9 +293,8 @@ class DFGN(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
             nn.init.zeros_(layer.bias)
 
     def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=None):
-        """What ModelMixin's enable_ and disable_gradient_checkpointing call: no activations are kept inside a
-        layer, func(layer, h, ...) runs it once more in the backward pass. ModelMixin's own would switch it on
-        inside the transformers too, which would then run three times."""
+        """Of ModelMixin's enable_gradient_checkpointing: no activations are kept inside a layer, which runs
+        once more in the backward pass. Its own way would have the transformers inside run a third time."""
         self.gradient_checkpointing = enable
         self._gradient_checkpointing_func = gradient_checkpointing_func
 
@@ -327,8 +319,8 @@ class DFGN(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
         given: bool (B, F), the condition mask; where it is False, zeros stand beside the noisy latents
         timestep: integers (B,), one diffusion step for all frames of a clip
         text: (clip, clip_mask, t5, t5_mask), states (B, L, clip_dim | t5_dim) and bool (B, L), True = a token
-        valid: bool (B, F), the loss mask; False = the slot holds no frame; None = all do
-        Both masks may lie in the CPU's memory, and do best there.
+        valid: bool (B, F), the loss mask; False = the slot holds no frame; None = all do. Both masks do best
+            in the CPU's memory
         Returns (B, F, C, H, W), zeros in the slots that hold no frame.
         """
         frames = Frames(valid, *noisy.shape[:2], noisy.device)
@@ -348,7 +340,6 @@ class DFGN(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
         condition = torch.where(given, latents, 0.0)  # (B, F, C', H, W)
         h = torch.cat([frames.pack(noisy), frames.pack(condition)], dim=1)  # (N, C + C', H, W)
         h = self.conv_in(h.contiguous(memory_format=torch.channels_last))  # (N, d_0, H, W)
-
         skips = [h]
         for block in self.down_blocks:
             for layer in block.layers():

@@ -32,6 +32,7 @@ from support.common import UserError, one_sentence
 from support.encoders import Encoders, load_fitted
 from support.finished import start_from_model
 from support.machine import (
+    DTYPES,
     World,
     compile_layers,
     gradient_sync,
@@ -304,7 +305,7 @@ def build_network(args, world, encoders, fresh):
     if args.compile:
         compile_layers(unet)
     if args.shard:
-        shard(unet, world.device)
+        shard(unet, world.device, DTYPES[args.mixed_precision])
     return unet.train()
 
 

@@ -37,7 +37,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from support.common import UserError, locked
-from support.optim import align_moments, averaged
+from support.optim import align_moments
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -206,12 +206,6 @@ def whole_weights(unet):
     return get_model_state_dict(unet, options=WHOLE)
 
 
-def averaged_weights(unet, average):
-    """As whole_weights, copied: averaged weights stand in the network for a moment only."""
-    with averaged(unet, average):
-        return {name: weight.clone() for name, weight in whole_weights(unet).items()}
-
-
 def write_unet(folder, unet, weights):
     """unet/ as `DFGN.from_pretrained` reads it."""
     folder.mkdir(parents=True)
@@ -241,7 +235,7 @@ def save_checkpoint(output_dir, training, parts, about, limit, main=True):
     unet, average, step = training.unet, training.average, training.step
     weights = dict(unet=whole_weights(unet))
     if average is not None:
-        weights["unet_ema"] = averaged_weights(unet, average)
+        weights["unet_ema"] = average.weights(unet)
     moments = get_optimizer_state_dict(unet, training.optimizer, options=WHOLE)
     if not main:
         return
@@ -279,8 +273,8 @@ def load_checkpoint(path, training):
             if not name.startswith("_") and json.dumps(saved.get(name)) != json.dumps(unet.config[name]):
                 raise ValueError(f"its {name} is {saved.get(name)}, here it is {unet.config[name]}")
         if training.average is not None:
-            set_model_state_dict(unet, load_file(path / "unet_ema" / WEIGHTS), options=whole)
-            training.average.load(unet, state["ema_step"])
+            averages = load_file(path / "unet_ema" / WEIGHTS)
+            training.average.load(unet, averages, state["ema_step"])
         set_model_state_dict(unet, load_file(path / "unet" / WEIGHTS), options=whole)
         tensors = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
         set_optimizer_state_dict(unet, training.optimizer, tensors["optimizer"], options=whole)
@@ -303,7 +297,8 @@ def load_checkpoint(path, training):
 def write_finished(output_dir, training, parts, card, main=True):
     """Turns `output_dir` itself into the finished folder, with the averaged weights where there are any.
     parts: as of save_checkpoint; card: the text of its README.md. Raises SaveError."""
-    weights = averaged_weights(training.unet, training.average)
+    unet, average = training.unet, training.average
+    weights = whole_weights(unet) if average is None else average.weights(unet)
     if not main:
         return
     writing = Path(output_dir) / "finished.tmp"

@@ -75,7 +75,7 @@ def test_a_large_loss_is_no_fault(run, monkeypatch):
 # Requests to stop
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", pytest.param("SIGINT", marks=pytest.mark.slow)])
 def test_asked_to_stop_it_saves(run, ask_to_stop, capsys, tmp_path, name):
     number = signal.Signals[name]
     handler = signal.getsignal(number)

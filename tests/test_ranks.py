@@ -120,16 +120,19 @@ def sharded(plain_flags, tmp_path_factory):
     return train_elsewhere(root / "run", TORCHRUN, faults, **plain_flags, **more)
 
 
+@pytest.mark.slow
 def test_sharded_ranks_train_as_one(trained, sharded):
     assert_nearly_same_end(trained, sharded)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["unet", "unet_ema"])
 def test_a_sharded_checkpoint_has_whole_weights(trained, sharded, part):
     one, two = (weights(out / "checkpoint-3", part) for out in (trained, sharded))
     assert {name: x.shape for name, x in one.items()} == {name: x.shape for name, x in two.items()}
 
 
+@pytest.mark.slow
 def test_each_rank_holds_half(sharded):
     shares = [share for ending in endings(sharded) for share in ending["shares"].values()]
     assert len(shares) == 6 and all(0.47 < share < 0.53 for share in shares)
@@ -160,6 +163,7 @@ def halfway(out, to):
     return to
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_from_shards(sharded, run, tmp_path):
     out = run(halfway(sharded, tmp_path / "run"), resume_from_checkpoint="latest")
     assert_nearly_same_end(sharded, out)
@@ -172,6 +176,7 @@ def test_shards_go_on_from_one_process(trained, plain_flags, tmp_path):
     assert_nearly_same_end(trained, out)
 
 
+@pytest.mark.slow
 def test_sharded_ranks_sample_together_what_one_process_samples(sharded, tmp_path):
     denoiser, encoders, settings = sample.load(sharded)
     nothing = sample.nothing_given(encoders, settings["resolution"], 1)

@@ -86,7 +86,8 @@ def matrix_places(tmp_path_factory):
 
 
 def cases(size):
-    chosen = matrix.few_cases(size)
+    *others, last = matrix.few_cases(size)
+    chosen = [*(pytest.param(case, marks=pytest.mark.slow) for case in others), last]
     return pytest.mark.parametrize("case", chosen, ids=lambda case: "-".join(map(str, case.values())))
 
 

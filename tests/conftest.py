@@ -2,14 +2,19 @@
 
 Fixtures import train.py themselves: a test of masks.py need not wait for diffusers."""
 
+import os
 import shutil
 import signal
 from unittest import mock
 
-import pytest
-import torch
+# Before numpy is imported: its threads and those of the tests beside this one would wait for each other.
+for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(name, "1")
 
-from support import stickers
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from support import stickers  # noqa: E402
 
 # As toy runs in processes of their own have: bit for bit is promised for equal thread counts.
 torch.set_num_threads(1)

@@ -103,6 +103,7 @@ def test_pairs_of_values_make_no_difference(no_pictures, matrix_places, case):
     assert matrix.differences(case, *matrix_places) == []
 
 
+@pytest.mark.slow
 def test_a_difference_would_be_seen(no_pictures, matrix_places, monkeypatch):
     real = checkpoints.load_checkpoint
 
@@ -115,6 +116,7 @@ def test_a_difference_would_be_seen(no_pictures, matrix_places, monkeypatch):
     assert "optimizer" in matrix.differences(matrix.few_cases(1)[0], *matrix_places)
 
 
+@pytest.mark.slow
 def test_killed_inside_a_save_it_ends_as_if_it_had_not_been(folder, cache, trained, run, tmp_path):
     """The second save kills the process halfway through a file; the search over all writing, renaming and
     removing calls is tests/stress/kill.py."""

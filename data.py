@@ -23,7 +23,7 @@ from tqdm import tqdm
 import masks
 from masks import LENGTHS, NUM_FRAMES, TASKS
 from support import cache, decode, media, pictures
-from support.common import UserError, evenly, one_sentence, printable
+from support.common import UserError, default_cache, evenly, one_sentence, printable
 from support.encoders import PretrainedVAE
 from support.flags import Parser, number, work_flags
 from support.folder import DataError, print_summary, scan_folder
@@ -246,11 +246,11 @@ def open_dataset(folder, stickers, codec, resolution, cache_dir, num_workers=0):
 
 
 class Batch(NamedTuple):
-    latents: torch.Tensor  # float32 (B, 8, C, h, w) clean frames, zeros in the slots beyond k
-    noise: torch.Tensor  # float32 (B, 8, C, h, w)
+    latents: torch.Tensor  # float32 (B, F, C, h, w) clean frames, zeros in the slots beyond k
+    noise: torch.Tensor  # float32 (B, F, C, h, w)
     timesteps: torch.Tensor  # int64 (B,)
-    given: torch.Tensor  # bool (B, 8) condition mask
-    valid: torch.Tensor  # bool (B, 8) loss mask
+    given: torch.Tensor  # bool (B, F) condition mask
+    valid: torch.Tensor  # bool (B, F) loss mask
     captions: list  # B strings, empty where the text is hidden
     tasks: list  # B names
     lengths: list  # B numbers of frames, k
@@ -297,11 +297,14 @@ def draw_sample(dataset, clips, probabilities, seed, step, index, global_batch, 
 
 
 def draw_batch(dataset, clips, probabilities, seed, step, indices, global_batch, ddu=True):
-    """The Batch of the samples `indices` of the global batch of `global_batch` samples at `step`."""
+    """The Batch of the samples `indices` of the global batch of `global_batch` samples at `step`, in the
+    CPU's memory. It has as many slots, F, as its longest clip has frames: a batch of one has no filler."""
     samples = [draw_sample(dataset, clips, probabilities, seed, step, i, global_batch, ddu) for i in indices]
     latents, noise, timesteps, given, valid, captions, tasks, lengths = zip(*samples)
-    tensors = (torch.from_numpy(np.stack(x)) for x in (latents, noise, timesteps, given, valid))
-    return Batch(*tensors, list(captions), list(tasks), list(lengths))
+    frames = [torch.from_numpy(np.stack(x)[:, : max(lengths)]) for x in (latents, noise, given, valid)]
+    latents, noise, given, valid = (x.contiguous() for x in frames)
+    timesteps = torch.from_numpy(np.stack(timesteps))
+    return Batch(latents, noise, timesteps, given, valid, list(captions), list(tasks), list(lengths))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -355,10 +358,9 @@ def parse_args():
     return args
 
 
-def inspect(args):
-    """Decodes a folder, says what is used and what is dropped, and draws the preview."""
-    stickers, dropped = scan_folder(args.folder)
-    used, counts, shown = [], [], []
+def inspect(args, stickers):
+    """Decodes the stickers, says what is used and what is dropped, and draws the preview."""
+    used, dropped, counts, shown = [], [], [], []
     clips = load_clips(stickers, args.resolution, args.num_workers)
     clips = tqdm(clips, "reading stickers", len(stickers), unit="file", disable=None)
     for sticker, clip in zip(stickers, clips):
@@ -379,17 +381,18 @@ def inspect(args):
 @one_sentence("data.py")
 def main():
     args = parse_args()
+    stickers, notes = scan_folder(args.folder)
+    print("".join(f"note: {note}\n" for note in notes), end="")
     if args.preview or not args.encode:
-        inspect(args)
+        inspect(args, stickers)
     if args.encode:
-        stickers, _ = scan_folder(args.folder)
         codec = PretrainedVAE(args.vae, device())
         if args.resolution % codec.factor:
             raise UserError(f"--resolution {args.resolution}: must be a multiple of {codec.factor}.")
-        dataset = open_dataset(
-            args.folder, stickers, codec, args.resolution, args.cache_dir, args.num_workers
-        )
-        print(f"{len(dataset.clips)} clips are in {printable(dataset.folder)}")
+        latents = args.cache_dir or default_cache()
+        dataset = open_dataset(args.folder, stickers, codec, args.resolution, latents, args.num_workers)
+        where, dropped = printable(dataset.folder), len(dataset.dropped)
+        print(f"{len(dataset.clips)} clips are in {where}, {dropped} dropped")
 
 
 if __name__ == "__main__":

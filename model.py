@@ -23,6 +23,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from diffusers import ConfigMixin, DDIMScheduler, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_timestep_embedding
 from diffusers.models.resnet import ResnetBlock2D
@@ -30,18 +32,17 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 
 from support.layers import print_layers, print_sizes
+from support.machine import to_device
 
 NUM_TIMESTEPS = 1000  # diffusion steps (Table 6)
 
-# ------------------------------------------------------------------------------------------------------------
-# Diffusion
-
 
 def make_scheduler():
-    """Table 6's schedule, "linear" as in the latent diffusion code: linear in sqrt(beta). diffusers' defaults
-    are for pixels: latents are not clipped, and the schedule ends at alpha_1, not at 1."""
+    """Table 6's schedule, "linear" as in the latent diffusion code: linear in sqrt(beta). Latents are not
+    clipped, the schedule ends at alpha_1, not at 1, and any number of sampling steps starts at t = 999."""
     linear = dict(beta_start=0.00085, beta_end=0.0120, beta_schedule="scaled_linear")
-    return DDIMScheduler(NUM_TIMESTEPS, **linear, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    latents = dict(clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing")
+    return DDIMScheduler(NUM_TIMESTEPS, **linear, **latents)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -51,14 +52,14 @@ def make_scheduler():
 class Frames:
     """Where the valid frames of a batch stand; valid: bool (B, F), or None when every slot is valid.
     Spatial layers work on the N valid frames alone, packed into one batch; temporal layers need the clip's
-    axis back and get zeros in the slots that hold no frame."""
+    axis back and get zeros in the slots that hold no frame. A mask in the CPU's memory makes no GPU wait."""
 
     def __init__(self, valid, batch, slots, device):
         self.batch, self.slots = batch, slots
-        self.valid = None if valid is None or bool(valid.all()) else valid
-        self.index = torch.arange(batch * slots, device=device)
-        if self.valid is not None:
-            self.index = self.index[self.valid.flatten()]  # (N,) places in B * F
+        valid = None if valid is None or bool(valid.all()) else valid
+        index = torch.arange(batch * slots) if valid is None else valid.flatten().nonzero().squeeze(1)
+        self.valid = None if valid is None else to_device(valid, device)
+        self.index = to_device(index, device)  # (N,) places in B * F
         self.clip = self.index // slots  # (N,) which clip a packed frame belongs to
 
     def pack(self, x):
@@ -129,7 +130,6 @@ class STI(nn.Module):
         height, width = h.shape[2:]
         gamma = min(self.gamma, height, width)
         s = F.avg_pool2d(h, gamma, ceil_mode=True, count_include_pad=False)  # (N, d, H/g, W/g)
-        small_height = s.shape[2]
         s = s.flatten(2).transpose(1, 2)  # (N, HW/gg, d)
         positions = torch.arange(frames.slots, device=h.device)
         order = get_timestep_embedding(positions, s.shape[2]).to(s.dtype)  # (F, d) fixed sinusoids
@@ -145,7 +145,7 @@ class STI(nn.Module):
         s = F.scaled_dot_product_attention(q, k, v, attn_mask=keys)  # (B, heads, F*HW/gg, head width)
         s = self.to_out(s.transpose(1, 2).flatten(2))  # (B, F*HW/gg, d)
         s = frames.pack(s.unflatten(1, (frames.slots, tokens_per_frame)))  # (N, HW/gg, d)
-        s = s.transpose(1, 2).unflatten(2, (small_height, -1))  # (N, d, H/g, W/g)
+        s = s.transpose(1, 2).unflatten(2, (-(-height // gamma), -1))  # (N, d, H/g, W/g)
         s = self.norm_semantic(s)  # before upsampling: the same statistics from fewer pixels
         s = F.interpolate(s, scale_factor=float(gamma), mode="nearest")
         return s[:, :, :height, :width]  # (N, d, H, W)
@@ -159,7 +159,7 @@ class STI(nn.Module):
     def forward(self, h, frames):
         s, e = self.semantic(h, frames), self.detail(h, frames)
         w = self.fusion(torch.cat([s, e], dim=1).permute(0, 2, 3, 1)).softmax(dim=-1)  # (N, H, W, 2)
-        w_1 = w[..., 0].unsqueeze(1)  # (N, 1, H, W); w_2 = 1 - w_1
+        w_1 = w[..., 0].unsqueeze(1).to(s.dtype)  # (N, 1, H, W); w_2 = 1 - w_1
         return h + self.alpha.to(h.dtype) * torch.lerp(e, s, w_1)  # w_1 s + w_2 e
 
 
@@ -219,10 +219,11 @@ class Block(nn.Module):
         return list(zip_longest(self.resnets, self.attentions, self.temporal))
 
 
-class DFGN(ModelMixin, ConfigMixin):
+class DFGN(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
     """Noise prediction network G_theta([x_t, y, z], t) (Table 6)."""
 
-    recompute = None  # see enable_gradient_checkpointing
+    _supports_gradient_checkpointing = True
+    gradient_checkpointing = False
 
     @register_to_config
     def __init__(
@@ -279,10 +280,8 @@ class DFGN(ModelMixin, ConfigMixin):
             if level > 0:
                 block.upsamplers.append(Upsample2D(width, use_conv=True))
             self.up_blocks.append(block)
-
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, width, eps=1e-5)
         self.conv_out = nn.Conv2d(width, latent_channels, kernel_size=3, padding=1)
-
         self.initialize()
 
     def initialize(self):
@@ -293,10 +292,11 @@ class DFGN(ModelMixin, ConfigMixin):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def enable_gradient_checkpointing(self, recompute):
-        """Keeps no activations inside a layer: recompute(function, h, ...), such as torch.utils.checkpoint's,
-        runs it once more in the backward pass. (ModelMixin's own would nest: transformers recompute too.)"""
-        self.recompute = recompute
+    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=None):
+        """Of ModelMixin's enable_gradient_checkpointing: no activations are kept inside a layer, which runs
+        once more in the backward pass. Its own way would have the transformers inside run a third time."""
+        self.gradient_checkpointing = enable
+        self._gradient_checkpointing_func = gradient_checkpointing_func
 
     def layers(self):
         """The layers of all blocks, as Block.layers gives them."""
@@ -319,7 +319,8 @@ class DFGN(ModelMixin, ConfigMixin):
         given: bool (B, F), the condition mask; where it is False, zeros stand beside the noisy latents
         timestep: integers (B,), one diffusion step for all frames of a clip
         text: (clip, clip_mask, t5, t5_mask), states (B, L, clip_dim | t5_dim) and bool (B, L), True = a token
-        valid: bool (B, F), the loss mask; False = the slot holds no frame; None = all do
+        valid: bool (B, F), the loss mask; False = the slot holds no frame; None = all do. Both masks do best
+            in the CPU's memory
         Returns (B, F, C, H, W), zeros in the slots that hold no frame.
         """
         frames = Frames(valid, *noisy.shape[:2], noisy.device)
@@ -332,13 +333,13 @@ class DFGN(ModelMixin, ConfigMixin):
         emb = self.time_embedding(emb)[frames.clip]  # (N, 4 d_0)
 
         run = partial(self.run_layer, emb=emb, text=text, text_mask=text_mask, frames=frames)
-        if self.recompute is not None and torch.is_grad_enabled():
-            run = partial(self.recompute, run)
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            run = partial(self._gradient_checkpointing_func, run)
 
-        condition = torch.where(given[:, :, None, None, None], latents, 0.0)  # (B, F, C', H, W)
+        given = to_device(given, noisy.device)[:, :, None, None, None]
+        condition = torch.where(given, latents, 0.0)  # (B, F, C', H, W)
         h = torch.cat([frames.pack(noisy), frames.pack(condition)], dim=1)  # (N, C + C', H, W)
         h = self.conv_in(h.contiguous(memory_format=torch.channels_last))  # (N, d_0, H, W)
-
         skips = [h]
         for block in self.down_blocks:
             for layer in block.layers():

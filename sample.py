@@ -25,10 +25,10 @@ from tqdm import tqdm
 import masks
 from model import DFGN, NUM_TIMESTEPS, make_scheduler
 from support import machine, media
-from support.common import UserError, one_sentence
+from support.common import UserError, check_output, one_sentence
 from support.finished import MAX_SCALE, CheckpointError, newest_run, read_model
-from support.flags import Parser, number, part_flags
-from support.machine import precision, prepare
+from support.flags import SEED, Parser, number, part_flags
+from support.machine import native_precision, precision, prepare, to_device
 from support.pictures import sheet
 from support.prior import first_latents, precondition
 from support.workers import read_picture
@@ -94,7 +94,7 @@ def generate(
     Every task of Table 7 is a choice of `given`. Sample b of a seed is the same whatever the batch.
     """
     batch, shape, device = len(prompts), latents.shape[1:], denoiser.device
-    latents, given = latents.to(device), given.to(device)
+    latents, given = to_device(latents, device), given.cpu()
     states = encoders.text(list(prompts) + [negative_prompt] * batch, device)
     text, null_text = (tuple(x[half] for x in states) for half in (slice(batch), slice(batch, None)))
     has_text = any(prompt != negative_prompt for prompt in prompts)
@@ -103,7 +103,7 @@ def generate(
     def draw_noise(step):  # for each sample by itself: (seed, step, index)
         draws = [np.random.default_rng((seed, step, b)) for b in range(batch)]
         noise = np.stack([rng.standard_normal(shape, dtype=np.float32) for rng in draws])
-        return torch.from_numpy(noise).to(device)
+        return to_device(torch.from_numpy(noise), device)
 
     scheduler = make_scheduler()
     scheduler.set_timesteps(num_inference_steps)
@@ -131,13 +131,15 @@ def load(checkpoint, device="cpu", vae=None, clip=None, t5=None):
     vae, clip, t5: where the pre-trained parts are now, if not where the run recorded them.
 
     Returns (denoiser, encoders, settings), settings being the content of model_index.json: what `generate`
-    takes, and the scales and precision it was trained for. Raises CheckpointError.
+    takes, and the scales it was trained for; its precision, where this machine has it. Raises
+    CheckpointError.
     """
     unet, encoders, settings = read_model(checkpoint, DFGN, device, vae, clip, t5)
     if encoders.prior is not None and encoders.prior.lengths != masks.LENGTHS:
         raise CheckpointError(
             f"--checkpoint {checkpoint} cannot be read: its prior is for other clip lengths."
         )
+    settings["mixed_precision"] = native_precision(settings["mixed_precision"])
     prepare(unet.eval(), device)
     return precondition(unet, encoders.prior, make_scheduler().alphas_cumprod), encoders, settings
 
@@ -210,7 +212,7 @@ def parse_args():
     add("--eta", type=number(float, 0, 1), default=1.0, help=f"0: deterministic, 1: as DDPM {default}")
     add("--guidance_scale", type=scale, help="text guidance; 1 = none (default: as the checkpoint records)")
     add("--image_guidance_scale", type=scale, help="guidance by given frames; 1 = none (default: the same)")
-    add("--seed", type=number(int, 0), default=0, help=f"another seed, another sticker {default}")
+    add("--seed", type=SEED, default=0, help=f"another seed, another sticker {default}")
     add("--num_samples", type=number(int, 1), default=1, help=f"stickers to make {default}")
     add("--fps", type=number(float, 0.1, 1000), default=8.0, help=f"frames per second of the file {default}")
     add(
@@ -241,18 +243,25 @@ def check_args(args):
     if not args.prompt and not args.image:
         raise UserError("nothing to start from: give --prompt, --image, or both.")
     media.check_suffix(args.output)
+    for name in output_names(args.output, args.num_samples)[:1000]:
+        check_output("--output", name)
+
+
+def output_names(output, count):
+    """The files of `count` samples: numbered names, or one PNG."""
+    if count == 1 or output.suffix.lower() == ".png":
+        return [output]
+    return [output.with_stem(f"{output.stem}-{i}") for i in range(count)]
 
 
 def write(output, clips, given, fps):
     """Writes clips (num_samples, F, R, R, 3) to `output`, several to numbered names, or as a PNG to the
     rows of a sheet. Returns the paths."""
-    if output.suffix.lower() == ".png" and len(clips) > 1:
+    names = output_names(output, len(clips))
+    if len(names) < len(clips):
         output.parent.mkdir(parents=True, exist_ok=True)
         sheet(list(clips), marks=[given.tolist()] * len(clips)).save(output)
-        return [output]
-    names = [output]
-    if len(clips) > 1:
-        names = [output.with_stem(f"{output.stem}-{i}") for i in range(len(clips))]
+        return names
     for name, clip in zip(names, clips):
         media.write_clip(name, clip, fps)
     return names

@@ -30,7 +30,9 @@ from sample import validation_sheet
 from support import checkpoint, log, media, setup, stickers
 from support.common import UserError, one_sentence
 from support.encoders import Encoders, load_fitted
+from support.finished import start_from_model
 from support.machine import (
+    DTYPES,
     World,
     compile_layers,
     gradient_sync,
@@ -38,6 +40,7 @@ from support.machine import (
     prepare,
     recompute,
     stop_requests,
+    to_device,
 )
 from support.optim import Average, averaged, clip_gradients, make_optimizer, shard
 from support.options import parse_args
@@ -113,12 +116,13 @@ def noise_loss(run, denoiser, batch):
     """Eq. 1 under both masks: the network sees the frames that the condition mask gives, and its squared
     error counts where the loss mask is set. batch: of data.draw_batch. Returns float32 (B,)."""
     device = run.world.device
-    batch = data.Batch(*(x.to(device, non_blocking=True) if torch.is_tensor(x) else x for x in batch))
-    noisy = run.scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)  # (B, 8, C, h, w)
+    tensors = batch.latents, batch.noise, batch.timesteps, batch.valid
+    latents, noise, timesteps, valid = (to_device(x, device) for x in tensors)
+    noisy = run.scheduler.add_noise(latents, noise, timesteps)  # (B, F, C, h, w)
+    text = run.encoders.text(batch.captions, device)
     with precision(device.type, run.args.mixed_precision):
-        text = run.encoders.text(batch.captions, device)
-        noise_pred = denoiser(noisy, batch.latents, batch.given, batch.timesteps, text, batch.valid)
-    return run.loss_weight[batch.timesteps] * masks.masked_loss(noise_pred, batch.noise, batch.valid)
+        noise_pred = denoiser(noisy, latents, batch.given, timesteps, text, batch.valid)
+    return run.loss_weight[timesteps] * masks.masked_loss(noise_pred, noise, valid)
 
 
 def accumulate_gradients(run, training, probabilities, stop_signals):
@@ -277,7 +281,8 @@ def fit_prior(args, world, encoders, dataset, clips):
 
 
 def build_network(args, world, encoders, fresh):
-    """The U-Net with random weights, or those of --init_unet, where and as it will be trained."""
+    """The U-Net with random weights, or those of --init_unet or --init_from, where and as it will be
+    trained."""
     torch.manual_seed(args.seed)
     channels = encoders.codec.latent_channels
     unet = DFGN(
@@ -291,6 +296,8 @@ def build_network(args, world, encoders, fresh):
     prepare(unet, world.device, channels_last=not args.shard)  # sharded weights have to be contiguous
     if args.init_unet and fresh:
         start_from_spatial(unet, args.init_unet)
+    if args.init_from and fresh:
+        start_from_model(unet, args.init_from)
     if args.low_memory:
         torch.nn.Module.to(unet, torch.bfloat16)  # ModelMixin's own may keep some in fp32
     if args.gradient_checkpointing:
@@ -298,7 +305,7 @@ def build_network(args, world, encoders, fresh):
     if args.compile:
         compile_layers(unet)
     if args.shard:
-        shard(unet, world.device)
+        shard(unet, world.device, DTYPES[args.mixed_precision])
     return unet.train()
 
 
@@ -316,7 +323,7 @@ def begin_training(args, world, unet):
     )
 
 
-def open_stickers(args, world, folder, found, problems, encoders):
+def open_stickers(args, world, folder, found, notes, encoders):
     """Latents of the stickers, encoded where they are missing by all ranks together, and what is said of
     them."""
     setup.digest_first(args, world, folder, found)
@@ -325,22 +332,15 @@ def open_stickers(args, world, folder, found, problems, encoders):
     clips, held_out = dataset.split("train", args.ddu), dataset.split("validation", args.ddu)
     if not clips:
         raise UserError(f"--data {folder}: no clip is left to train on; `python data.py {folder}` says why.")
-    problems = problems + dataset.dropped
-    summary = f"{len(clips)} clips to train on, {len(held_out)} held out, {len(problems)} dropped"
-    log.report_folder(world.print0, folder, summary, problems, any(clip.caption for clip in clips))
+    dropped = dataset.dropped
+    summary = f"{len(clips)} clips to train on, {len(held_out)} held out, {len(dropped)} dropped"
+    log.report_folder(world.print0, folder, summary, notes, dropped, any(clip.caption for clip in clips))
     prompts = args.validation_prompts
     if prompts is None:
-        captions = [clip.caption for clip in held_out if clip.caption][:6]
+        captions = [clip.caption for clip in held_out or clips if clip.caption][:6]
         # Without any captions one sticker is drawn without text.
         prompts = (captions or [""]) if args.data else stickers.PROMPTS
     return dict(dataset=dataset, clips=clips, held_out=held_out, prompts=prompts, summary=summary)
-
-
-def resume_training(world, resume, training, dataset):
-    saved = checkpoint.load_checkpoint(resume, training)
-    world.print0(f"resuming {resume} at step {training.step}")
-    if saved["latents"] != dataset.identity:
-        world.print0("warning: the stickers have changed since: the run goes on with the new ones")
 
 
 def set_up(args, world, on_exit):
@@ -348,24 +348,24 @@ def set_up(args, world, on_exit):
     ends."""
     resume, schedule = setup.claim_output(args, world, on_exit)
     report = log.make_reporter(args) if world.main else None
-    folder, found, problems = setup.find_stickers(args, world)
+    folder, found, notes = setup.find_stickers(args, world)
     levels = len(SIZES[args.preset]["block_out_channels"])
     encoders = setup.load_frozen_parts(args, world, found, resume, levels, data.fit_codec)
-    opened = open_stickers(args, world, folder, found, problems, encoders)
+    opened = open_stickers(args, world, folder, found, notes, encoders)
     dataset, clips = opened["dataset"], opened["clips"]
-    if args.prior and resume is None:
+    if args.prior and resume is None and not args.init_from:
         fit_prior(args, world, encoders, dataset, clips)
     unet = build_network(args, world, encoders, fresh=resume is None)
     training = begin_training(args, world, unet)
     if resume is not None:
-        resume_training(world, resume, training, dataset)
+        setup.resume_training(args, world, resume, training, dataset)
     if world.main:
         log.begin_log(args.output_dir / "log.jsonl", training.step if resume is not None else -1)
 
     network, scheduler, global_batch = world.distribute(unet), make_scheduler(), schedule["global_batch"]
     denoiser = precondition(network, encoders.prior, scheduler.alphas_cumprod)
     weight = loss_weights(denoiser, scheduler.alphas_cumprod).to(world.device)
-    about = dict(schedule=schedule, latents=dataset.identity)
+    about = dict(schedule=schedule, latents=dataset.identity, **setup.origins(args))
     fixed = dict(network=network, denoiser=denoiser, loss_weight=weight, global_batch=global_batch)
     run = Run(args, world, encoders, scheduler, **fixed, **opened, about=about, report=report)
     parameters = sum(weight.numel() for weight in unet.parameters())

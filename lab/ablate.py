@@ -37,8 +37,8 @@ from lab.metrics import mean_se
 from lab.pictures import plot_ablation, save
 from lab.report import sampler_text
 from model import SIZES
-from support.common import UserError, one_sentence, replacing, table
-from support.flags import Parser, number, work_flags
+from support.common import UserError, default_cache, one_sentence, replacing, table
+from support.flags import SEED, Parser, filled, number, work_flags
 from support.log import read_log
 
 ROOT = Path(__file__).parents[1]
@@ -78,12 +78,12 @@ def run(words, log, quiet):
     screen.
     Raises RuntimeError if it fails, Stopped if it was told to stop."""
     command = [sys.executable, *words]
-    with open(log, "a") as file:
+    with open(log, "a", encoding="utf-8", errors="surrogateescape") as file:
         file.write(shlex.join(command) + "\n")
         file.flush()
         target = file if quiet else None
         status = subprocess.run(command, stdout=target, stderr=target).returncode
-    if status in (130, 143, -2, -15):  # Ctrl-C or SIGTERM
+    if status in (129, 130, 143, -1, -2, -15):  # Ctrl-C, SIGTERM, or a terminal that was closed
         raise Stopped
     if status:
         where = f", see {log}" if quiet else ""
@@ -260,16 +260,17 @@ def parse_args(words=None):
     steps = f"of every run (default: {TINY_STEPS} for tiny, else by preset)"
     count, jobs = number(int, 1), "runs at a time; from 2 on their output goes to ROW-SEED.log (default 1)"
     add("--output_dir", type=Path, required=True, help="where runs, logs and tables go")
-    add("--seeds", type=number(int, 0), nargs="+", default=[0, 1, 2], help="of every row (default 0 1 2)")
+    add("--seeds", type=SEED, nargs="+", default=[0, 1, 2], help="of every row (default 0 1 2)")
     add("--rows", nargs="+", choices=TRAIN_FLAGS, default=[*TRAIN_FLAGS], help="which rows (default: all)")
     add("--preset", choices=SIZES, default="tiny", help="size, and defaults of the training (default tiny)")
     add("--max_train_steps", type=count, help=steps)
-    add("--data", metavar="DIR", help="folder of stickers (default: the built-in set)")
+    add("--data", metavar="DIR", type=filled, help="folder of stickers (default: the built-in set)")
     add("--train_flags", default="", metavar="TEXT", help="further flags of train.py, in one text")
     add("--jobs", type=count, default=1, help=jobs)
     scale_flags(add)
     work_flags(add, num_workers=2)
     args = parser.parse_args(words)
+    args.cache_dir = args.cache_dir or default_cache()
     if args.max_train_steps is None and args.preset == "tiny":
         args.max_train_steps = TINY_STEPS
     args.seeds, args.rows = list(dict.fromkeys(args.seeds)), list(dict.fromkeys(args.rows))

@@ -41,11 +41,12 @@ from lab.report import write_report
 from lab.summary import Clips, given_frames, summarize
 from masks import NUM_FRAMES
 from support import machine, stickers
+from support.captions import metadata_rows
 from support.checkpoint import list_checkpoints
-from support.common import UserError, evenly, one_sentence, replacing
+from support.common import UserError, default_cache, evenly, one_sentence, replacing
 from support.finished import local_folder
-from support.flags import Parser, number, part_flags, work_flags
-from support.folder import metadata_rows, scan_folder
+from support.flags import SEED, Parser, filled, number, part_flags, work_flags
+from support.folder import scan_folder
 
 CONDITIONED = {"image": ("G1",), "interpolation": ("I1", "I2", "I3"), "prediction": ("P1", "P2")}
 FIDELITY = ("interpolation", "prediction")  # compared with the truth: sampled without chance and guidance
@@ -67,10 +68,11 @@ class Item(NamedTuple):
 def word_table(folder, names):
     """{file name: (colour, subject, motion)} of a folder that support/stickers.py drew; {} for another, such
     as one without the words of all the stickers `names`."""
-    if not (Path(folder) / "stickers.json").is_file():
+    metadata = Path(folder) / "metadata.jsonl"
+    if not (metadata.is_file() and metadata.with_name("stickers.json").is_file()):
         return {}
     table = {}
-    for _, entry in metadata_rows(Path(folder)):
+    for _, entry in metadata_rows(metadata):
         entry = entry if isinstance(entry, dict) else {}
         name, *words = (entry.get(key) for key in ("file_name", "subject", "colour", "motion"))
         if isinstance(name, str) and tuple(words) in stickers.COMBINATIONS:
@@ -205,13 +207,18 @@ def parse_args(words=None):
     ddu = "whether it was trained with dual masks (default: as its last checkpoint records, else on)"
     vqa = "a program, such as FAST-VQA: {video} becomes an MP4, the last number that it prints is the score"
     add("--checkpoint", type=Path, required=True, help="a finished run, or a checkpoint-N folder in it")
-    add("--data", metavar="DIR", help="the folder of stickers it was trained on (default: the built-in set)")
+    add(
+        "--data",
+        metavar="DIR",
+        type=filled,
+        help="the folder of stickers it was trained on (default: the built-in set)",
+    )
     add("--output_dir", type=Path, help="where the report goes (default: evaluation in or beside it)")
     scale_flags(add)
     add("--eta", type=number(float, 0, 1), help="of DDIM (default: 1; 0 for interpolation and prediction)")
     add("--guidance_scale", type=scale, help=f"text guidance {recorded}")
     add("--image_guidance_scale", type=scale, help=f"guidance by given frames {recorded}")
-    add("--seed", type=number(int, 0), default=0, help="another seed, other samples (default %(default)s)")
+    add("--seed", type=SEED, default=0, help="another seed, other samples (default %(default)s)")
     add("--ddu", choices=["on", "off"], help=ddu)
     part_flags(add, "what the checkpoint records")
     add("--i3d", metavar="FILE.pt", help="FVD with this I3D TorchScript, the usual one of 400 features")
@@ -219,6 +226,7 @@ def parse_args(words=None):
     add("--vqa_command", metavar="COMMAND", help=vqa)
     work_flags(add)
     args = parser.parse_args(words)
+    args.cache_dir = args.cache_dir or default_cache()
     if args.output_dir is None:
         inside = (args.checkpoint / "state.json").is_file()  # a checkpoint-N, which stays as it was saved
         beside = args.checkpoint.parent / f"evaluation-of-{args.checkpoint.name}"

@@ -24,7 +24,7 @@ import sample
 from data import load_clip
 from masks import NUM_FRAMES
 from support import media, stickers
-from support.common import UserError, evenly, one_sentence
+from support.common import UserError, check_output, evenly, one_sentence
 from support.flags import Parser
 from support.folder import scan_folder
 from support.machine import device
@@ -165,6 +165,8 @@ def parse_args():
         raise UserError("nothing to draw: give --output, --sheet, or both.")
     if args.output and Path(args.output).suffix.lower() not in (".webp", ".gif", ".mp4"):
         raise UserError(f"--output {args.output}: let the moving picture end in .webp, .gif or .mp4.")
+    if args.output:
+        check_output("--output", args.output)
     if args.sheet:
         check_png("--sheet", args.sheet)
     return args

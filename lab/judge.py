@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
 from PIL import Image
 from torch import nn
 from tqdm import tqdm
@@ -28,7 +27,7 @@ from tqdm import tqdm
 from data import extract_key_frames, thumbnails
 from masks import NUM_FRAMES
 from support import media, stickers
-from support.common import replacing
+from support.common import locked, replacing
 
 VERSION = 3  # raise it when the judge or its training changes: cached judges are then trained anew
 SIDE = 64  # pixels; clips of another resolution are resized
@@ -229,7 +228,7 @@ def get_judge(codec, resolution, cache_dir, num_workers=0):
     key = hashlib.sha256(f"{VERSION} {stickers.VERSION} {kind} {resolution}".encode()).hexdigest()[:20]
     path = Path(cache_dir) / f"judge-{key}.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):
+    with locked(path.with_suffix(".lock"), wait=True):
         if not path.is_file():
             clips, words = draw_clips(combinations(False) * LAPS, TRAINING_SEED, resolution, num_workers)
             clips[::2] = round_trip(codec, clips[::2])

@@ -10,6 +10,8 @@ file some rows of latents, and a small table that says which row is what.
 Files are known by their contents: a renamed or touched one costs nothing, a changed one is encoded again. Any
 number of processes build a cache together: each takes the next shard that nobody is at work on. A lock ends
 with its process, so nobody waits for the dead, and a build that was interrupted loses one shard at most.
+On a disk without locks a shard may be encoded more than once, with the same result. A cache that holds all
+that a run needs may be read-only.
 """
 
 import hashlib
@@ -19,12 +21,11 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
-from support.common import replacing
+from support.common import locked, replacing
 
 CACHE_VERSION = 7  # raise it when decoding, resizing, key frames or the layout of the cache change
 SHARD_CLIPS = 256  # what an interruption can lose
@@ -57,7 +58,7 @@ def digest_files(folder, stickers, cache_dir):
         now[sticker.name] = entry
     if now != known:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
+        with suppress(OSError), replacing(path) as temporary:  # a cache with all latents may be read-only
             temporary.write_text(json.dumps(now))
     return [now[sticker.name][-1] for sticker in stickers]
 
@@ -113,11 +114,15 @@ def fill(folder, items, encode):
     shards = [missing[i : i + SHARD_CLIPS] for i in range(0, len(missing), SHARD_CLIPS)]
     with tqdm(desc="encoding stickers", total=len(missing), unit="file", disable=None) as bar:
         # First what nobody is at work on, then what others are at: we wait for them, and they may die.
-        for seconds in (0, -1):
+        for wait in (False, True):
             for digests in shards.copy():
                 name = hashlib.sha256("".join(digests).encode()).hexdigest()[:20]
                 path = folder / f"{name}.safetensors"
-                with suppress(Timeout), FileLock(path.with_suffix(".lock"), timeout=seconds):
+                with locked(path.with_suffix(".lock"), wait) as alone:
+                    if alone is False:
+                        continue
+                    for leftover in folder.glob(f".{path.name}.*.tmp") if alone else ():  # of who was killed
+                        leftover.unlink()
                     if read_shard(path) is None:
                         with closing(encode([items[digest] for digest in digests])) as results:
                             write_shard(path, digests, results)
@@ -126,9 +131,7 @@ def fill(folder, items, encode):
 
 
 def write_shard(path, digests, results):
-    """Writes what `encode` of `fill` yields for the files of these digests; the caller holds the lock."""
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed
-        leftover.unlink()
+    """Writes what `encode` of `fill` yields for the files of these digests."""
     encoded, latents, tables, dropped = [], [], [], {}
     for digest, result in zip(digests, results):
         if isinstance(result, str):

@@ -15,8 +15,6 @@ however many ranks they were spread over: any number of ranks can go on from the
 skipped, bad_in_row.
 """
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -38,8 +36,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from support.common import UserError
-from support.optim import align_moments, averaged
+from support.common import UserError, locked
+from support.optim import align_moments
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -54,15 +52,12 @@ def output_lock(output_dir):
     """Makes `output_dir` and keeps other runs out of it: UserError if one is there. The process holds the
     lock until it exits, however it does."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    with open(output_dir / ".lock", "w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):  # else a disk without locks
-                raise UserError(
-                    f"--output_dir {output_dir} is in use by a run that has not ended: end it, or choose "
-                    "another folder."
-                ) from error
+    with locked(output_dir / ".lock") as alone:
+        if alone is False:
+            raise UserError(
+                f"--output_dir {output_dir} is in use by a run that has not ended: end it, or choose another "
+                "folder."
+            )
         yield
 
 
@@ -133,7 +128,7 @@ def choose_checkpoint(output_dir, wanted, print0):
     if finished and not checkpoints:
         problem = (
             f"--output_dir {output_dir} holds {finished[0]} and no checkpoint to go on from: choose another "
-            "folder, so that nothing in it is overwritten."
+            "folder, so that nothing in it is overwritten (--init_from starts a run from a finished model)."
         )
     elif wanted == "latest":
         for path in reversed(checkpoints):
@@ -145,6 +140,8 @@ def choose_checkpoint(output_dir, wanted, print0):
             problem = (
                 f"--output_dir {output_dir}: all its checkpoints are damaged: start anew in another folder."
             )
+        else:
+            print0(f"{output_dir} holds no checkpoint: the run starts at its beginning")
     elif wanted:
         path = Path(wanted)
         flag = f"--resume_from_checkpoint {path}"
@@ -177,7 +174,8 @@ def check_schedule(checkpoint, schedule):
                 flag = "--train_batch_size x --gradient_accumulation_steps x processes"
             raise UserError(
                 f"{flag} is {value}, but {checkpoint} was trained with {saved.get(name)}: a resumed run "
-                "keeps its schedule. Give the old value, or start anew in another --output_dir."
+                "keeps its schedule. Give the old value, or let a new run in another --output_dir start from "
+                f"its weights: --init_from {checkpoint}"
             )
 
 
@@ -206,12 +204,6 @@ def removed_on_failure(writing, final):
 def whole_weights(unet):
     """{name: tensor in the CPU's memory} on rank 0; every rank has to call it."""
     return get_model_state_dict(unet, options=WHOLE)
-
-
-def averaged_weights(unet, average):
-    """As whole_weights, copied: averaged weights stand in the network for a moment only."""
-    with averaged(unet, average):
-        return {name: weight.clone() for name, weight in whole_weights(unet).items()}
 
 
 def write_unet(folder, unet, weights):
@@ -243,7 +235,7 @@ def save_checkpoint(output_dir, training, parts, about, limit, main=True):
     unet, average, step = training.unet, training.average, training.step
     weights = dict(unet=whole_weights(unet))
     if average is not None:
-        weights["unet_ema"] = averaged_weights(unet, average)
+        weights["unet_ema"] = average.weights(unet)
     moments = get_optimizer_state_dict(unet, training.optimizer, options=WHOLE)
     if not main:
         return
@@ -281,8 +273,8 @@ def load_checkpoint(path, training):
             if not name.startswith("_") and json.dumps(saved.get(name)) != json.dumps(unet.config[name]):
                 raise ValueError(f"its {name} is {saved.get(name)}, here it is {unet.config[name]}")
         if training.average is not None:
-            set_model_state_dict(unet, load_file(path / "unet_ema" / WEIGHTS), options=whole)
-            training.average.load(unet, state["ema_step"])
+            averages = load_file(path / "unet_ema" / WEIGHTS)
+            training.average.load(unet, averages, state["ema_step"])
         set_model_state_dict(unet, load_file(path / "unet" / WEIGHTS), options=whole)
         tensors = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
         set_optimizer_state_dict(unet, training.optimizer, tensors["optimizer"], options=whole)
@@ -305,7 +297,8 @@ def load_checkpoint(path, training):
 def write_finished(output_dir, training, parts, card, main=True):
     """Turns `output_dir` itself into the finished folder, with the averaged weights where there are any.
     parts: as of save_checkpoint; card: the text of its README.md. Raises SaveError."""
-    weights = averaged_weights(training.unet, training.average)
+    unet, average = training.unet, training.average
+    weights = whole_weights(unet) if average is None else average.weights(unet)
     if not main:
         return
     writing = Path(output_dir) / "finished.tmp"
@@ -314,7 +307,8 @@ def write_finished(output_dir, training, parts, card, main=True):
         shutil.rmtree(writing, ignore_errors=True)
         write_unet(writing / "unet", training.unet, weights)
         write_parts(writing, encoders, scheduler, dict(settings, step=training.step))
-        (writing / "README.md").write_text(card)
+        # An --output_dir of letters that this locale lacks stands in it as surrogates.
+        (writing / "README.md").write_text(card, encoding="utf-8", errors="surrogateescape")
         # Parts of another run that this model does not have, and the index of the model that goes
         for name in {"codec", "prior"} - {part.name for part in writing.iterdir()}:
             shutil.rmtree(Path(output_dir) / name, ignore_errors=True)

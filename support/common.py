@@ -3,9 +3,11 @@ What the whole project uses: errors that end as one sentence, files that are who
 """
 
 import errno
+import fcntl
 import os
+import re
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,22 +23,69 @@ def one_sentence(program):
     traceback.
 
     program: its name as it is called, such as "train.py". Ctrl-C ends with status 130."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack letters of a name
+    with lasting_output():
+        try:
+            yield
+            return
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except UserError as error:
+            message = str(error)
+        except OSError as error:
+            if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            name = printable(error.filename or "a file")
+            message = f"{name} cannot be used ({error.strerror}): make room or choose another place."
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and not re.search("(allocate|out of) memory", str(error)):
+                raise
+            message = f"memory does not suffice ({printable(error, 200)}): ask for less or smaller at a time."
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once on each machine
+            print(f"{program}: {' '.join(message.split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+class Lasting:
+    """A stream of text that swallows what it cannot write."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        with suppress(OSError, ValueError):  # ValueError: it was closed
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+@contextmanager
+def lasting_output():
+    """While it lasts, printing never raises: a run outlives its terminal, the program that it is piped into,
+    and a log on a full disk. Letters that the terminal lacks come out as escapes."""
+    # None: it was closed from the start. The first file to be opened would then take its number.
+    streams = [stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr)]
+    if hasattr(streams[0], "reconfigure"):  # a notebook's has not
+        streams[0].reconfigure(errors="backslashreplace")  # as standard error has it from the start
     try:
-        yield
-        return
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except UserError as error:
-        message = str(error)
-    except OSError as error:
-        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        name = printable(error.filename or "a file")
-        message = f"{name} cannot be used ({error.strerror}): make room or choose another place."
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once on each machine
-        print(f"{program}: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+        with redirect_stdout(Lasting(streams[0])), redirect_stderr(Lasting(streams[1])):
+            yield
+    finally:
+        for stream in streams:
+            try:
+                stream.flush()
+            except OSError:  # Python would try again at its end, and report that as its exit status
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def temporary_path(path):
+    """A path beside `path` for what will be `path`: of another name in every process on every machine."""
+    return path.with_name(f".{path.name}.{int.from_bytes(os.urandom(4))}.tmp")
 
 
 @contextmanager
@@ -46,7 +95,7 @@ def replacing(path):
 
     Where the body raises, the old file stays and the temporary one goes."""
     path = Path(path)
-    writing = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    writing = temporary_path(path)
     try:
         yield writing
         os.replace(writing, path)
@@ -54,9 +103,44 @@ def replacing(path):
         writing.unlink(missing_ok=True)
 
 
+def check_output(flag, path):
+    """Raises UserError, naming the flag, unless a file can be written at `path`: said before the work, not
+    after. Missing folders count as made."""
+    path, shown = Path(path), f"{flag} {printable(path)}"
+    if os.path.isdir(path):
+        raise UserError(f"{shown} is a folder: give the name of a file.")
+    folder = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    trial = folder / temporary_path(path).name
+    try:
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise UserError(f"{shown} cannot be written ({error.strerror}): choose another place.") from error
+
+
+@contextmanager
+def locked(path, wait=False):
+    """Holds the lock on `path`, an empty file that is made; it ends with the process at the latest.
+
+    Yields True, or False if another process holds it, which `wait` waits for. On a disk without locks, as
+    some of NFS and Lustre are, nobody can be kept out: it yields None."""
+    with open(path, "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            alone = True
+        except OSError as error:
+            alone = False if error.errno in (errno.EACCES, errno.EAGAIN) else None
+        yield alone
+
+
 def default_cache():
-    """Where drawn stickers and latents are kept unless --cache_dir says otherwise."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rdtf"
+    """Where drawn stickers and latents are kept unless --cache_dir says otherwise. Raises UserError."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rdtf"
+    except RuntimeError as error:  # this user has no home
+        raise UserError(
+            "there is no home folder to keep a cache in: set XDG_CACHE_HOME, or give --cache_dir."
+        ) from error
 
 
 def evenly(things, count):

@@ -24,6 +24,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from transformers import CLIPTextModel, T5EncoderModel
 from transformers.utils.logging import disable_progress_bar
 
+from support.machine import exact, to_device
 from support.pretrained import EncoderError, check_size, load_pretrained, load_text
 from support.prior import GaussianPrior
 
@@ -288,9 +289,12 @@ class Encoders:
         self.prior = None if prior is None else prior.to(device)
 
     def text(self, captions, device="cpu"):
-        """captions: B strings -> (clip, clip_mask, t5, t5_mask) on `device`, as DFGN.forward takes them."""
+        """captions: B strings -> (clip, clip_mask, t5, t5_mask) on `device`, as DFGN.forward takes them.
+
+        Never under autocast: transformers keeps a T5 in fp16 from overflowing by layers that stay in fp32."""
         captions = [caption.encode(errors="replace").decode() for caption in captions]  # argv: any bytes
-        return tuple(x.to(device) for encoder in (self.clip, self.t5) for x in encoder(captions))
+        with exact():
+            return tuple(to_device(x, device) for encode in (self.clip, self.t5) for x in encode(captions))
 
     def sources(self):
         """{"vae" | "clip" | "t5": the folder or hub id of a pre-trained part, else None}, and the codec's

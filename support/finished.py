@@ -4,6 +4,7 @@ anywhere.
 """
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -12,7 +13,7 @@ from safetensors import SafetensorError
 from support.common import UserError
 from support.decode import MAX_SIDE
 from support.encoders import Encoders
-from support.machine import DTYPES
+from support.machine import DTYPES, native_precision
 from support.pretrained import EncoderError, check_size
 
 MAX_SCALE = 1000  # of guidance: beyond it every picture is saturated
@@ -38,8 +39,8 @@ def newest_run(runs="runs"):
     return finished[-1].parent
 
 
-def local_folder(checkpoint):
-    """The folder of a model that is named by its path or its hub id. Raises CheckpointError."""
+def local_folder(checkpoint, flag="--checkpoint"):
+    """The folder of a model that `flag` names by its path or its hub id. Raises CheckpointError."""
     folder = Path(checkpoint)
     if not folder.is_dir():
         try:
@@ -47,12 +48,12 @@ def local_folder(checkpoint):
         except (OSError, ValueError) as error:  # HTTP errors are OSErrors
             reason = " ".join(str(error).split())[:200]
             raise CheckpointError(
-                f"--checkpoint {checkpoint} is not a folder, nor a hub id that can be fetched: give the "
+                f"{flag} {checkpoint} is not a folder, nor a hub id that can be fetched: give the "
                 f"output_dir of a training run ({reason})."
             ) from error
     if not (folder / "model_index.json").is_file():
         raise CheckpointError(
-            f"--checkpoint {checkpoint} holds no model_index.json: give the output_dir of a finished "
+            f"{flag} {checkpoint} holds no model_index.json: give the output_dir of a finished "
             "training run, or a checkpoint-N folder inside it."
         )
     return folder
@@ -91,6 +92,36 @@ def check_fit(unet, encoders, resolution):
             raise ValueError(f"its U-Net has {name} = {wanted[name]}, its other parts {value}")
 
 
+@contextmanager
+def readable(checkpoint, flag="--checkpoint"):
+    """Turns whatever reading a model may raise into CheckpointError."""
+    try:
+        yield
+    except EncoderError as error:
+        raise CheckpointError(str(error)) from error
+    except BROKEN as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{flag} {checkpoint} cannot be read, use another one ({reason}).") from error
+
+
+def read_settings(folder):
+    """The content of model_index.json. Raises what BROKEN lists."""
+    settings = json.loads((folder / "model_index.json").read_text())
+    check_settings(settings)
+    return settings
+
+
+def read_unet(folder, network):
+    """The U-Net of a model, of class `network`, with averaged weights where there are any. Raises what BROKEN
+    lists."""
+    part = folder / ("unet_ema" if (folder / "unet_ema").is_dir() else "unet")
+    config = network.load_config(part)
+    if config.get("_class_name") != network.__name__:
+        raise ValueError(f"its U-Net is a {config.get('_class_name')}, not a {network.__name__}")
+    check_size(part, lambda part: network.from_config(config))
+    return network.from_pretrained(part, low_cpu_mem_usage=False, use_safetensors=True)
+
+
 def read_model(checkpoint, network, device="cpu", vae=None, clip=None, t5=None):
     """Reads a finished run or one of its checkpoint-N folders, on disk or of the hub; EMA weights where there
     are any.
@@ -100,24 +131,39 @@ def read_model(checkpoint, network, device="cpu", vae=None, clip=None, t5=None):
     content of model_index.json. Raises CheckpointError.
     """
     folder = local_folder(checkpoint)
-    part = folder / ("unet_ema" if (folder / "unet_ema").is_dir() else "unet")
-    try:
-        settings = json.loads((folder / "model_index.json").read_text())
-        check_settings(settings)
-        config = network.load_config(part)
-        if config.get("_class_name") != network.__name__:
-            raise ValueError(f"its U-Net is a {config.get('_class_name')}, not a {network.__name__}")
-        check_size(part, lambda part: network.from_config(config))
-        unet = network.from_pretrained(part, low_cpu_mem_usage=False, use_safetensors=True)
+    with readable(checkpoint):
+        settings = read_settings(folder)
+        unet = read_unet(folder, network)
         named = dict(vae=vae, clip=clip, t5=t5)
         sources = settings | {name: source for name, source in named.items() if source}
-        encoders = Encoders.load(folder, sources, device)
+        dtype = DTYPES[native_precision(settings["mixed_precision"])]  # of text encoders, as in training
+        encoders = Encoders.load(folder, sources, device, dtype)
         check_fit(unet, encoders, settings["resolution"])
-    except EncoderError as error:
-        raise CheckpointError(str(error)) from error
-    except BROKEN as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(
-            f"--checkpoint {checkpoint} cannot be read, use another one ({reason})."
-        ) from error
     return unet, encoders, settings
+
+
+# ------------------------------------------------------------------------------------------------------------
+# --init_from: a new run that starts from a model
+
+
+def recorded_flags(checkpoint):
+    """The flags of train.py that say how a model is built: {flag: value}, and the set of those that a run
+    which starts from it cannot change. Raises CheckpointError."""
+    folder = local_folder(checkpoint, "--init_from")
+    with readable(checkpoint, "--init_from"):
+        settings = read_settings(folder)
+        flags = dict(preset=str(settings["preset"]), resolution=settings["resolution"])
+        flags["temporal"] = json.loads((folder / "unet" / "config.json").read_text())["temporal"]
+    fixed = {"preset", "temporal"}
+    return flags, fixed | {"resolution"} if (folder / "prior").is_dir() else fixed
+
+
+def start_from_model(unet, checkpoint):
+    """Puts the weights of a model into `unet`. Raises CheckpointError unless they are of such a network."""
+    folder = local_folder(checkpoint, "--init_from")
+    with readable(checkpoint, "--init_from"):
+        model = read_unet(folder, type(unet))
+        for name, value in unet.config.items():
+            if not name.startswith("_") and json.dumps(model.config[name]) != json.dumps(value):
+                raise ValueError(f"its {name} is {model.config[name]}, here it is {value}")
+        unet.load_state_dict(model.state_dict())

@@ -3,11 +3,12 @@ Command lines: flags that several programs share, the numbers that flags take, e
 """
 
 import argparse
-import math
 import os
 from pathlib import Path
 
-from support.common import UserError, default_cache
+from support.common import UserError, printable
+
+MOST = 10**9  # of anything: a larger number is a slip, and beyond what some library takes
 
 
 class Parser(argparse.ArgumentParser):
@@ -18,18 +19,31 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags).")
 
 
-def number(kind, least, most=math.inf):
-    """A `type=` of add_argument: an int or a float (`kind`) of least..most, finite."""
+def number(kind, least, most=MOST):
+    """A `type=` of add_argument: an int or a float (`kind`) of least..most."""
 
     def read(text):
         value = kind(text)
-        if not (least <= value <= most and value < math.inf):
-            bounds = f"be at least {least}" if most == math.inf else f"lie in {least}..{most}"
-            raise argparse.ArgumentTypeError(f"{text} must {bounds}")
+        if not least <= value <= most:  # nan neither
+            bounds = (
+                f"be at least {least}" if most == MOST and not value > most else f"lie in {least}..{most}"
+            )
+            raise argparse.ArgumentTypeError(f"{printable(text, 50)} must {bounds}")
         return value
 
     read.__name__ = kind.__name__  # which argparse names where `kind` itself fails
     return read
+
+
+SEED = number(int, 0, 2**63 - 1)  # torch takes no larger one
+
+
+def filled(text):
+    """A `type=` of add_argument: any text but the empty one that a shell leaves of a variable that is not
+    set."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
 
 
 def part_flags(add, default):
@@ -37,12 +51,13 @@ def part_flags(add, default):
     used without them, in words."""
     parts = dict(vae="AutoencoderKL", clip="CLIP text model, tokenizer", t5="T5 encoder, tokenizer")
     for name, part in parts.items():
-        add(f"--{name}", metavar="DIR_OR_ID", help=f"{part} (default: {default})")
+        add(f"--{name}", metavar="DIR_OR_ID", type=filled, help=f"{part} (default: {default})")
 
 
 def work_flags(add, num_workers=min(8, os.cpu_count() or 1)):
-    """--cache_dir and --num_workers. add: parser.add_argument of the program; num_workers: the default."""
+    """--cache_dir, None where it is left out (common.default_cache), and --num_workers. add:
+    parser.add_argument of the program; num_workers: the default."""
     workers = "processes that decode and draw, 0 = this one alone (default %(default)s)"
-    place = "where drawn stickers, latents and the judge are kept (default %(default)s)"
-    add("--cache_dir", metavar="DIR", type=Path, default=default_cache(), help=place)
-    add("--num_workers", type=number(int, 0), default=num_workers, help=workers)
+    place = "where drawn stickers, latents and the judge are kept (default: $XDG_CACHE_HOME/rdtf)"
+    add("--cache_dir", metavar="DIR", type=Path, help=place)
+    add("--num_workers", type=number(int, 0, 1024), default=num_workers, help=workers)

@@ -1,38 +1,26 @@
 """
-A folder of stickers: which files, and which captions.
+A folder of stickers: which files, and which of them are held out.
 
-    scan_folder    captions from metadata.jsonl / metadata.csv, or NAME.txt beside NAME.gif; a tenth held out
+    scan_folder    the stickers of a folder, with captions (captions.py), and notes on what is not used
 
-Files come from anywhere: only a folder without any sticker stops a run. Links to files are followed, wherever
-they lead (many data sets are links into a store), links to folders are not (they may go in circles). Names in
-metadata are not trusted: they only pick among the files that were found.
+Files come from anywhere: only a folder without any sticker stops a run. Links are followed, wherever they
+lead: many data sets are links into a store. Nothing is lost without a word: what is passed over is noted,
+each kind once, with a few names.
 """
 
-import csv
-import hashlib
-import json
 import os
-import re
 from collections import Counter
-from pathlib import Path
+from hashlib import sha256
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from support import media
-from support.common import UserError, printable
+from support.captions import HELD_OUT, METADATA, DataError, Notes, Said, finder, read_metadata, read_sidecar
+from support.common import printable
 
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.1, 500  # of a user's folder, for validation
-MAX_CAPTION = 1000  # characters; the rest is cut: CLIP reads 77 tokens, and sheets show every line
 MAX_DEPTH = 100  # folders in folders
-MAX_METADATA_BYTES = 2**30  # of metadata.jsonl or .csv: a million stickers with captions of 1000 letters
-MAX_ENTRY = 2**20  # characters of one entry there: a longer one is not held in memory
-MAX_PROBLEMS = 1000  # entries that are named as unusable; the others are counted
-
-# ------------------------------------------------------------------------------------------------------------
-# The folder
-
-
-class DataError(UserError):
-    """Bad data: one sentence that names the folder or file and the way out."""
+OF_PROGRAMS = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "__pycache__"}  # as good as hidden
 
 
 class Sticker(NamedTuple):
@@ -44,165 +32,181 @@ class Sticker(NamedTuple):
     split: str  # "train" or "validation"
 
 
-def clean(caption):
-    """Any value as a caption: one line of at most MAX_CAPTION characters, "" for what is not text. Letters of
-    all scripts stay; control characters become spaces, invalid Unicode a question mark."""
-    if not isinstance(caption, str):
-        return ""
-    caption = re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", caption[: 4 * MAX_CAPTION])
-    return " ".join(caption.encode(errors="replace").decode().split())[:MAX_CAPTION].strip()
+class Files(NamedTuple):
+    """Paths of the files of a folder, those of a subfolder after those of the folder above."""
+
+    stickers: list
+    texts: list
+    metadata: list
 
 
-def open_text(path, **options):
-    """A text file that may begin with a byte order mark; invalid bytes become surrogate escapes, as in names
-    of files."""
-    return open(path, encoding="utf-8-sig", errors="surrogateescape", **options)
+# ------------------------------------------------------------------------------------------------------------
+# Files
 
 
-class BoundedLines:
-    """The lines of a text file, one by one. The reader of an entry first sets `left` to the characters that
-    it may have: a line beyond them is skipped, and raises csv.Error."""
-
-    def __init__(self, file):
-        self.file, self.number, self.left = file, 0, MAX_ENTRY
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        self.number += 1
-        line = self.file.readline(MAX_ENTRY + 1)
-        self.left -= len(line)
-        if self.left >= 0 and line:
-            return line
-        while line and line[-1] not in "\r\n":
-            line = self.file.readline(MAX_ENTRY)
-        raise csv.Error if self.left < 0 else StopIteration
+def is_hidden(name):
+    return name.startswith(".") or name in OF_PROGRAMS
 
 
-def metadata_rows(folder):
-    """Yields (where, entry) for every entry of metadata.jsonl, else metadata.csv; entry is None if broken.
-    Raises DataError where the file is too large, OSError where it cannot be read."""
-    for name, newline, parse in (
-        ("metadata.jsonl", None, lambda lines: map(json.loads, filter(str.strip, lines))),
-        ("metadata.csv", "", csv.DictReader),
-    ):
-        path = folder / name
-        if not path.is_file():
-            continue
-        if path.stat().st_size > MAX_METADATA_BYTES:
-            raise DataError(f"{printable(path)} has more than {MAX_METADATA_BYTES // 2**20} MiB: shorten it.")
-        with open_text(path, newline=newline) as file:
-            entries = parse(lines := BoundedLines(file))
-            while True:
-                lines.left = MAX_ENTRY
-                try:
-                    entry = next(entries)
-                except StopIteration:
-                    return
-                # RecursionError: brackets in thousands of brackets. csv.Error: a field of more than 128 KiB
-                # (an open quote, mostly), or an entry beyond MAX_ENTRY.
-                except (ValueError, RecursionError, csv.Error):
-                    entry = None
-                yield f"{name} line {lines.number}", entry
+def is_run(folder):
+    """Whether train.py wrote a folder: a run, a checkpoint or a finished model."""
+    begun = (os.path.exists(os.path.join(folder, name)) for name in (".lock", "log.jsonl"))
+    return os.path.exists(os.path.join(folder, "model_index.json")) or all(begun)
 
 
-def read_metadata(folder, names):
-    """The entries that metadata.jsonl or metadata.csv has for the files `names`.
-
-    Returns ({name: (caption, split or None)}, [(name or line, reason)]), the latter printable and at most
-    MAX_PROBLEMS, then how many more. Raises DataError if it cannot be read at all.
-    """
-    entries, problems, more = {}, [], 0
-    try:
-        for where, entry in metadata_rows(folder):
-            name = entry.get("file_name") if isinstance(entry, dict) else None
-            usable = isinstance(name, str) and name
-            path = os.path.normpath(name) if usable else ""
-            if path in names:
-                split = entry.get("split")
-                caption = clean(entry.get("text")) or clean(entry.get("caption"))
-                entries[path] = caption, split if split in ("train", "validation") else None
-            elif len(problems) == MAX_PROBLEMS:
-                more += 1
-            elif not usable:
-                reason = f"each entry needs file_name and text, in at most {MAX_ENTRY:,} characters"
-                problems.append((where, f"has no usable file_name: {reason}"))
-            elif os.path.isabs(path) or path.split(os.sep)[0] == os.pardir:
-                problems.append((printable(name), f"{where} points outside of the folder"))
-            else:
-                reason = f"{where} names it, but there is no such file among the stickers"
-                problems.append((printable(name), reason))
-    except OSError as error:
-        where = printable(error.filename or folder)
-        raise DataError(f"{where} cannot be read ({error.strerror}): allow it or take it out.") from None
-    if more:
-        problems.append((where.split()[0], f"and {more} more of its entries, which cannot be used either"))
-    return entries, problems
+def why_passed_over(path, top, seen):
+    """Why a subfolder is not entered, or None. top, seen: real paths of the whole folder and of what was
+    entered."""
+    real = os.path.realpath(path)
+    if is_hidden(os.path.basename(path)):
+        return "what is hidden, or belongs to another program, is passed over"
+    if is_run(path):
+        return "folders that train.py wrote are passed over"
+    circles = os.path.islink(path) and os.path.commonpath([real, top]) in (real, top)
+    if circles or real in seen:
+        return "links to what is read anyway, or to what holds this folder, are not followed"
+    seen.add(real)
+    return None
 
 
-def find_files(folder):
-    """The sticker files of a folder and its subfolders, sorted. Returns (paths, [(name, reason)])."""
-    paths, problems = [], []
+def walk(folder, notes):
+    """Yields (parent, names of its files) for a folder, its subfolders and those that links in it lead to,
+    each once, in the order of their names."""
 
-    def name_of(path):
+    def shown(path):
         return Path(path).relative_to(folder).as_posix()
 
     def unreadable(error):
-        problems.append((name_of(error.filename), f"is a folder that cannot be read ({error.strerror})"))
+        notes.add("folders that cannot be read", f"{shown(error.filename)} ({error.strerror})")
 
-    for parent, folders, files in os.walk(folder, onerror=unreadable):
+    top = os.path.realpath(folder)
+    seen = {top}
+    for parent, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
         if len(Path(parent).relative_to(folder).parts) >= MAX_DEPTH and folders:
-            problems.append((name_of(parent), f"is {MAX_DEPTH} folders deep: what is below is not looked at"))
+            notes.add(f"what lies more than {MAX_DEPTH} folders deep is not looked at", shown(parent))
             folders.clear()
-        for path in (Path(parent, file) for file in files):
-            if path.suffix.lower() not in media.SUFFIXES:
-                continue
-            if os.path.isfile(path):
-                paths.append(path)
+        entered = []
+        for name in sorted(folders):
+            reason = why_passed_over(os.path.join(parent, name), top, seen)
+            if reason is None:
+                entered.append(name)
             else:
-                problems.append((name_of(path), "is not a file that can be read, or a link to nothing"))
-    return sorted(paths), problems
+                notes.add(reason, shown(os.path.join(parent, name)))
+        folders[:] = entered
+        yield parent, sorted(files)
+
+
+def find_files(folder, notes):
+    """The Files of a folder and its subfolders. notes: of class Notes, gets what is passed over"""
+    found = Files([], [], [])
+    for parent, names in walk(folder, notes):
+        tables = {}  # lower-case name: path
+        for path in (Path(parent, name) for name in names):
+            name, suffix = path.relative_to(folder).as_posix(), path.suffix.lower()
+            if is_hidden(path.name):
+                if suffix in media.SUFFIXES:
+                    notes.add("what is hidden, or belongs to another program, is passed over", name)
+            elif not os.path.isfile(path):
+                notes.add("what is no file, or a link to nothing", name)
+            elif suffix in media.SUFFIXES:
+                found.stickers.append(path)
+            elif suffix == ".txt":
+                found.texts.append(path)
+            elif path.stem.lower() == "metadata":
+                tables[path.name.lower()] = path
+            elif path.name != "stickers.json":  # of the built-in set
+                notes.add("files with a suffix that is not read", suffix or "none")
+        read = next((tables.pop(name) for name in METADATA if name in tables), None)
+        found.metadata.extend([read] if read else [])
+        for path in tables.values():
+            where = path.relative_to(folder).as_posix()
+            notes.add("metadata is read from metadata.jsonl, else from metadata.csv, and not from", where)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Stickers
+
+
+def choose_splits(names, said, notes):
+    """The split of each of `names`: what its entry says, else whether a folder above it is called validation,
+    test or the like. Where nothing is held out in this way, the tenth (at most 500) whose names hash lowest
+    is.
+
+    said: {name: Said}"""
+    held = {}
+    for name in names:
+        folders = PurePosixPath(name).parts[:-1]
+        places = [i for i, folder in enumerate(folders) if folder.lower() in HELD_OUT]
+        if places:
+            held[name] = "/".join(folders[: places[0] + 1])
+    if len(held) == len(names):  # no split: a split has another part
+        held = {}
+    splits = {name: said[name].split if name in said else None for name in names}
+    for name, folder in held.items():
+        if splits[name] is None:
+            splits[name] = "validation"
+            notes.add("stickers are held out, as the name of their folder says", folder)
+    if "validation" not in splits.values():
+        by_hash = sorted(names, key=lambda name: sha256(name.encode(errors="surrogateescape")).digest())
+        for name in by_hash[: min(HELD_OUT_MOST, int(HELD_OUT_SHARE * len(names)))]:
+            splits[name] = splits[name] or "validation"
+    elif set(splits.values()) == {"validation"}:
+        notes.add("nothing is left to train on: metadata holds out all stickers, that is", str(len(names)))
+    return {name: split or "train" for name, split in splits.items()}
+
+
+def read_sidecars(folder, paths, names, notes):
+    """{name: caption} of those of `names` beside which a text file of the same name lies. paths: of the text
+    files"""
+    texts = {path.relative_to(folder).as_posix(): path for path in paths}
+    find, captions, used = finder(texts), {}, set()
+    for name in names:
+        text = find(str(PurePosixPath(name).with_suffix(".txt")))
+        if text is None:
+            continue
+        used.add(text)
+        try:
+            captions[name] = read_sidecar(texts[text])
+        except OSError as error:
+            notes.add("captions that cannot be read", f"{text} ({error.strerror})")
+        except ValueError:
+            notes.add("captions that are not used, since they are no UTF-8 text", text)
+    for text in texts:
+        if text not in used:
+            notes.add("text files without a sticker of the same name", text)
+    return captions
 
 
 def scan_folder(folder):
     """Finds the stickers of a folder and its subfolders, with captions, in the order of their names.
 
-    Returns (stickers, problems); problems are pairs (name, reason) for files and entries that cannot be
-    used, with names of files as they are (common.printable shows them). Nothing is decoded. An entry may set
-    "split" to "train" or "validation"; otherwise the tenth of the files (at most 500) whose names hash lowest
-    is validation. Raises DataError if the folder is missing or holds no sticker file, or its metadata is too
-    large or kept from being read.
+    Returns (stickers, notes), notes being printable sentences on files and entries that are not used.
+    Nothing is decoded. Raises DataError if the folder is missing, holds no sticker file or was written by
+    train.py, or if its metadata is too large or kept from being read.
     """
-    folder = Path(folder)
+    folder, notes = Path(folder), Notes()
     if not os.path.isdir(folder):
         raise DataError(f"{printable(folder)} is not a folder: give --data a folder of stickers.")
-    paths, problems = find_files(folder)
+    if is_run(folder):
+        raise DataError(
+            f"{printable(folder)} is a folder that train.py wrote: give --data a folder of stickers alone."
+        )
+    files = find_files(folder, notes)
+    paths = sorted(files.stickers)
     if not paths:
-        others = "".join(f" {printable(name)} {reason}." for name, reason in problems[:1])
+        others = "".join(f" Note: {note}." for note in notes.lines()[:3])
         raise DataError(
             f"{printable(folder)} holds no sticker: looked, in its subfolders too, "
             f"for files that end in {', '.join(media.SUFFIXES)}.{others}"
         )
     names = [path.relative_to(folder).as_posix() for path in paths]
-    entries, broken = read_metadata(folder, set(names))
-    problems += broken
-    by_hash = sorted(names, key=lambda name: hashlib.sha256(name.encode(errors="surrogateescape")).digest())
-    held_out = set(by_hash[: min(HELD_OUT_MOST, int(HELD_OUT_SHARE * len(names)))])
-
-    stickers = []
-    for path, name in zip(paths, names):
-        caption, split = entries.get(name, ("", None))
-        sidecar = path.with_suffix(".txt")
-        if not caption and os.path.isfile(sidecar):
-            try:
-                with open_text(sidecar) as file:
-                    caption = clean(file.read(4 * MAX_CAPTION))
-            except OSError as error:
-                problems.append((name, f"is used without its caption: {sidecar.name}: {error.strerror}"))
-        split = split or ("validation" if name in held_out else "train")
-        stickers.append(Sticker(path, name, caption, split))
-    return stickers, problems
+    said = read_metadata(folder, files.metadata, names, notes)
+    sidecars = read_sidecars(folder, files.texts, names, notes)
+    splits = choose_splits(names, said, notes)
+    captions = [said.get(name, Said()).caption or sidecars.get(name, "") for name in names]
+    rows = zip(paths, names, captions, splits.values())
+    return [Sticker(*row) for row in rows], notes.lines()
 
 
 def print_summary(folder, used, counts, dropped):

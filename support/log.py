@@ -3,6 +3,7 @@ What a run tells: log.jsonl, the same in other places, what it could not write, 
 """
 
 import json
+import shlex
 from contextlib import contextmanager, suppress
 
 from support.common import UserError, printable, replacing, table
@@ -11,7 +12,7 @@ from support.common import UserError, printable, replacing, table
 def read_log(path):
     """The entries of a log.jsonl; lines that a kill or a full disk cut short are skipped."""
     entries = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         with suppress(ValueError):
             entries.append(json.loads(line))
     return [entry for entry in entries if isinstance(entry, dict) and "step" in entry]
@@ -59,13 +60,16 @@ def report_write_errors(print0):
         print0(f"warning: {error}")
 
 
-def report_folder(print0, folder, summary, problems, has_captions):
-    """Says what of a folder of stickers is trained on. problems: [(name, reason)] of what is dropped"""
+def report_folder(print0, folder, summary, notes, dropped, has_captions):
+    """Says what of a folder of stickers is trained on. notes: sentences on what else is in it; dropped:
+    [(name, reason)] of the files that cannot be used"""
     print0(f"{folder}: {summary}")
-    for name, reason in problems[:20]:
-        print0(f"  dropped {printable(name)}: {reason}")
-    if len(problems) > 20:
-        print0(f"  and {len(problems) - 20} more: `python data.py {folder}` lists them")
+    lines = [f"note: {note}" for note in notes]
+    lines += [f"dropped {printable(name)}: {reason}" for name, reason in dropped]
+    for line in lines[:20]:
+        print0(f"  {line}")
+    if len(lines) > 20:
+        print0(f"  and {len(lines) - 20} more: `python data.py {folder}` lists them")
     if not has_captions:
         print0(
             f"{folder} has no captions: training without text. (metadata.jsonl or NAME.txt files would "
@@ -79,6 +83,7 @@ def model_card(unet, args, sources, summary, global_batch, step):
     rows = dict(
         size=f"{args.preset}, {sum(p.numel() for p in unet.parameters()):,} parameters",
         data=f"{args.data or 'the built-in stickers'}: {summary}",
+        started_from=args.init_from or args.init_unet or "random weights",
         frames=f"3 to 8 of {args.resolution} x {args.resolution} pixels",
         **frozen,
         steps=f"{step}, {global_batch} clips each",
@@ -102,7 +107,7 @@ tags: [rdtf, animated-stickers, text-to-video]
 An animated-sticker generator of the RDTF kind, trained with `train.py`.
 
 ```bash
-python sample.py --checkpoint {args.output_dir} --prompt "{prompt}" --output sticker.gif
+python sample.py --checkpoint {shlex.quote(str(args.output_dir))} --prompt "{prompt}" --output sticker.gif
 ```
 
 {settings}

@@ -22,6 +22,8 @@ from tqdm import tqdm
 # differs from step to step: of the 1024 kernels that it keeps by default most are gone before they are asked
 # for again. It reads this before its first operation.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
+if torch.cuda.is_available():
+    torch.set_float32_matmul_precision("high")  # TF32 for what is computed in fp32, but for `exact`
 
 # ------------------------------------------------------------------------------------------------------------
 # Precision and kernels
@@ -39,6 +41,34 @@ def native_bf16():
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def native_precision(mixed_precision):
+    """The precision to run a model in that was trained in `mixed_precision`: the same where this machine
+    computes in it natively, else single precision. Emulation is slow, and fp16 and bf16 are not each other's
+    stand-ins: fp16 overflows at what bf16 holds."""
+    native = dict(no=True, fp16=torch.cuda.is_available(), bf16=native_bf16())
+    return mixed_precision if native[mixed_precision] else "no"
+
+
+@contextmanager
+def exact():
+    """Single precision whatever is going on around it: no autocast, no TF32. For what is not learned, and
+    needs no gradient."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def to_device(tensor, device):
+    """A copy of `tensor` on `device`; from pinned memory, so that a GPU's copy waits for no kernel."""
+    if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 @contextmanager
@@ -71,24 +101,42 @@ def cast_to_weight_dtype(norm, inputs):
     return (inputs[0].to(norm.weight.dtype),)
 
 
-def prepare(unet, device, channels_last=True):
-    """Moves a network to where it computes, in the layout that convolutions want, with norms that keep their
-    precision. channels_last: False for weights that have to stay contiguous. Returns it."""
+def cast_to_autocast_dtype(norm, inputs, output):
+    """A hook: under autocast, norms return half precision. A GPU's autocast returns single precision, and all
+    that is added or kept for the backward pass after it would have twice the size."""
+    kind = output.device.type
+    return output.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else output
+
+
+def hook_norms(unet):
+    """Lets norms compute in single precision, and return what the layers around them work in. Returns the
+    network."""
     for module in unet.modules():
         if isinstance(module, torch.nn.LayerNorm):
             module.register_forward_pre_hook(cast_to_weight_dtype)
+        if isinstance(module, (torch.nn.LayerNorm, torch.nn.GroupNorm)):
+            module.register_forward_hook(cast_to_autocast_dtype)
+    return unet
+
+
+def prepare(unet, device, channels_last=True):
+    """Moves a network to where it computes, in the layout that convolutions want, with norms as `hook_norms`
+    has them. channels_last: False for weights that have to stay contiguous. Returns it."""
+    hook_norms(unet)
     unet.to(device)
     return unet.to(memory_format=torch.channels_last) if channels_last else unet
 
 
-def compile_layers(unet):
-    """Compiles layer by layer: the whole network would be compiled anew for each way of packing frames."""
-    # of all layers of a class together: beyond it they would run as they are
-    torch._dynamo.config.recompile_limit = 64
+def compile_layers(unet, **options):
+    """Compiles layer by layer: the whole network would be compiled anew for each way of packing frames. With
+    dynamic shapes a layer has one graph for all numbers of clips, slots and frames above one, with or without
+    gradients. options: of torch.compile"""
+    # Graphs of all layers of a class together; beyond it they would run as they are.
+    torch._dynamo.config.recompile_limit, torch._dynamo.config.accumulated_recompile_limit = 256, 1024
     for layer in unet.layers():
         for module in layer:
             if module is not None:
-                module.compile()
+                module.compile(dynamic=True, **options)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -110,7 +158,6 @@ class World:
         if torch.cuda.is_available():
             self.device = torch.device("cuda", self.local_rank)
             torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
         if self.size > 1:
             self.connect()
 
@@ -158,8 +205,7 @@ class World:
         if self.size == 1 or isinstance(unet, FSDPModule):
             return unet
         ids = [self.local_rank] if self.device.type == "cuda" else None
-        options = dict(gradient_as_bucket_view=True, broadcast_buffers=False)
-        return DistributedDataParallel(unet, device_ids=ids, **options)
+        return DistributedDataParallel(unet, device_ids=ids, gradient_as_bucket_view=True)
 
 
 def gradient_sync(network, last):
@@ -175,16 +221,19 @@ def gradient_sync(network, last):
 
 @contextmanager
 def stop_requests():
-    """Yields a list that collects SIGTERM and SIGINT (Ctrl-C) instead of exiting. A second Ctrl-C exits at
-    once, with status 130."""
+    """Yields a list that collects SIGTERM, SIGINT (Ctrl-C) and SIGHUP (the terminal was closed) instead of
+    exiting. A second Ctrl-C exits at once, with status 130. Under nohup SIGHUP is ignored, and stays so."""
     signals = []
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
 
     def note(number, _):
         if number == signal.SIGINT and signal.SIGINT in signals:
             os._exit(128 + number)
         signals.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield signals
     finally:

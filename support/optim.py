@@ -9,6 +9,7 @@ weights sharded over ranks.
     shard               all of it divided by the number of ranks
 """
 
+import math
 import warnings
 from contextlib import contextmanager
 
@@ -16,8 +17,8 @@ import torch
 import torch.nn as nn
 from diffusers.training_utils import EMAModel
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from support.common import UserError
 
@@ -71,28 +72,69 @@ def local_weights(unet):
         return [nn.Parameter(p.to_local()) if isinstance(p, DTensor) else p for p in unet.parameters()]
 
 
+class RareEMA(EMAModel):
+    """An EMAModel that is fed every RARELY-th step, with the decay of all steps since the last one. The
+    first ones, in which much changes, count one by one."""
+
+    RARELY, FIRST = 10, 100
+
+    def is_due(self, step):
+        return step <= self.FIRST or step % self.RARELY == 0
+
+    def get_decay(self, step):
+        steps = [step] if step <= self.FIRST else range(step - self.RARELY + 1, step + 1)
+        return math.prod(super(RareEMA, self).get_decay(one) for one in steps)
+
+
 class Average:
     """The exponential moving average of the weights (diffusers' EMAModel with warm-up), always in fp32.
 
-    on_cpu: it lives in the CPU's memory, and each step copies the weights there"""
+    on_cpu: it lives in the CPU's memory; weights are copied there, and averaged, every tenth step"""
 
     def __init__(self, unet, on_cpu=False):
-        self.on_cpu = on_cpu
+        self.on_cpu, ema = on_cpu, RareEMA if on_cpu else EMAModel
         warm_up = dict(use_ema_warmup=True, power=EMA_POWER)
-        self.ema = EMAModel(local_weights(unet), decay=EMA_DECAY, foreach=True, **warm_up)
+        self.ema = ema(local_weights(unet), decay=EMA_DECAY, foreach=True, **warm_up)
         self.ema.to(device="cpu" if on_cpu else None, dtype=torch.float32)
 
     def step(self, unet):
+        """Takes the weights after one more step of the optimizer."""
         weights = local_weights(unet)
         if self.on_cpu:
-            weights = [nn.Parameter(w.detach().to("cpu", torch.float32)) for w in weights]
+            if not self.ema.is_due(self.ema.optimization_step + 1):
+                self.ema.optimization_step += 1
+                return
+            pinned = [torch.empty_like(w, device="cpu", pin_memory=w.is_cuda) for w in weights]
+            weights = [nn.Parameter(x.copy_(w.detach(), non_blocking=True)) for x, w in zip(pinned, weights)]
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
         self.ema.step(weights)
 
-    def load(self, unet, step):
-        """Goes on from averaged weights that stand in `unet` at the moment, as of optimizer step `step`."""
-        for shadow, weight in zip(self.ema.shadow_params, local_weights(unet), strict=True):
-            shadow.copy_(weight.detach())
+    def weights(self, unet):
+        """{name of a weight of `unet`: its average}, fp32 in the CPU's memory, whole; every rank has to call
+        it. Copies, which the next step does not change."""
+        shadows = zip(unet.named_parameters(), self.ema.shadow_params, strict=True)
+        return {name: whole(shadow, weight).cpu().clone() for (name, weight), shadow in shadows}
+
+    def load(self, unet, weights, step):
+        """Goes on from `weights`, as `self.weights` gave them after `step` steps of the optimizer."""
+        for (name, weight), shadow in zip(unet.named_parameters(), self.ema.shadow_params, strict=True):
+            if isinstance(weight, DTensor):
+                mesh, placements = weight.device_mesh, weight.placements
+                weights[name] = distribute_tensor(
+                    weights[name].to(weight.device), mesh, placements
+                ).to_local()
+            shadow.copy_(weights[name])
         self.ema.optimization_step = step
+
+
+def whole(part, weight):
+    """The tensor of which each rank holds a `part`, split as `weight` is; `part` itself where nothing is."""
+    if not isinstance(weight, DTensor):
+        return part
+    part, mesh, placements = part.to(weight.device), weight.device_mesh, weight.placements
+    shape = dict(shape=weight.shape, stride=weight.stride())
+    return DTensor.from_local(part, mesh, placements, run_check=False, **shape).full_tensor()
 
 
 @contextmanager
@@ -114,13 +156,16 @@ def averaged(unet, average):
 # Sharding
 
 
-def shard(unet, device):
+def shard(unet, device, dtype):
     """Splits weights, gradients and AdamW's state over the ranks (FSDP2): a layer's weights are gathered when
-    it
-    runs and dropped after. Each residual layer goes with its transformer and temporal layer."""
+    it runs and dropped after. Each residual layer goes with its transformer and temporal layer.
+
+    dtype: in which weights travel and compute. They are kept, and their gradients summed, in fp32."""
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for layer in unet.layers():
-        fully_shard([module for module in layer if module is not None], mesh=mesh)
+        fully_shard([module for module in layer if module is not None], mesh=mesh, mp_policy=policy)
     # The network's output is a view; nothing changes it in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    fully_shard(unet, mesh=mesh, reshard_after_forward=True)  # what is left: input and output layers
+    # What is left: input and output layers
+    fully_shard(unet, mesh=mesh, reshard_after_forward=True, mp_policy=policy)

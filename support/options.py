@@ -8,8 +8,10 @@ from pathlib import Path
 
 from diffusers.optimization import SchedulerType
 
-from support.common import UserError
-from support.flags import Parser, number, part_flags, work_flags
+from support.common import UserError, default_cache
+from support.decode import MAX_SIDE
+from support.finished import recorded_flags
+from support.flags import SEED, Parser, filled, number, part_flags, work_flags
 from support.machine import native_bf16
 
 # A resumed run continues the saved one only if these are as they were.
@@ -19,19 +21,20 @@ SCHEDULE_FLAGS = (
 ).split()
 
 
-def make_parser(presets):
-    """presets: {name: {flag: default}}. The defaults that --help shows are those of the --preset given with
-    it."""
+def make_parser(presets, recorded):
+    """presets: {name: {flag: default}}; recorded: {flag: default} that takes their place. The defaults that
+    --help shows are those of the --preset given with it."""
     first = Parser(add_help=False)
     listed = ", ".join(name for name in presets if name != "toy")  # `toy` is for tests
     about = f"size, and defaults of the training: {listed}"
     first.add_argument("--preset", choices=presets, default="tiny", metavar="NAME", help=about)
+    first.set_defaults(**recorded)
     parser = Parser(description="Train an animated-sticker generator from scratch.", parents=[first])
     add, default = parser.add_argument, "(default: %(default)s)"
     count, natural = number(int, 1), number(int, 0)
-    add("--data", metavar="DIR", help="folder of stickers (default: draws the built-in set)")
-    add("--output_dir", help="where the run is written (default: runs/PRESET)")
-    add("--resolution", type=count, help=f"side of the frames in pixels {default}")
+    add("--data", metavar="DIR", type=filled, help="folder of stickers (default: draws the built-in set)")
+    add("--output_dir", type=filled, help="where the run is written (default: runs/PRESET)")
+    add("--resolution", type=number(int, 1, MAX_SIDE), help=f"side of the frames in pixels {default}")
     add("--max_train_steps", type=count, help=f"optimizer steps; the curriculum spans them {default}")
     add("--train_batch_size", type=count, help=f"clips per process and micro-step {default}")
     add("--gradient_accumulation_steps", type=count, default=1, help=f"micro-steps per step {default}")
@@ -48,7 +51,19 @@ def make_parser(presets):
         help="autocast; the weights stay in fp32 (default: bf16 where the machine has it, else no)",
     )
     part_flags(add, "the built-in one")
-    add("--init_unet", metavar="DIR_OR_ID", help="start the spatial part from a Stable Diffusion 2.x U-Net")
+    add(
+        "--init_unet",
+        metavar="DIR_OR_ID",
+        type=filled,
+        help="start the spatial part from a Stable Diffusion 2.x U-Net",
+    )
+    add(
+        "--init_from",
+        metavar="DIR_OR_ID",
+        type=filled,
+        help="start a new run from a finished model or a checkpoint-N folder: its weights (averaged ones), "
+        "codec, text encoders, preset, resolution and temporal layer, with a schedule of its own",
+    )
     add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, more time")
     add("--use_8bit_adam", action="store_true", help="AdamW's moments in 8 bits (needs torchao)")
     add(
@@ -83,12 +98,13 @@ def make_parser(presets):
         default="on",
         help=f"dual masks; off is the ablation of Table 3: text alone, always 8 frames {default}",
     )
-    add("--seed", type=natural, default=0, help=f"every random draw follows from it {default}")
+    add("--seed", type=SEED, default=0, help=f"every random draw follows from it {default}")
     add("--checkpointing_steps", type=count, default=500, help=f"save every so many steps {default}")
     add("--checkpoints_total_limit", type=natural, default=2, help=f"keep the last ones, 0 = all {default}")
     add(
         "--resume_from_checkpoint",
         metavar="latest|PATH",
+        type=filled,
         help="continue a run; latest without a checkpoint starts fresh",
     )
     add(
@@ -110,14 +126,17 @@ def make_parser(presets):
         help=f"log there too {default}",
     )
     work_flags(add)
-    parser.set_defaults(**presets[first.parse_known_args()[0].preset])
+    parser.set_defaults(**presets[first.parse_known_args()[0].preset] | recorded)
     return parser
 
 
 def parse_args(presets):
     """The flags of train.py as a namespace, every default filled in. presets: {name: {flag: default}}, codec
     among them, which is no flag. Raises UserError."""
-    args = make_parser(presets).parse_args()
+    args = make_parser(presets, {}).parse_args()
+    if args.init_from:
+        args = parse_again(presets, args.init_from)
+    args.cache_dir = args.cache_dir or default_cache()
     args.output_dir = Path(args.output_dir or f"runs/{args.preset}")
     args.mixed_precision = args.mixed_precision or ("bf16" if native_bf16() or args.low_memory else "no")
     args.ddu = args.ddu == "on"
@@ -125,15 +144,36 @@ def parse_args(presets):
     args.curriculum = args.curriculum or ("dcl" if args.ddu else "none")
     if args.low_memory:
         args.gradient_checkpointing = args.ema_on_cpu = True
-    for name in ("vae", "clip", "t5"):  # folders are remembered, so that sample.py finds them from anywhere
+    # Folders are remembered, so that they are found from anywhere.
+    for name in ("vae", "clip", "t5", "init_unet", "init_from"):
         source = getattr(args, name)
         if source and Path(source).is_dir():
             setattr(args, name, str(Path(source).resolve()))
     return args
 
 
+def parse_again(presets, init_from):
+    """The flags of a run that starts from a model: what is left out of its size is the model's. Raises
+    UserError for what contradicts it."""
+    recorded, fixed = recorded_flags(init_from)
+    if recorded["preset"] not in presets:
+        raise UserError(
+            f"--init_from {init_from} is of the unknown preset {recorded['preset']}: use another."
+        )
+    args = make_parser(presets, recorded).parse_args()
+    for name in fixed:
+        if getattr(args, name) != recorded[name]:
+            raise UserError(
+                f"--{name} is {getattr(args, name)}, but the model of --init_from {init_from} has "
+                f"{recorded[name]}: leave --{name} out."
+            )
+    return args
+
+
 def check_together(args):
     """Raises UserError for flags that cannot be combined."""
+    if args.init_from and args.init_unet:
+        raise UserError("--init_from brings a whole network, --init_unet its spatial part: choose one.")
     if args.low_memory and args.mixed_precision != "bf16":
         raise UserError(
             "--low_memory keeps the weights in bf16: it cannot be combined with --mixed_precision "

@@ -4,17 +4,23 @@ Pictures for the eye: sheets of clips, the preview of a folder, and the log of a
 
 import os
 import textwrap
+from contextlib import suppress
+from functools import cache
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from support.common import UserError, printable, replacing
+from support.common import UserError, check_output, printable, replacing
 from support.log import read_log
 
 GAP, BORDER, LINE = 4, 3, 18  # pixels: between pictures, around a given frame, of a line of text
 GIVEN = (230, 90, 20)  # colour of that border
+# Fonts of Chinese, Japanese and Korean that systems have: Linux, then macOS.
+CJK = ("NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "wqy-zenhei.ttc", "DroidSansFallbackFull.ttf")
+CJK += ("Arial Unicode.ttf", "Hiragino Sans GB.ttc")
 
 
 def pyplot():
@@ -32,8 +38,46 @@ def check_png(flag, path):
     shown, folder = f"{flag} {printable(path)}", Path(path).parent
     if not str(path).lower().endswith(".png"):
         raise UserError(f"{shown}: the picture is a PNG, give it a name that ends in .png.")
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+    if not os.path.isdir(folder):
         raise UserError(f"{shown}: its folder cannot be written to, make it or choose another.")
+    check_output(flag, path)
+
+
+@cache
+def fonts():
+    """Pillow's own font, which has the letters of English; DejaVu Sans, which comes with matplotlib and has
+    most alphabets; and what the system has for Chinese, Japanese and Korean."""
+    found = [ImageFont.load_default(14)]
+    for font in (Path(find_spec("matplotlib").origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf", *CJK):
+        with suppress(OSError):  # there is none
+            found.append(ImageFont.truetype(font, 13))
+    return found
+
+
+@cache
+def has_letter(font, letter):
+    """Whether a font draws a letter as itself: not as it draws one that no font has, as a box."""
+    return bytes(font.getmask(letter)) != bytes(font.getmask("\U0010fffd"))
+
+
+def lettering(text):
+    """The font that has most letters of a text, and the text as it can draw it: letters that it lacks come
+    out as escapes such as \\u4e2d, signs that only join or vary emoji are left out."""
+    text = printable(text.replace("\u200d", "").replace("\ufe0f", ""), most=len(text))
+    lacking = {font: {letter for letter in set(text) if not has_letter(font, letter)} for font in fonts()}
+    font = min(lacking, key=lambda font: len(lacking[font]))
+    shown = (c.encode("unicode_escape").decode() if c in lacking[font] else c for c in text)
+    return font, "".join(shown)
+
+
+def wrap(text, font, width):
+    """The lines of a text, none wider than `width` pixels, as far as they have more than 8 letters."""
+    most = max(8, width // 8)
+    while lines := textwrap.wrap(text, most):
+        if most == 8 or max(map(font.getlength, lines)) <= width:
+            break
+        most = max(8, most * 9 // 10)
+    return lines
 
 
 def sheet(rows, labels=None, scale=1, marks=None):
@@ -42,14 +86,15 @@ def sheet(rows, labels=None, scale=1, marks=None):
     rows: list of (N_i, H_i, W_i, 3) uint8; labels: a text per row, drawn above it; scale: integer factor of
     nearest enlargement; marks: a list of bools per row, True draws a border around a given frame (Figure 6).
     """
-    font = ImageFont.load_default(14)
     width = GAP + max(len(row) * (row.shape[2] * scale + GAP) for row in rows)
-    texts = [textwrap.wrap(label, max(8, width // 8)) for label in labels or [""] * len(rows)]
-    heights = [GAP + LINE * len(text) + row.shape[1] * scale for row, text in zip(rows, texts)]
+    lettered = [lettering(label) for label in labels or [""] * len(rows)]
+    texts = [(font, wrap(text, font, width - GAP)) for font, text in lettered]
+    heights = [GAP + LINE * len(lines) + row.shape[1] * scale for row, (_, lines) in zip(rows, texts)]
     page = Image.new("RGB", (width, sum(heights) + GAP), "white")
     draw, top = ImageDraw.Draw(page), 0
-    for row, text, height, given in zip(rows, texts, heights, marks or [()] * len(rows)):
-        draw.text((GAP, top + 1), "\n".join(text), (0, 0, 0), font, spacing=LINE - 14)
+    for row, (font, lines), height, given in zip(rows, texts, heights, marks or [()] * len(rows)):
+        for i, line in enumerate(lines):
+            draw.text((GAP, top + 1 + LINE * i), line, (0, 0, 0), font)
         top += height
         for column, frame in enumerate(row):
             picture = Image.fromarray(frame.repeat(scale, axis=0).repeat(scale, axis=1))

@@ -21,6 +21,8 @@ import torch.nn as nn
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 
+from support.machine import exact, to_device
+
 MODES = 1024  # components that are told apart; what is left of a frame has one variance in all directions
 BAND_ENDS = (8, 32, 128, 512)  # from strong modes to weak ones: a band shares the correlation of frames
 WAVES = 4  # cosines over a clip, the first one constant: what a word does to a frame is a sum of them
@@ -58,6 +60,7 @@ class GaussianPrior(ModelMixin, ConfigMixin):
         self.sizes = [end - start for start, end in zip(ends, ends[1:])]  # of the bands
         band = torch.bucketize(torch.arange(modes + 1), torch.tensor(ends[1:-1]), right=True)
         self.register_buffer("band", band, persistent=False)  # (M + 1,)
+        self.known = {}  # what `along_frames` found
 
     def features(self, text):
         """text, as DFGN.forward takes it -> (B, text_dim): the sum of CLIP states less that of no caption"""
@@ -75,6 +78,7 @@ class GaussianPrior(ModelMixin, ConfigMixin):
         """How far captions move the modes of each frame: features (B, text_dim) -> (B, slots, M)"""
         return self.waves(slots, length) @ (words @ self.shift).transpose(0, 1)
 
+    @exact()
     @torch.no_grad()
     def fit(self, clips, texts, no_text):
         """clips: {k: latents (n, k, C, h, w) of clips that have k distinct frames} for k = 3..8, n may be 0;
@@ -123,9 +127,28 @@ class GaussianPrior(ModelMixin, ConfigMixin):
                     correlation = (len(strong) * correlation + one_more) / (len(strong) + 1)
                     self.frames[has_text * len(self.lengths) + i, band, :k, :k] = correlation
         self.variance.clamp_(min=1e-6 * self.variance.max())
+        self.known.clear()
+
+    def along_frames(self, given, valid):
+        """How frames depend on each other in a clip whose masks are `given` and `valid`, tuples of F bools:
+        follow, Q, s of `conditioned`, without text and with it, (2, bands, F, F), twice, and (2, bands, F).
+        There are few masks: each is computed once."""
+        key = given, valid, self.device
+        if key not in self.known:
+            slots, length = len(valid), max(sum(valid) - self.lengths[0], 0)
+            g, v = (torch.tensor(mask, device=self.device)[:, None].float() for mask in (given, valid))
+            g, u = g * v, (1 - g) * v  # (F, 1)
+            T = self.frames.unflatten(0, (2, -1))[:, length, :, :slots, :slots]  # (2, bands, F, F)
+            among_given = T * g * g.mT + torch.diag_embed(1 - g.squeeze(1))
+            follow = u * torch.linalg.solve(among_given, T * g).mT
+            left = T * u * u.mT - follow @ (T * g * u.mT)
+            s, Q = torch.linalg.eigh((left + left.mT) / 2)
+            self.known[key] = follow + torch.diag_embed(g.squeeze(1)), Q, s
+        return self.known[key]
 
     def conditioned(self, given, valid, text):
-        """What captions and given frames say before any noisy frame is seen. given, valid: bool (B, F)
+        """What captions and given frames say before any noisy frame is seen. given, valid: bool (B, F); those
+        in the CPU's memory make no GPU wait
 
         Returns
         shift (B, F, M): of the modes by the caption; and for every band
@@ -133,20 +156,17 @@ class GaussianPrior(ModelMixin, ConfigMixin):
         Q (B, bands, F, F): the eigenvectors over frames of how the others still vary
         variance (B, F, M + 1): along those, of each mode and of the rest
         """
-        slots = valid.shape[1]
         words = self.features(text)
         has_text = (words.norm(dim=1) > 0.05 * self.no_text.norm()).long()  # (B,)
-        shift = self.shift_by(words, slots, valid.sum(dim=1)) * has_text[:, None, None]
+        length = to_device(valid.sum(dim=1), self.device)
+        shift = self.shift_by(words, valid.shape[1], length) * has_text[:, None, None]
 
-        g, u = (m[:, None, :, None].float() for m in (given & valid, ~given & valid))  # (B, 1, F, 1)
-        length = (valid.sum(dim=1) - self.lengths[0]).clamp(min=0)
-        T = self.frames[has_text * len(self.lengths) + length, :, :slots, :slots]  # (B, bands, F, F)
-        among_given = T * g * g.mT + torch.diag_embed(1 - g.squeeze(3))
-        follow = u * torch.linalg.solve(among_given, T * g).mT
-        left = T * u * u.mT - follow @ (T * g * u.mT)
-        s, Q = torch.linalg.eigh((left + left.mT) / 2)  # (B, bands, F), (B, bands, F, F)
+        clips = zip(map(tuple, given.tolist()), map(tuple, valid.tolist()))
+        found = map(torch.stack, zip(*(self.along_frames(*masks) for masks in clips)))
+        which = torch.arange(len(has_text), device=self.device), has_text
+        follow, Q, s = (x[which] for x in found)
         variance = s.clamp(min=0).mT[:, :, self.band] * self.variance[has_text][:, None]
-        return shift, follow + torch.diag_embed(g.squeeze(3)), Q, variance
+        return shift, follow, Q, variance
 
     def in_bands(self, function, x, shift, amount):
         """Calls function(x of a band, band, its amount) for the modes of each band, less `shift`, and for
@@ -157,6 +177,7 @@ class GaussianPrior(ModelMixin, ConfigMixin):
         z = torch.cat([function(part, band, some) for band, (part, some) in enumerate(parts)], dim=2) + shift
         return z @ self.modes + function(rest, -1, amount[:, :, -1:])
 
+    @exact()
     def forward(self, noisy, latents, given, alpha, text, valid=None):
         """The best linear estimate of the clean latents, and how far off it will be.
 
@@ -176,11 +197,12 @@ class GaussianPrior(ModelMixin, ConfigMixin):
             known = follow[:, band] @ z
             return known + Q[:, band] @ (gain * (Q[:, band].mT @ (z - known)))
 
-        is_given, truth = given[:, :, None], latents.flatten(2)  # (B, F, 1), (B, F, D)
-        x = torch.where(is_given, truth, noisy.flatten(2) / alpha.sqrt()[:, None, None])
-        x = torch.where(valid[:, :, None], x - self.mean, 0)
+        given, valid = (to_device(mask, noisy.device)[:, :, None] for mask in (given, valid))  # (B, F, 1)
+        truth = latents.flatten(2)  # (B, F, D)
+        x = torch.where(given, truth, noisy.flatten(2) / alpha.sqrt()[:, None, None])
+        x = torch.where(valid, x - self.mean, 0)
         x = self.mean + self.in_bands(without_noise, x, shift, gain)
-        x = torch.where(is_given, truth, x)
+        x = torch.where(given, truth, x)
 
         share = torch.ones_like(gain) / x.shape[2]  # of each mode, and of the rest, in a frame's mean square
         share[:, :, -1] *= x.shape[2] - len(self.modes)
@@ -189,10 +211,11 @@ class GaussianPrior(ModelMixin, ConfigMixin):
         error = torch.einsum("bnfj,bjn->bf", Q.square(), left)
         return x.unflatten(2, shape), error.clamp(min=0).sqrt()
 
+    @exact()
     def draw(self, noise, latents, given, text):
         """A clip of this Gaussian, made from standard normal `noise` (B, F, C, h, w), exact in given frames.
         latents, given, text: as in `forward`; every slot holds a frame. Returns (B, F, C, h, w)."""
-        is_given, truth = given[:, :, None], latents.flatten(2)  # (B, F, 1), (B, F, D)
+        is_given, truth = to_device(given, noise.device)[:, :, None], latents.flatten(2)  # (B, F, 1 | D)
         shift, follow, Q, variance = self.conditioned(given, torch.ones_like(given), text)
         x = torch.where(is_given, truth - self.mean, 0)
         x = self.mean + self.in_bands(lambda z, band, _: follow[:, band] @ z, x, shift, variance)
@@ -229,19 +252,20 @@ class Preconditioned(nn.Module):
     def forward(self, noisy, latents, given, timestep, text, valid=None):
         """As DFGN.forward, with latents of C channels."""
         alpha, std = self.alphas_cumprod[timestep], self.prior.std  # (B,)
-        with torch.autocast(noisy.device.type, enabled=False):
-            estimate, error = self.prior(noisy, latents, given, alpha, text, valid)
+        estimate, error = self.prior(noisy, latents, given, alpha, text, valid)
         alpha = alpha[:, None, None, None, None]
 
         c_in = (alpha * std**2 + 1 - alpha).rsqrt()
-        shown = torch.where(given[:, :, None, None, None], latents, 0.0)
+        shown = torch.where(to_device(given, noisy.device)[:, :, None, None, None], latents, 0.0)
         condition = torch.cat([shown / std, estimate / std], dim=2)  # (B, F, 2C, h, w)
         out = self.unet(c_in * noisy, condition, torch.ones_like(given), timestep, text, valid).float()
 
         c_out = error.square() / (error.square() + LATENT_ERROR * std**2)  # (B, F), 0 in given frames
         clean = torch.lerp(estimate, std * out, c_out[:, :, None, None, None])
         noise = (noisy - alpha.sqrt() * clean) / (1 - alpha).sqrt()
-        return noise if valid is None else torch.where(valid[:, :, None, None, None], noise, 0.0)
+        if valid is None:
+            return noise
+        return torch.where(to_device(valid, noisy.device)[:, :, None, None, None], noise, 0.0)
 
 
 def precondition(unet, prior, alphas_cumprod):

@@ -12,6 +12,7 @@ from support import checkpoint, stickers
 from support.cache import digest_files
 from support.common import UserError
 from support.encoders import Encoders, PatchPCA
+from support.finished import local_folder, readable
 from support.folder import scan_folder
 from support.machine import DTYPES
 from support.options import SCHEDULE_FLAGS, check_resolution
@@ -30,30 +31,58 @@ def claim_output(args, world, on_exit):
     schedule = dict({name: getattr(args, name) for name in SCHEDULE_FLAGS}, global_batch=global_batch)
     if resume is not None:
         checkpoint.check_schedule(resume, schedule)
+        recall(args, resume)
     if world.main:
         checkpoint.remove_leftovers(args.output_dir)
     return resume, schedule
 
 
+def origins(args):
+    """What a checkpoint says of where its run came from, {flag: value or None}."""
+    data = args.data and str(Path(args.data).resolve())
+    return dict(data=data, init_from=args.init_from, init_unet=args.init_unet)
+
+
+def recall(args, resume):
+    """Flags that a resumed run left out and its checkpoint `resume` knows: the stickers it was trained on,
+    and what it had started from. Raises UserError if it had started from anything else."""
+    saved = json.loads((resume / "state.json").read_text())
+    args.data = args.data or saved.get("data")
+    for name in ("init_from", "init_unet"):
+        value = getattr(args, name)
+        if value and saved.get(name, value) != value:
+            raise UserError(
+                f"--{name} is {value}, but {resume} started from {saved[name] or 'random weights'}: leave "
+                "the flag out, or start anew in another --output_dir."
+            )
+        setattr(args, name, saved.get(name, value))
+
+
 def find_stickers(args, world):
-    """Returns the folder, its stickers, and [(name, reason)] of what cannot be used; the built-in set is
-    drawn."""
+    """Returns the folder, its stickers, and sentences on what is not used; the built-in set is drawn. Raises
+    UserError."""
     folder = Path(args.data) if args.data else stickers.default_folder(root=args.cache_dir)
+    if folder.resolve() == args.output_dir.resolve():
+        raise UserError(
+            f"--output_dir {args.output_dir} is the folder of the stickers: choose another, so that the next "
+            "run does not train on what this one draws."
+        )
     if not args.data and world.main:
         stickers.draw_stickers(folder)
     world.barrier()
-    found, problems = scan_folder(folder)
-    return folder, found, problems
+    found, notes = scan_folder(folder)
+    return folder, found, notes
 
 
 def load_frozen_parts(args, world, found, resume, levels, fit_codec):
-    """The codec and text encoders: those that a checkpoint records, unless they are named anew; in a fresh
-    start without a VAE the built-in codec is fitted. Raises UserError.
+    """The codec, prior and text encoders: those of the checkpoint or of --init_from, unless they are named
+    anew; in a fresh start without a VAE the built-in codec is fitted. Raises UserError.
 
     levels: resolutions of the U-Net; fit_codec(codec, stickers, resolution, workers)"""
-    sources, folder = dict(vae=args.vae, clip=args.clip, t5=args.t5), resume or args.output_dir
-    if resume is not None:
-        recorded = json.loads((resume / "model_index.json").read_text())
+    sources, folder = dict(vae=args.vae, clip=args.clip, t5=args.t5), args.output_dir
+    if resume is not None or args.init_from:
+        folder = resume or local_folder(args.init_from, "--init_from")
+        recorded = json.loads((folder / "model_index.json").read_text())
         sources = {name: sources.get(name) or value for name, value in recorded.items()}
     elif world.main:
         shutil.rmtree(folder / "prior", ignore_errors=True)  # of a run that ended before its first step
@@ -63,7 +92,8 @@ def load_frozen_parts(args, world, found, resume, levels, fit_codec):
             fit_codec(codec, found, args.resolution, args.num_workers)
             codec.save_pretrained(folder / "codec")
     world.barrier()
-    encoders = Encoders.load(folder, sources, world.device, DTYPES[args.mixed_precision])
+    with readable(folder, "the model in"):
+        encoders = Encoders.load(folder, sources, world.device, DTYPES[args.mixed_precision])
     check_resolution(args.resolution, encoders.codec.factor, levels)
     return encoders
 
@@ -73,6 +103,19 @@ def digest_first(args, world, folder, found):
     if world.main:
         digest_files(folder, found, args.cache_dir)
     world.barrier()
+
+
+def resume_training(args, world, resume, training, dataset):
+    """Puts the checkpoint `resume` into `training`, and says what differs. Raises UserError."""
+    saved = checkpoint.load_checkpoint(resume, training)
+    world.print0(f"resuming {resume} at step {training.step}")
+    if saved["latents"] == dataset.identity:
+        return
+    if args.data is None and "data" not in saved:  # of a version that did not write it down
+        raise UserError(
+            f"{resume} was trained on other stickers than the built-in ones: name them with --data."
+        )
+    world.print0("warning: the stickers have changed since: the run goes on with the new ones")
 
 
 def too_many_bad_steps(output_dir, step, count):

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from support.common import UserError, default_cache, one_sentence, printable
 from support.figures import EXTENT, LAYER, SUBJECTS, figure
-from support.flags import Parser, number
+from support.flags import SEED, Parser, number
 from support.media import save_strip
 from support.pictures import check_png
 
@@ -271,7 +271,7 @@ def main():
     add = parser.add_argument
     add("folder", nargs="?", help="where the GIFs go (default: a folder in the user's cache)")
     add("--count", type=number(int, 1), default=1200, help="number of stickers (default: %(default)s)")
-    add("--seed", type=number(int, 0), default=0, help="another number, another set (default: %(default)s)")
+    add("--seed", type=SEED, default=0, help="another number, another set (default: %(default)s)")
     add("--sheet", metavar="PNG", help="write one picture of subjects and motions instead")
     args = parser.parse_args()
     if args.sheet:

@@ -3,13 +3,17 @@ takes no part in it."""
 
 import json
 import struct
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 
 import av
 import numpy as np
 from PIL import Image, ImageDraw
 
 from support import media
+from support.folder import scan_folder
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 PALETTE = [(0, 0, 0), RED, GREEN, BLUE]  # index 0 is transparent in a patch that says so
@@ -115,3 +119,26 @@ def good_folder(folder):
     """A folder of one good sticker, good.gif."""
     media.write_clip(folder / "good.gif", clip(4, 32), 10)
     return folder
+
+
+def fill(folder, *names):
+    """Files without content, and the folders that they lie in. Returns the folder."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+def scan(folder):
+    """({name: Sticker}, notes) of a folder; each note is a line that any terminal can print."""
+    stickers, notes = scan_folder(folder)
+    for note in notes:
+        assert note.isprintable() and note.encode() and len(note) < 1000
+    return {sticker.name: sticker for sticker in stickers}, notes
+
+
+def is_locked(path):
+    """Whether another process finds the lock on `path` taken."""
+    code = "import sys; from support.common import locked\nwith locked(sys.argv[1]) as alone: print(alone)"
+    command = [sys.executable, "-c", code, str(path)]
+    return subprocess.check_output(command, text=True, cwd=Path(__file__).parents[1]) == "False\n"

@@ -304,7 +304,7 @@ def test_the_sentences_between_the_printed_steps_are_true(printed):
 
 @pytest.fixture(scope="module")
 def log():
-    return simulate()
+    return simulate(seeds=range(4))  # half of them, and twice as fast
 
 
 @pytest.fixture(scope="module")
@@ -314,7 +314,7 @@ def measured(log):
 
 def test_dcl_nowhere_spreads_the_loss_more_than_the_linear_curriculum(measured):
     _, linear, dcl, _ = measured["spread"].transpose(1, 0, 2)  # (plants, seeds) each
-    assert dcl.shape == (4, 8)
+    assert dcl.shape == (4, 4)
     assert (dcl / linear).max() <= 1.02  # no plant, no seed
 
 

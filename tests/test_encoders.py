@@ -220,6 +220,13 @@ def test_half_precision_text(pretrained):
     assert half.t5.model.dtype == torch.bfloat16 and half.codec.vae.dtype == torch.float32
 
 
+def test_text_encoders_never_run_under_autocast(pretrained):
+    encoders, _ = pretrained
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = encoders.text(["a red cat"])
+    assert all(a.equal(b) for a, b in zip(inside, encoders.text(["a red cat"])))
+
+
 def test_what_cannot_be_loaded_gets_one_sentence(pretrained, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     _, (vae, clip, t5) = pretrained

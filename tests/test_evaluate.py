@@ -1,5 +1,6 @@
 """lab.evaluate: the whole command at a toy scale, interrupted and unbroken; what it refuses."""
 
+import gc
 import json
 import runpy
 import shutil
@@ -31,8 +32,7 @@ SCALE = "--num_prompts 6 --num_clips 3 --loss_draws 4 --num_inference_steps 2 --
 @pytest.fixture(scope="module")
 def call(tmp_path_factory):
     """lab.evaluate in this process on a random network of 16 x 16 pixels, a folder of stickers, a third of
-    them
-    held out, and an untrained judge: call(output_dir, *flags) returns its report."""
+    them held out, and an untrained judge: call(output_dir, *flags) returns its report."""
     root = tmp_path_factory.mktemp("evaluate")
     folder = stickers.draw_stickers(root / "stickers", count=24, seed=3)
     lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
@@ -60,7 +60,9 @@ def call(tmp_path_factory):
         patch.setattr(pretrained_metrics.subprocess, "run", run_here)
         for name in ("plot_heat_maps", "plot_timesteps"):  # slow, and what test_report.py looks at
             patch.setattr(pictures, name, lambda loss: Image.new("RGB", (1, 1)))
+        gc.freeze()  # imageio collects garbage after every MP4: not through all that was imported
         yield call
+        gc.unfreeze()
 
 
 def run_here(words, **_):

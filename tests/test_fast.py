@@ -4,6 +4,7 @@ checkpointing: test_model.py; shards and averages: test_full.py."""
 import shutil
 from contextlib import nullcontext
 from functools import cache
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -11,12 +12,13 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.training_utils import EMAModel
+from torch._dynamo.testing import CompileCounter
 
 import sample
 from lab import bench
 from masks import NUM_FRAMES
 from model import STI, Conv3D, FrameConv, Frames
-from support.machine import precision, prepare
+from support.machine import compile_layers, precision, prepare
 from support.optim import ADAM, ALPHA_LR, EMA_DECAY, EMA_POWER, Average, make_optimizer
 from tests.toys import SMALLER, first_frames, toy_inputs, toy_unet
 
@@ -178,6 +180,25 @@ LAYERS = {
     "STI": (STI, dict(width=32, heads=2, head_width=8, groups=4), some_frames),
     "Conv3D": (Conv3D, dict(width=32, groups=4), some_frames),
 }
+
+
+@pytest.mark.slow
+def test_a_compiled_layer_has_few_graphs_for_all_batches_of_a_run():
+    """Without and with filler, with and without gradients, one clip or several: no more for other numbers of
+    clips and frames, and all layers of a network stay below the limit."""
+    counter = CompileCounter()
+    layer = STI(32, heads=2, head_width=8, groups=4)
+    compile_layers(SimpleNamespace(layers=lambda: [(layer, None, None)]), backend=counter)
+    seen = []
+    for lengths in ([8], [3], [5, 3], [8, 8], [8, 3, 4, 8], [6, 6, 6], [7, 3, 3, 3, 3]):
+        valid = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+        frames = Frames(valid, *valid.shape, "cpu")
+        for learns in (True, False):
+            with torch.set_grad_enabled(learns):
+                layer(torch.randn(len(frames.index), 32, 4, 4), frames)
+        seen.append(counter.frame_count)
+    assert seen[-1] == seen[4] <= 8
+    assert 40 * seen[-1] < torch._dynamo.config.accumulated_recompile_limit
 
 
 @pytest.mark.skipif(not (torch.cuda.is_available() or shutil.which("g++")), reason="no compiler")

@@ -1,10 +1,12 @@
 """Nothing is lost: numbers that are none, requests to stop, folders that are taken, a full disk."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 from argparse import Namespace
+from contextlib import nullcontext
 
 import pytest
 from PIL import Image
@@ -13,7 +15,8 @@ import data
 import sample
 import train
 from model import SIZES, make_scheduler
-from support import checkpoint, log, setup
+from support import cache, checkpoint, log, setup
+from support.common import default_cache
 from support.folder import scan_folder
 from support.prior import GaussianPrior
 from tests import runs
@@ -72,14 +75,24 @@ def test_a_large_loss_is_no_fault(run, monkeypatch):
 # Requests to stop
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_asked_to_stop_it_saves(run, ask_to_stop, capsys, tmp_path, number):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", pytest.param("SIGINT", marks=pytest.mark.slow)])
+def test_asked_to_stop_it_saves(run, ask_to_stop, capsys, tmp_path, name):
+    number = signal.Signals[name]
     handler = signal.getsignal(number)
     ask_to_stop(2, run, number)
     assert signal.getsignal(number) is handler
     assert "after step 2, as asked" in capsys.readouterr().out
     ((step, newest),) = checkpoint.list_checkpoints(tmp_path / "a")
     assert step == 2 and checkpoint.find_damage(newest) is None
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing(run, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        at_each_loss(monkeypatch.setattr, lambda call: signal.raise_signal(signal.SIGHUP) or 1.0)
+        assert checkpoint.list_checkpoints(run(max_train_steps=2))[-1][0] == 2
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_after_a_request_to_stop_it_goes_on_as_if_nothing_had_been(trained, run, ask_to_stop):
@@ -150,7 +163,9 @@ def test_an_error_is_said_once_on_each_machine(run, capsys, monkeypatch, local_r
 def test_a_set_up_that_was_interrupted_leaves_no_prior_behind(folder, tmp_path):
     """A start with --preset full takes the folder over: its network is not preconditioned."""
     GaussianPrior(4, 2, 8).save_pretrained(tmp_path / "prior")
-    args = Namespace(vae=None, clip=None, t5=None, codec=(8, 32), resolution=64, num_workers=0)
+    args = Namespace(
+        vae=None, clip=None, t5=None, codec=(8, 32), resolution=64, num_workers=0, init_from=None
+    )
     args.output_dir, args.mixed_precision = tmp_path, "no"
     found, _ = scan_folder(folder)
     levels = len(SIZES["full"]["block_out_channels"])
@@ -222,3 +237,99 @@ def test_asked_to_stop_with_a_full_disk_it_says_so(run, refused, monkeypatch):
     monkeypatch.setattr(checkpoint, "save_file", no_room)
     at_each_loss(monkeypatch.setattr, lambda call: signal.raise_signal(signal.SIGTERM) or 1.0)
     refused("could not be saved", run)
+
+
+# Machines
+
+
+def test_on_a_disk_without_locks_a_run_goes_on(run, monkeypatch, tmp_path):
+    codes = iter([errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP] * 10)
+
+    def fail(file, operation):
+        raise OSError(next(codes), "no locks")
+
+    monkeypatch.setattr("fcntl.flock", fail)
+    monkeypatch.setattr("fcntl.lockf", fail)
+    run(cache_dir=tmp_path / "cache", max_train_steps=1)
+
+
+def test_without_locks_what_another_process_writes_is_left_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr("support.cache.locked", lambda path, wait: nullcontext(None))
+    encode = lambda items: (reason for reason in ["it is bad"])  # noqa: E731
+    cache.fill(tmp_path, dict(a=1), encode)
+    (shard,) = tmp_path.glob("*.safetensors")
+    shard.unlink()
+    (tmp_path / f".{shard.name}.7.tmp").touch()
+    cache.fill(tmp_path, dict(a=1), encode)
+    assert shard.exists() and (tmp_path / f".{shard.name}.7.tmp").exists()
+
+
+def test_a_cache_that_holds_all_may_be_read_only(folder, monkeypatch, tmp_path):
+    found, _ = scan_folder(folder)
+    first = cache.digest_files(folder, found, tmp_path)
+    (found[0].path).touch()  # it is read again, and that cannot be noted
+    monkeypatch.setattr("support.common.os.replace", no_room)
+    assert cache.digest_files(folder, found, tmp_path) == first
+
+
+@pytest.fixture
+def no_home(monkeypatch):
+    """A user without a home, as a container may have."""
+
+    def fail():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("pathlib.Path.home", fail)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+
+def test_without_a_home_all_works_that_needs_no_cache(no_home, folder, run, refused, tmp_path, capsys):
+    for program in (train, data, sample):
+        with pytest.raises(SystemExit) as stop:
+            runs.run_here(program.main, "--help")
+        assert not stop.value.code
+    runs.run_here(data.main, folder, "--num_workers", 0)
+    assert "24 stickers used" in capsys.readouterr().out
+    refused("set XDG_CACHE_HOME, or give --cache_dir", run, cache_dir=None)
+    run(max_train_steps=1)
+
+
+def test_without_a_home_the_cache_variable_will_do(no_home, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert str(default_cache()) == "/somewhere/rdtf"
+
+
+@pytest.mark.parametrize("missing", ["fcntl", "resource"])
+def test_on_windows_one_sentence_says_what_is_needed(missing):
+    code = f"import sys; sys.modules['{missing}'] = None; import support.common"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=runs.ROOT)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "Linux or macOS" in result.stderr
+
+
+@pytest.mark.parametrize("where", ["| head -c 1 > /dev/null", "> /dev/full", ">&-", "2>&- >&-"])
+def test_a_program_outlives_whoever_reads_what_it_prints(tmp_path, where):
+    lines = "from support.common import one_sentence", "with one_sentence('x'):"
+    lines += "    for i in range(20000): print('\u0436', i)", f"    open(r'{tmp_path}/done', 'w')"
+    (tmp_path / "program.py").write_text("\n".join(lines), encoding="utf-8")
+    command = f"{sys.executable} {tmp_path}/program.py {where}; exit ${{PIPESTATUS[0]}}"
+    env = dict(os.environ, LC_ALL="C", PYTHONUTF8="0", PYTHONIOENCODING="ascii", PYTHONPATH=str(runs.ROOT))
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=env)
+    assert result.returncode == 0 and not result.stderr and (tmp_path / "done").exists()
+
+
+def test_letters_that_the_locale_lacks_do_not_cost_the_model(tmp_path):
+    """Under an ASCII locale they stand in a path as surrogates, and so in the model card."""
+    unet, encoders = toy_model()
+    training, card = Namespace(unet=unet, average=None, step=3), "котик"
+    surrogates = card.encode().decode("ascii", errors="surrogateescape")
+    checkpoint.write_finished(tmp_path, training, (encoders, make_scheduler(), SETTINGS), surrogates)
+    assert (tmp_path / "README.md").read_bytes().decode() == card
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_too_little_memory_is_one_sentence(run, refused, monkeypatch, error):
+    def fail(*args, **more):
+        raise error
+
+    monkeypatch.setattr(train, "build_network", fail)
+    refused("memory does not suffice", run)

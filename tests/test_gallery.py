@@ -53,6 +53,14 @@ def test_picture_moves_and_is_light(run, tmp_path, suffix):
         assert 500 < picture.width <= 800 and picture.height < 900  # as wide as a README shows it
 
 
+def test_an_output_that_cannot_be_written_is_said_before_sampling(run, monkeypatch, tmp_path):
+    monkeypatch.setattr("sample.load", lambda *args: pytest.fail("said too late"))
+    (tmp_path / "there.gif").mkdir()
+    for place in (tmp_path / "there.gif", "/proc/new/a.gif"):
+        status, _, said = run("--output", place)
+        assert status == 2 and f"--output {place}" in said
+
+
 def test_sheet_has_a_row_per_task(run, tmp_path):
     assert run("--sheet", tmp_path / "tasks.png")[0] == 0
     rows = len(gallery.TASKS) + 1

@@ -170,12 +170,12 @@ def test_nothing_of_a_file_reaches_the_terminal(tmp_path, monkeypatch):
 
 def test_damaged_files_become_clips_or_sentences(tmp_path):
     outcomes = []
-    for number, result in enumerate(in_processes(FuzzCase(tmp_path), range(300), 1)):
+    for number, result in enumerate(in_processes(FuzzCase(tmp_path), range(150), 1)):
         assert not isinstance(result, str), f"case {number}: {result}"
         outcome, fault, *_ = result
         assert fault is None, f"case {number}: {fault}"
         outcomes.append(outcome)
-    assert outcomes.count("decoded") > 30 and outcomes.count("refused") > 100
+    assert outcomes.count("decoded") > 15 and outcomes.count("refused") > 50
     assert not list(tmp_path.iterdir())
 
 

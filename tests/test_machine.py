@@ -5,8 +5,24 @@ import signal
 
 import pytest
 import torch
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.upsampling import Upsample2D
+from torch.overrides import TorchFunctionMode
 
-from support.machine import World, device, gradient_sync, precision, prepare, stop_requests
+from model import STI, Conv3D
+from support.machine import (
+    World,
+    device,
+    exact,
+    gradient_sync,
+    hook_norms,
+    native_precision,
+    precision,
+    prepare,
+    stop_requests,
+)
 from tests.toys import SMALLER, toy_inputs, toy_unet
 
 
@@ -27,11 +43,76 @@ def test_weights_get_the_layout_that_is_asked_for(channels_last):
 
 
 def test_layer_norms_of_a_prepared_network_keep_their_precision():
-    norm, x = torch.nn.LayerNorm(8), torch.randn(2, 8).bfloat16()
+    """They compute in single precision, and return what autocast has the layers around them work in."""
+    norm, computed = prepare(torch.nn.LayerNorm(8), "cpu"), []
+    norm.register_forward_hook(lambda _, inputs, output: computed.append(output.dtype), prepend=True)
+    x = torch.randn(2, 8).bfloat16()
     with precision("cpu", "bf16"):
-        assert norm(x).dtype == torch.bfloat16
-        assert prepare(norm, "cpu")(x).dtype == torch.float32
-        assert norm.bfloat16()(x).dtype == torch.bfloat16  # --low_memory: weights in bf16
+        assert norm(x).dtype == norm.bfloat16()(x).dtype == torch.bfloat16  # the second: --low_memory
+    assert computed == [torch.float32, torch.bfloat16]
+    assert prepare(torch.nn.LayerNorm(8), "cpu")(torch.randn(2, 8)).dtype == torch.float32
+
+
+class RulesOfCuda(TorchFunctionMode):
+    """Has a CPU's autocast do what a GPU's does: what torch's list "CUDA Ops that can autocast to float32"
+    names, of that what the network uses, computes in single precision and returns it."""
+
+    NAMES = {"layer_norm", "group_norm", "softmax"}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function.__name__ not in self.NAMES or not torch.is_autocast_enabled("cpu"):
+            return function(*args, **(kwargs or {}))
+        args = [x.float() if torch.is_tensor(x) else x for x in args]
+        kwargs = {name: x.float() if torch.is_tensor(x) else x for name, x in (kwargs or {}).items()}
+        with torch.autocast("cpu", enabled=False):
+            return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("temporal", ["sti", "conv3d"])
+def test_under_a_gpus_autocast_every_layer_gets_and_gives_half_precision(temporal):
+    """Between layers, what is added up and kept for the backward pass; and into each convolution and linear
+    layer, but for the first ones, which see what comes from outside."""
+    unet, seen = hook_norms(toy_unet(temporal=temporal, **SMALLER)), {}
+    outside = "conv_in", "time_embedding", "clip_projection", "t5_projection"
+
+    def note(name):
+        def hook(module, inputs, output):
+            output = output[0] if isinstance(output, tuple) else output
+            seen.setdefault(name, []).extend(x.dtype for x in (inputs[0], output) if torch.is_tensor(x))
+
+        return hook
+
+    kinds = (ResnetBlock2D, Transformer2DModel, STI, Conv3D, Downsample2D, Upsample2D)
+    for name, module in unet.named_modules():
+        if isinstance(module, (*kinds, torch.nn.Conv2d, torch.nn.Linear)) and not name.startswith(outside):
+            module.register_forward_hook(note(name))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), RulesOfCuda():
+        unet(*toy_inputs(unet))
+    assert len(seen) > 60
+    wrong = {name: dtypes for name, dtypes in seen.items() if set(dtypes) != {torch.bfloat16}}
+    assert not wrong
+
+
+def test_a_recorded_precision_is_no_order(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for native in (False, True):
+        monkeypatch.setattr("support.machine.native_bf16", lambda: native)
+        assert native_precision("bf16") == ("bf16" if native else "no")
+        assert native_precision("fp16") == native_precision("no") == "no"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert native_precision("fp16") == "fp16"
+
+
+def test_exact_computes_in_single_precision_whatever_is_around_it():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with precision("cpu", "bf16"), exact():
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize("name, dtype", [("no", torch.float32), ("bf16", torch.bfloat16)])

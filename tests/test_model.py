@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor2_0
 
 import model
 from masks import NUM_FRAMES
@@ -266,6 +267,32 @@ def test_gradient_checkpointing_changes_no_gradient(temporal, mixed_precision):
     assert len(calls) == len(unet.layers())
     for a, b in zip(*gradients):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_it_follows_the_conventions_of_diffusers():
+    """Gradient checkpointing as of any of its models, once per layer; attention processors; adapters."""
+    unet = small_unet("sti").train()
+    inputs = toy_inputs(unet)
+    plain = torch.autograd.grad(unet(*inputs).square().mean(), unet.conv_in.weight)[0]
+    unet.enable_gradient_checkpointing()
+    assert unet.is_gradient_checkpointing
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in list(unet.modules())[1:])
+    again = torch.autograd.grad(unet(*inputs).square().mean(), unet.conv_in.weight)[0]
+    torch.testing.assert_close(plain, again)
+    unet.disable_gradient_checkpointing()
+    assert not unet.is_gradient_checkpointing
+
+    used = []
+
+    class Counting(AttnProcessor2_0):
+        def __call__(self, *args, **more):
+            used.append(1)
+            return super().__call__(*args, **more)
+
+    unet.set_attn_processor(Counting())
+    unet(*inputs)
+    assert len(used) == len(unet.attn_processors) > 0
+    assert callable(unet.add_adapter) and callable(unet.load_lora_adapter)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ its wrapper, called as DFGN is."""
 
 import math
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -324,3 +325,37 @@ def test_both_go_through_sampling_and_training_by_the_same_calls(bare):
     out = denoiser(noisy, latents, given, batch.timesteps, encoders.text(captions), batch.valid)
     error = (out - noise)[:, :5].square().mean(dim=(1, 2, 3, 4))
     torch.testing.assert_close(loss, weights[batch.timesteps] * error)
+
+
+# On a GPU
+
+
+def test_no_number_on_the_device_is_waited_for():
+    """On the meta device nothing has a value: whatever asked for one, and on a GPU would wait for it, fails.
+    Masks lie in the CPU's memory."""
+    unet, prior = toy_unet(condition_channels=8, **SMALLER), GaussianPrior(4, 6, text_dim=10)
+    noisy, latents, given, timestep, text = (
+        tuple(x.to("meta") for x in part) if isinstance(part, tuple) else part.to("meta")
+        for part in toy_inputs(unet)
+    )
+    valid, given = first_frames(5), given_frames(0, 2)
+    denoiser = Preconditioned(unet.to("meta"), prior.to("meta"), ALPHA.to("meta"))
+    denoiser.alphas_cumprod = ALPHA.to("meta")
+    out = denoiser(noisy, latents[:, :, :4], given, timestep, text, valid)
+    assert out.shape == noisy.shape and out.is_meta
+    with pytest.raises(RuntimeError, match="meta"):
+        unet(noisy, latents.repeat(1, 1, 2, 1, 1), given, timestep, text, valid.to("meta"))
+
+
+def test_what_depends_on_masks_alone_is_computed_once():
+    torch.manual_seed(0)
+    prior = fit_to_noise(GaussianPrior(4, 3, text_dim=10), 16)
+    x, given, text = torch.randn(2, 8, 4, 3, 3), given_frames(0, 2), as_text(torch.randn(2, 10))
+    with patch("torch.linalg.eigh", side_effect=torch.linalg.eigh) as eigh:
+        first, _ = prior(x, x, given, torch.tensor([0.5, 0.5]), text)
+        for alpha in (0.4, 0.3):
+            prior(x, x, given, torch.tensor([alpha, alpha]), text)
+        assert eigh.call_count == 1
+        fit_to_noise(prior, 16)
+        assert not first.equal(prior(x, x, given, torch.tensor([0.5, 0.5]), text)[0])
+        assert eigh.call_count == 2

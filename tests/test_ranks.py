@@ -9,10 +9,12 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 import sample
 import train
 from support import checkpoint, media
+from support.optim import shard
 from tests.runs import (
     NO_PICTURES,
     QUICK,
@@ -28,6 +30,7 @@ from tests.runs import (
     weights,
 )
 from tests.stress.toy_train import at_each_loss
+from tests.toys import SMALLER, toy_inputs, toy_unet
 
 HALF = dict(train_batch_size=2)  # on each of two ranks, and the global batch is that of one
 
@@ -117,19 +120,40 @@ def sharded(plain_flags, tmp_path_factory):
     return train_elsewhere(root / "run", TORCHRUN, faults, **plain_flags, **more)
 
 
+@pytest.mark.slow
 def test_sharded_ranks_train_as_one(trained, sharded):
     assert_nearly_same_end(trained, sharded)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["unet", "unet_ema"])
 def test_a_sharded_checkpoint_has_whole_weights(trained, sharded, part):
     one, two = (weights(out / "checkpoint-3", part) for out in (trained, sharded))
     assert {name: x.shape for name, x in one.items()} == {name: x.shape for name, x in two.items()}
 
 
+@pytest.mark.slow
 def test_each_rank_holds_half(sharded):
     shares = [share for ending in endings(sharded) for share in ending["shares"].values()]
     assert len(shares) == 6 and all(0.47 < share < 0.53 for share in shares)
+
+
+def test_weights_travel_in_half_precision_and_stay_in_single():
+    """One rank's share is the whole, and behaves as any other."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        unet, seen = toy_unet(**SMALLER), []
+        shard(unet, torch.device("cpu"), torch.bfloat16)
+        for name, module in unet.named_modules():
+            if name.endswith(("conv_in", "conv1", "to_q")):
+                module.register_forward_pre_hook(lambda module, _: seen.append(module.weight.dtype))
+        with torch.autocast("cpu", torch.bfloat16):
+            unet(*toy_inputs(unet)).float().square().mean().backward()
+        assert len(seen) > 10 and set(seen) == {torch.bfloat16}
+        kept = [p for p in unet.parameters()]
+        assert {x.dtype for p in kept for x in (p, p.grad) if x is not None} == {torch.float32}
+    finally:
+        dist.destroy_process_group()
 
 
 def halfway(out, to):
@@ -139,6 +163,7 @@ def halfway(out, to):
     return to
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_from_shards(sharded, run, tmp_path):
     out = run(halfway(sharded, tmp_path / "run"), resume_from_checkpoint="latest")
     assert_nearly_same_end(sharded, out)
@@ -151,6 +176,7 @@ def test_shards_go_on_from_one_process(trained, plain_flags, tmp_path):
     assert_nearly_same_end(trained, out)
 
 
+@pytest.mark.slow
 def test_sharded_ranks_sample_together_what_one_process_samples(sharded, tmp_path):
     denoiser, encoders, settings = sample.load(sharded)
     nothing = sample.nothing_given(encoders, settings["resolution"], 1)

@@ -59,7 +59,7 @@ def test_a_checkpoint_holds_nothing_else_of_the_loop(trained):
     fields = {field.name for field in dataclasses.fields(train.Training)}
     tensors = torch.load(trained / "checkpoint-6" / "optimizer.pt", weights_only=True)
     in_folders = {"unet", "average"}  # unet/, and unet_ema/ with the step of the averages
-    of_the_run = {"schedule", "latents"}
+    of_the_run = {"schedule", "latents", "data", "init_from", "init_unet"}
     assert {*tensors, *state(trained, 6)} == fields - in_folders | {"ema_step"} | of_the_run
     assert not tensors.keys() & state(trained, 6).keys()
 
@@ -86,7 +86,8 @@ def matrix_places(tmp_path_factory):
 
 
 def cases(size):
-    chosen = matrix.few_cases(size)
+    *others, last = matrix.few_cases(size)
+    chosen = [*(pytest.param(case, marks=pytest.mark.slow) for case in others), last]
     return pytest.mark.parametrize("case", chosen, ids=lambda case: "-".join(map(str, case.values())))
 
 
@@ -251,10 +252,48 @@ def test_a_log_that_was_cut_short_is_kept_as_far_as_it_goes(tmp_path, end):
     assert path.read_text() == whole
 
 
-def test_other_stickers_are_said(copied, run, folder, tmp_path, capsys):
-    fewer = tmp_path / "fewer"
-    fewer.mkdir()
+def rewrite_state(path, change):
+    """Applies change(state) to the state.json of a checkpoint, which stays whole."""
+    saved = json.loads((path / "state.json").read_text())
+    change(saved)
+    (path / "state.json").write_text(json.dumps(saved))
+    (path / "files.json").write_text(json.dumps(checkpoints.digests(path)))
+
+
+def test_a_resumed_run_finds_its_stickers_itself(copied, trained, run):
+    assert same_end(trained, run("a", data=None, resume_from_checkpoint="latest"))
+
+
+def test_stickers_that_have_gone_are_asked_for(copied, run, refused, tmp_path):
+    rewrite_state(copied / "checkpoint-6", lambda state: state.update(data=str(tmp_path / "gone")))
+    refused("gone is not a folder: give --data", run, data=None, resume_from_checkpoint="latest")
+
+
+def test_a_checkpoint_that_does_not_name_its_stickers_takes_no_others(
+    copied, run, refused, monkeypatch, fewer
+):
+    """One of an older version, resumed without --data."""
+    rewrite_state(copied / "checkpoint-6", lambda state: state.pop("data"))
+    monkeypatch.setattr("support.stickers.default_folder", lambda root: fewer)
+    monkeypatch.setattr("support.stickers.draw_stickers", lambda folder: None)
+    refused("name them with --data", run, data=None, resume_from_checkpoint="latest")
+
+
+@pytest.mark.parametrize("flag, value", dict(seed=5, temporal="conv3d", ddu=False, use_ema=False).items())
+def test_other_flags_of_the_run_that_are_left_out_are_asked_for(copied, run, refused, flag, value):
+    rewrite_state(copied / "checkpoint-6", lambda state: state["schedule"].update({flag: value}))
+    refused(f"was trained with {value}: a resumed run keeps", run, resume_from_checkpoint="latest")
+
+
+@pytest.fixture
+def fewer(folder, tmp_path):
+    """A folder of other stickers than those of the trained run."""
+    (tmp_path / "fewer").mkdir()
     for path in sorted(folder.glob("*.gif"))[:12]:
-        shutil.copy(path, fewer)
+        shutil.copy(path, tmp_path / "fewer")
+    return tmp_path / "fewer"
+
+
+def test_other_stickers_are_said(copied, run, fewer, capsys):
     run("a", resume_from_checkpoint=copied / "checkpoint-6", data=fewer)
     assert "the stickers have changed since" in capsys.readouterr().out

@@ -100,6 +100,27 @@ def test_schedule_is_that_of_latent_diffusion():
     assert not scheduler.config.clip_sample and scheduler.config.prediction_type == "epsilon"
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 25, 50, 600, 999, 1000])
+def test_any_number_of_steps_starts_at_the_noisiest_timestep(steps):
+    scheduler = make_scheduler()
+    scheduler.set_timesteps(steps)
+    timesteps = scheduler.timesteps.tolist()
+    assert len(timesteps) == steps and timesteps[0] == 999 and timesteps[-1] >= 0
+    assert timesteps == sorted(set(timesteps), reverse=True)
+    x = torch.ones(1)
+    for t in timesteps:
+        x = scheduler.step(torch.ones(1), t, x).prev_sample  # no index beyond the schedule
+
+
+def test_a_model_is_run_in_a_precision_that_this_machine_has(checkpoint, monkeypatch):
+    index = json.loads((checkpoint / "model_index.json").read_text())
+    (checkpoint / "model_index.json").write_text(json.dumps(index | dict(mixed_precision="bf16")))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for native, expected in ((False, "no"), (True, "bf16")):
+        monkeypatch.setattr("support.machine.native_bf16", lambda: native)
+        assert sample.load(checkpoint)[2]["mixed_precision"] == expected
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Sampling
 
@@ -296,13 +317,20 @@ def test_several_samples_become_rows_of_a_sheet(tmp_path):
         ("--prompt x --eta nan", "--eta: nan must"),
         ("--prompt x --guidance_scale nan", "--guidance_scale: nan must"),
         ("--prompt x --image_guidance_scale 1e9", "--image_guidance_scale"),
-        ("--prompt x --num_inference_steps 1 --output a.png/a.gif", "a.png/a.gif cannot be written"),
+        ("--prompt x --output a.png/a.gif", "a.png/a.gif cannot be written"),
+        ("--prompt x --output /proc/new/a.gif", "/proc/new/a.gif cannot be written"),
+        ("--prompt x --output there.gif", "there.gif is a folder"),
+        ("--prompt x --num_samples 2 --output new/there.gif", "there-1.gif is a folder"),
+        ("--prompt x --seed 99999999999999999999", "--seed: 99999999999999999999 must"),
         ("", "--prompt"),
     ],
 )
 def test_bad_flags_get_one_sentence(checkpoint, tmp_path, monkeypatch, capsys, flags, words):
     monkeypatch.chdir(tmp_path)
     picture(tmp_path / "a.png")
+    for name in ("there.gif", "new/there-1.gif"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.setattr(sample, "generate", lambda *args, **more: pytest.fail("said too late"))
     refused(checkpoint, flags.split(), words, monkeypatch, capsys)
 
 

@@ -11,7 +11,8 @@ import pytest
 import masks
 import sample
 from support import media
-from tests.runs import FLAGS, ROOT, few_steps, log, run_here, same, weights, words
+from tests.clips import fill, scan
+from tests.runs import FLAGS, NO_PICTURES, ROOT, few_steps, log, run_here, same, weights, words
 
 # What a run leaves
 
@@ -76,9 +77,11 @@ def test_a_folder_without_captions_trains_without_text(run, folder, tmp_path, ca
     for path in sorted(folder.glob("*.gif"))[:12]:
         shutil.copy(path, bare)
     (bare / "broken.gif").write_bytes(b"GIF89a")
+    (bare / "a.tgs").touch()
     run(data=bare, max_train_steps=2)
     printed = capsys.readouterr().out
-    assert "training without text" in printed and "broken.gif" in printed
+    assert "training without text" in printed and "11 clips to train on, 1 held out, 1 dropped" in printed
+    assert "\n  note: files with a suffix that is not read: .tgs\n  dropped broken.gif: " in printed
 
 
 @pytest.mark.parametrize("flags", [{}, dict(ddu="off")], ids=str)
@@ -95,8 +98,24 @@ def test_without_captions_and_held_out_clips_one_sticker_is_drawn(run, folder, t
     assert len(media.read_clip(out / "sample.gif", 16)[0]) >= 1 and (out / "validation-1.png").exists()
 
 
-def test_latest_without_a_checkpoint_starts_fresh(run):
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_folder_too_small_to_hold_out_anything_trains(run, folder, tmp_path, monkeypatch, count):
+    """To overfit: the sheet shows what it is trained on."""
+    few = tmp_path / "few"
+    few.mkdir()
+    for path in sorted(folder.glob("*.gif"))[:count]:
+        shutil.copy(path, few)
+        (few / path.name).with_suffix(".txt").write_text(f"number {path.stem}")
+    sheet, prompts = NO_PICTURES["validation_sheet"], []
+    monkeypatch.setattr("train.validation_sheet", lambda *shown: prompts.extend(shown[4]) or sheet())
+    out = run(data=few, max_train_steps=1, validation_prompts=None)
+    assert prompts == [f"number {i:05}" for i in range(min(count, 6))]
+    assert (out / "model_index.json").exists() and (out / "checkpoint-1").is_dir()
+
+
+def test_latest_without_a_checkpoint_starts_fresh_and_says_so(run, capsys):
     assert log(run(max_train_steps=1, resume_from_checkpoint="latest"))[-1]["step"] == 1
+    assert "holds no checkpoint: the run starts at its beginning" in capsys.readouterr().out
 
 
 # What is refused
@@ -108,9 +127,11 @@ def test_latest_without_a_checkpoint_starts_fresh(run):
         ("--resolution 30", dict(resolution=30)),
         ("--max_train_steps: 0 must", dict(max_train_steps=0)),
         ("--seed: -1 must", dict(seed=-1)),
+        ("--seed: 99999999999999999999 must", dict(seed=99999999999999999999)),
         ("--ddu off", dict(ddu="off", curriculum="dcl")),
         ("is not a folder", dict(data="absent")),
         ("is no checkpoint", dict(resume_from_checkpoint="nowhere")),
+        ("--data: must not be empty", dict(data="")),  # a variable of the shell that is not set
         ("torchrun", dict(shard=True)),
         ("--low_memory", dict(low_memory=True, mixed_precision="fp16")),
     ],
@@ -123,6 +144,17 @@ def test_bad_flags_get_one_sentence(run, refused, said, flags):
 @pytest.mark.parametrize("flag", ["vae", "init_unet"])
 def test_a_folder_that_is_no_part_gets_one_sentence(run, refused, tmp_path, flag):
     refused(f"--{flag}", run, **{flag: tmp_path})
+
+
+def test_an_output_folder_among_the_stickers_is_passed_over_and_refused_in_their_place(
+    trained, run, refused, tmp_path
+):
+    place = fill(tmp_path / "a", "a.gif")
+    shutil.copytree(trained, place / "finished")
+    shutil.copytree(trained, place / "begun")
+    (place / "begun" / "model_index.json").unlink()
+    assert set(scan(place)[0]) == {"a.gif"}
+    refused("is the folder of the stickers: choose another", run, "a", data=place)
 
 
 def test_an_empty_folder_gets_one_sentence(run, refused, tmp_path):
@@ -167,16 +199,22 @@ def test_its_checkpoints_can_be_sampled(trained, folder, tmp_path, output, flags
 
 
 def test_the_real_commands(folder, cache, tmp_path):
-    """As a user types them, one after the other, and a sticker is there."""
+    """As a user types them, one after the other, and a sticker is there: in a folder whose name has a space
+    and letters that the locale lacks."""
+    place = tmp_path / "мои стикеры"
+    place.mkdir()
 
     def command(program, *flags):
         line = [sys.executable, ROOT / program, *map(str, flags)]
         env = dict(os.environ, OMP_NUM_THREADS="1")  # more, beside other tests, wait for each other
-        result = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env=env)
+        env |= dict(LC_ALL="C", PYTHONUTF8="0", PYTHONIOENCODING="ascii")
+        result = subprocess.run(line, capture_output=True, text=True, cwd=place, env=env)
         assert result.returncode == 0, result.stderr[-3000:]
         return result.stdout
 
-    command("train.py", *words(FLAGS | dict(data=folder, cache_dir=cache, max_train_steps=2)))
+    flags = dict(data=folder, cache_dir=cache, max_train_steps=2, output_dir="runs/бег")
+    command("train.py", *words(FLAGS | flags))
+    assert "--checkpoint 'runs/бег'" in (place / "runs" / "бег" / "README.md").read_text(encoding="utf-8")
     said = command("sample.py", "--prompt", "a red heart bouncing", "--num_inference_steps", 2)
-    assert "the newest run: runs/toy" in said and "wrote sticker.gif" in said
-    assert media.read_clip(tmp_path / "sticker.gif", 64)[0].shape[1:] == (64, 64, 3)
+    assert "the newest run: runs/" in said and "wrote sticker.gif" in said
+    assert media.read_clip(place / "sticker.gif", 64)[0].shape[1:] == (64, 64, 3)

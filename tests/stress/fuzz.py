@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from data import load_clip  # noqa: E402
 from support import decode, folder, media  # noqa: E402
+from support.captions import MAX_CAPTION, DataError  # noqa: E402
 from support.common import printable  # noqa: E402
 from support.workers import in_processes  # noqa: E402
 from tests.clips import apng, chunk, clip, write  # noqa: E402
@@ -245,7 +246,11 @@ def metadata_folder(place):
         Path(place, name).touch()
     table = "file_name,caption\n" + "".join(f'{name},"quoted, ""caption"""\n' for name in names)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    return {"metadata.jsonl": [lines.encode()], "metadata.csv": [table.encode()]}
+    array = json.dumps(rows, indent=1)
+    return {
+        "metadata.jsonl": [lines.encode(), array.encode(), lines.encode("utf-16")],
+        "metadata.csv": [table.encode(), table.replace(",", ";").encode("utf-16")],
+    }
 
 
 def try_metadata(number, seed, place, files):
@@ -256,14 +261,15 @@ def try_metadata(number, seed, place, files):
         Path(place, other).unlink(missing_ok=True)
     Path(place, name).write_bytes(mutated(rng, files[name]))
     try:
-        stickers, problems = folder.scan_folder(place)
-        print(*(printable(f"{where} {reason}") for where, reason in problems), file=io.StringIO())
-    except folder.DataError as error:
+        stickers, notes = folder.scan_folder(place)
+    except DataError as error:
         return None if is_sentence(str(error)) else f"no sentence: {error!r}"
     except BaseException as error:
         return repr(error)
+    if not all(note.isprintable() and len(note) < 1500 for note in notes):
+        return f"notes {notes!r}"
     captions = [sticker.caption for sticker in stickers]
-    if len(stickers) != 5 or max(map(len, captions)) > folder.MAX_CAPTION:
+    if len(stickers) != 5 or max(map(len, captions)) > MAX_CAPTION:
         return f"{len(stickers)} stickers, captions of {[len(caption) for caption in captions]} characters"
     if any(re.search(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", caption) for caption in captions):
         return f"captions {captions!r}"

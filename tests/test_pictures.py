@@ -1,0 +1,50 @@
+"""Labels of sheets: no letter becomes a box, no line leaves the picture."""
+
+import numpy as np
+import pytest
+
+from support import pictures
+
+TEXTS = (
+    "a red heart",
+    "ein hüpfender Bär",
+    "красное сердце",
+    "καρδιά",
+    "一颗红心 a heart",
+    "한글",
+    "😀 👩\u200d❤\ufe0f\u200d👩",
+    "\ud83d \x1b",
+)
+
+
+@pytest.fixture(params=[True, False], ids=["with system fonts", "without"])
+def system_fonts(request, monkeypatch):
+    pictures.fonts.cache_clear()
+    if not request.param:
+        monkeypatch.setattr(pictures, "CJK", ())
+    yield
+    pictures.fonts.cache_clear()
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=ascii)
+def test_every_letter_is_drawn_as_itself_or_as_an_escape(system_fonts, text):
+    font, shown = pictures.lettering(text)
+    assert all(pictures.has_letter(font, letter) for letter in shown)
+    assert pictures.sheet([np.zeros((3, 16, 16, 3), np.uint8)], [text]).height > 16
+
+
+def test_alphabets_stay_as_they_are(system_fonts):
+    for text in TEXTS[:4]:
+        assert pictures.lettering(text)[1] == text
+    assert not pictures.has_letter(pictures.fonts()[0], "ж")  # so this is not Pillow's own font's doing
+
+
+def test_without_a_font_letters_come_out_as_escapes(monkeypatch):
+    monkeypatch.setattr(pictures, "has_letter", lambda font, letter: letter.isascii())
+    assert pictures.lettering("a 心")[1] == "a \\u5fc3"
+
+
+@pytest.mark.parametrize("text", ["W" * 200, "a red heart " * 9, "ЖЩЮ " * 40])
+def test_lines_stay_within_the_picture(text):
+    font, shown = pictures.lettering(text)
+    assert all(font.getlength(line) <= 200 for line in pictures.wrap(shown, font, 200))

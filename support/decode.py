@@ -10,7 +10,7 @@ import io
 import re
 import struct
 import time
-from functools import cache, lru_cache
+from functools import lru_cache
 from itertools import chain, islice, pairwise
 
 import av
@@ -62,8 +62,7 @@ def check_time(start):
 # ------------------------------------------------------------------------------------------------------------
 # Colours as sRGB
 
-SRGB = ImageCms.createProfile("sRGB")
-BT709, UNSPECIFIED, BT2020 = 1, 2, 9  # primaries, numbered as in ITU-T H.273
+UNSPECIFIED, BT2020 = 2, 9  # primaries, numbered as in ITU-T H.273
 PQ, HLG = 16, 18  # transfer functions of high dynamic range
 WHITE_NITS = 203  # BT.2408: how bright white paper is in HDR
 BT2020_TO_BT709 = np.array(
@@ -71,12 +70,14 @@ BT2020_TO_BT709 = np.array(
 )
 
 
-@lru_cache(maxsize=4)  # all frames of a file
+@lru_cache(maxsize=4)  # once for all frames of a file
 def icc_transform(icc, mode):
-    return ImageCms.buildTransform(ImageCms.ImageCmsProfile(io.BytesIO(icc)), SRGB, mode, "RGB")
+    """What makes sRGB of pictures of a mode ("RGB", "L" or "CMYK") with a colour profile (bytes)."""
+    profiles = ImageCms.ImageCmsProfile(io.BytesIO(icc)), ImageCms.createProfile("sRGB")
+    return ImageCms.buildTransform(*profiles, mode, "RGB")
 
 
-@cache
+@lru_cache(maxsize=4)
 def tone_map(primaries, transfer):
     """The filter that makes sRGB of colours with these code points; None where they are close to it already.
 

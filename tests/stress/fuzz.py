@@ -78,7 +78,7 @@ def good_files():
 
 
 def bombs():
-    """{name: bytes} of small files whose tables and texts make FFmpeg allocate before media.py sees anything:
+    """{name: bytes} of small files whose tables and texts make FFmpeg allocate before decode.py sees it:
     1.7 GiB, 350 MiB and twice some 256 MiB, were the memory not limited."""
     files, frames = {}, clip(4, 64)
     with tempfile.TemporaryDirectory() as place:

@@ -1,18 +1,20 @@
 """
-Trains the sticker VAE that ships as pretrained/vae, and measures it: diffusers' AutoencoderKL in small, eight
-pixels per latent, 16 channels, which `train.py --vae` takes like any other of the Stable Diffusion family.
+Trains the sticker VAE that ships as pretrained/vae, and measures it: diffusers' AutoencoderKL in small,
+eight pixels per latent, 16 channels; `train.py --vae` takes it like any of the Stable Diffusion family.
 
-    python -m lab.train_vae                                     # hours on one core; goes on where it was stopped
-    python -m lab.train_vae --evaluate pretrained/vae           # PSNR on held-out frames, a picture
+    python -m lab.train_vae                                 # hours on one core; goes on where it was stopped
+    python -m lab.train_vae --evaluate pretrained/vae       # PSNR on held-out frames, a picture
     python -m lab.train_vae --evaluate pretrained/vae --stickers DIR     # and on the stickers of a folder
 
-A run's folder holds state.pt (all that a run needs to go on), log.jsonl, and, every few minutes, the averaged
-weights as vae/ and reconstructions.png: real frames above what the VAE makes of them.
+A run's folder holds state.pt (all that it needs to go on), log.jsonl, and, every few minutes anew, the
+averaged weights as vae/ and reconstructions.png: real frames above what the VAE makes of them.
 """
 
 import json
 import shutil
 import time
+from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +34,7 @@ from support.encoders import PretrainedVAE
 from support.flags import Parser, number
 from support.folder import scan_folder
 from support.log import append_log, begin_log
-from support.media import MediaError, on_white, read_clip
+from support.media import MediaError, on_white
 from support.pictures import check_png, sheet
 
 CHANNELS, LATENT_CHANNELS = (16, 32, 64, 128), 16  # 2.6M parameters; half of the time goes to the last level
@@ -46,14 +48,14 @@ SCALE_PICTURES = 256  # that the scale of the latents is measured on
 MINUTES = 4  # between two states on disk
 
 
-def build_vae(channels=CHANNELS, latent_channels=LATENT_CHANNELS):
-    """The untrained VAE: one residual layer per level, no attention."""
+def build_vae():
+    """The VAE with random weights: one residual layer per level, no attention."""
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * len(channels),
-        up_block_types=("UpDecoderBlock2D",) * len(channels),
-        block_out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * len(CHANNELS),
+        up_block_types=("UpDecoderBlock2D",) * len(CHANNELS),
+        block_out_channels=CHANNELS,
         layers_per_block=1,
-        latent_channels=latent_channels,
+        latent_channels=LATENT_CHANNELS,
         norm_num_groups=8,
         sample_size=SIZE,
         mid_block_add_attention=False,
@@ -61,8 +63,8 @@ def build_vae(channels=CHANNELS, latent_channels=LATENT_CHANNELS):
 
 
 def begin(vae):
-    """Starting weights: residual layers that add nothing, enlargements that pass on what they get. It is worth
-    1.2 dB after 120 steps."""
+    """Starting weights: residual layers that add nothing, enlargements that pass on what they get.
+    Worth 1.2 dB after 120 steps."""
     for module in vae.modules():
         if isinstance(module, ResnetBlock2D):
             nn.init.zeros_(module.conv2.weight)
@@ -77,9 +79,9 @@ def begin(vae):
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024): momentum as matrices with singular values of about 1, in steps of the size of
-    AdamW's (Liu et al. 2025). torch.optim.Muon takes no convolutions and computes in bf16, which CPUs without
-    it are slow at. A convolution's weight is the matrix (outputs, inputs x 9)."""
+    """Muon (Jordan et al. 2024): the momentum of a weight as a matrix (outputs, inputs x 9) whose singular
+    values are made equal, in steps of the size of AdamW's (Liu et al. 2025). torch's own takes no
+    convolutions, and computes in bf16, which many CPUs are slow at."""
 
     MOMENTUM, DECAY = 0.95, 0.01
 
@@ -152,9 +154,9 @@ def draw_noise(shape, seed, step):
 class Training:
     """All that changes during a run: weights, their average, optimizers, step."""
 
-    def __init__(self, seed, channels=CHANNELS):
+    def __init__(self, seed):
         torch.manual_seed(seed)
-        self.vae, self.channels, self.seed, self.step = begin(build_vae(channels)).train(), channels, seed, 0
+        self.vae, self.seed, self.step = begin(build_vae()), seed, 0
         self.average = [weight.detach().clone() for weight in self.vae.parameters()]
         self.optimizers = make_optimizers(self.vae)
 
@@ -192,7 +194,7 @@ class Training:
 def save_vae(training, folder, banks):
     """Writes the averaged weights in fp16, with the scale that gives latents of training pictures a standard
     deviation of 1. Returns the folder."""
-    vae = build_vae(training.channels)
+    vae = build_vae()
     for weight, average in zip(vae.parameters(), training.average):
         weight.data.copy_(average)
     vae.half().float()  # the scale is that of the weights as they are saved
@@ -208,30 +210,34 @@ def save_vae(training, folder, banks):
     return folder
 
 
-def train(output_dir, cache_dir, steps, batch_size, seed, minutes=MINUTES):
+def train(output_dir, cache_dir, steps, batch_size, seed):
     """Trains, or goes on with the run in `output_dir`; leaves the VAE in output_dir/vae.
 
-    Every `minutes` and at the end there is a new state and picture. Raises UserError for a state that does not
-    fit."""
+    Every few minutes and at the end there is a new state and picture. Raises UserError for a state that does
+    not fit."""
     training, path = Training(seed), output_dir / "state.pt"
     settings = dict(batch_size=batch_size, seed=seed)
     if path.exists():
         state = torch.load(path, weights_only=True)
         if state["settings"] != settings:
-            raise UserError(f"{printable(path)} is of a run with {state['settings']}: give it these or another --output_dir.")
+            had = ", ".join(f"--{name} {value}" for name, value in state["settings"].items())
+            raise UserError(
+                f"{printable(path)} is of a run with {had}: say so, or name another --output_dir."
+            )
         training.load(state)
         print(f"going on after step {training.step} of {printable(output_dir)}")
     begin_log(output_dir / "log.jsonl", training.step)
-    banks, shown = vae_pictures.banks(cache_dir), vae_pictures.sticker_frames(cache_dir, "validation", 60)
+    banks = vae_pictures.banks(cache_dir)
+    real = in_size(vae_pictures.sticker_frames(cache_dir, "validation", most=32), SIZE)
 
     def save():
         with replacing(path) as writing:
             torch.save(dict(training.state(), settings=settings), writing)
         codec = PretrainedVAE(save_vae(training, output_dir / "vae", banks))
-        small = in_size(shown, SIZE)
-        made = codec.decode(codec.encode(torch.from_numpy(small))).numpy()
-        comparison({"": (small, made)}).save(output_dir / "reconstructions.png")
-        return psnr(made, small).mean()
+        made = codec.decode(codec.encode(torch.from_numpy(real))).numpy()
+        with replacing(output_dir / "reconstructions.png") as writing:
+            comparison({"": (real, made)}).save(writing, "PNG")
+        return psnr(made, real).mean()
 
     bar = tqdm(desc="training", total=steps, initial=training.step, unit="step")
     losses, started = [], time.monotonic()
@@ -239,8 +245,10 @@ def train(output_dir, cache_dir, steps, batch_size, seed, minutes=MINUTES):
         losses.append(training.take_step(banks, batch_size, steps))
         bar.update()
         bar.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
-        if time.monotonic() - started > 60 * minutes or training.step == steps:
-            entry = dict(step=training.step, loss=np.mean(losses), psnr=save(), time=time.time())
+        if time.monotonic() - started > 60 * MINUTES or training.step == steps:
+            seconds = (time.monotonic() - started) / len(losses)
+            numbers = dict(loss=np.mean(losses), psnr=save(), seconds_per_step=seconds)
+            entry = dict(step=training.step, **{name: round(float(x), 4) for name, x in numbers.items()})
             append_log(output_dir / "log.jsonl", entry)
             bar.write(json.dumps(entry))
             losses, started = [], time.monotonic()
@@ -256,69 +264,74 @@ def in_size(frames, size):
     return np.stack([on_white(Image.fromarray(frame).convert("RGBA"), size) for frame in frames])
 
 
-def comparison(rows, most=16):
-    """PIL.Image: for {label: (real, made)}, real frames above made ones."""
-    pairs = [(label, evenly(list(zip(*pair)), most)) for label, pair in rows.items()]
-    lines = [(np.stack(line), label if i == 0 else "") for label, pair in pairs for i, line in enumerate(zip(*pair))]
-    frames, labels = zip(*lines)
-    return sheet(frames, labels, scale=2 if frames[0].shape[1] < 100 else 1)
+def comparison(sets, most=16):
+    """PIL.Image: of each of {label: (real, made)}, uint8 (N, R, R, 3), some real frames above made ones."""
+    rows, labels = [], []
+    for label, pair in sets.items():
+        real, made = zip(*evenly(list(zip(*pair)), most))
+        rows += [np.stack(real), np.stack(made)]
+        labels += [label, ""]
+    return sheet(rows, labels, scale=2 if len(sets) == 1 else 1)
 
 
 def read_stickers(folder):
-    """Two frames of every sticker of a folder that was not trained on, uint8 (N, 128, 128, 3), by the part of
-    its file name before "_": {name: frames}."""
-    known, groups = {path.name for path in vae_pictures.REAL.iterdir()}, {}
-    files, _ = scan_folder(folder)
-    for file in tqdm([file for file in files if file.path.name not in known], desc="reading stickers"):
-        try:
-            frames = evenly(list(read_clip(file.path, vae_pictures.SIDE)[0]), 3)[:2]
-        except MediaError:
-            continue
-        groups.setdefault(file.path.stem.split("_")[0], []).extend(frames)
-    return {name: np.stack(frames) for name, frames in sorted(groups.items())}
+    """Two frames of each sticker of a folder, without those of lab/stickers: uint8 (N, 128, 128, 3), by the
+    part of the file name before "_"."""
+    known, groups = {path.name for path in vae_pictures.REAL.iterdir()}, defaultdict(list)
+    files = [file.path for file in scan_folder(folder)[0] if file.path.name not in known]
+    for path in tqdm(files, desc="reading stickers", unit="file"):
+        with suppress(MediaError):
+            groups[path.stem.split("_")[0]] += vae_pictures.clip_frames(path, most=3)[:2].tolist()
+    return {name: np.uint8(frames) for name, frames in groups.items()}
 
 
+@torch.no_grad()
 def measure(codec, frames):
-    """How well `codec`, a PretrainedVAE, gives frames back, uint8 (N, R, R, 3) -> (made, {what: number}).
+    """How well `codec`, a PretrainedVAE, gives frames back, uint8 (N, R, R, 3) -> (made, {what: (N,)}).
 
-    PSNR is the mean over frames; "psnr, noise" is that of latents with a tenth of noise in them, as a sampler
-    may leave."""
-    latents, divergence = codec.encode(torch.from_numpy(frames)), []
-    generator = torch.Generator().manual_seed(0)
-    noisy = latents + 0.1 * torch.randn(latents.shape, generator=generator)
-    made = codec.decode(latents).numpy()
-    for part in torch.from_numpy(frames).split(codec.BATCH):
-        with torch.no_grad():
-            posterior = codec.vae.encode(part.permute(0, 3, 1, 2).float() / 127.5 - 1).latent_dist
-        divergence.append(kl_divergence(posterior).item())
-    channels = latents.std(dim=(0, 2, 3))
-    return made, {
-        "frames": len(frames),
-        "psnr": round(psnr(made, frames).mean(), 2),
-        "psnr, noise": round(psnr(codec.decode(noisy).numpy(), frames).mean(), 2),
-        "KL per latent": round(np.mean(divergence), 3),
-        "latents": f"{latents.mean():.2f} ± {latents.std():.2f}",
-        "by channel": f"{channels.min():.2f} to {channels.max():.2f}",
-    }
+    PSNR in decibels; "with noise": from latents with a tenth of noise in them, as a sampler may leave;
+    "KL": nats per latent; "mean" and "std" of the scaled latents."""
+    made, numbers = [], defaultdict(list)
+    noise = torch.Generator().manual_seed(0)
+    for part in tqdm(torch.from_numpy(frames).split(codec.BATCH), desc="measuring", unit="batch"):
+        posterior = codec.vae.encode(part.permute(0, 3, 1, 2).float() / 127.5 - 1).latent_dist
+        latents = codec.encode(part)
+        noisy = latents + 0.1 * torch.randn(latents.shape, generator=noise)
+        made.append(codec.decode(latents).numpy())
+        numbers["PSNR"].append(psnr(made[-1], part.numpy()))
+        numbers["with noise"].append(psnr(codec.decode(noisy).numpy(), part.numpy()))
+        numbers["KL"].append(kl_divergence(posterior).expand(len(part)))
+        numbers["mean"].append(latents.mean(dim=(1, 2, 3)))
+        numbers["std"].append(latents.square().mean(dim=(1, 2, 3)))
+    numbers = {name: np.concatenate(parts) for name, parts in numbers.items()}
+    return np.concatenate(made), numbers
 
 
 def evaluate(source, stickers, cache_dir, picture):
     """Measures the VAE in the folder `source`; prints a table, writes a picture."""
-    codec, sets = PretrainedVAE(source), {}
-    drawn = vae_pictures.sticker_frames(cache_dir, "validation", vae_pictures.COUNTS["stickers"])
-    sets["held-out drawn frames, 64 pixels"] = in_size(drawn, 64)
+    drawn = in_size(vae_pictures.sticker_frames(cache_dir, "validation"), SIZE)
+    sets = {f"held-out drawn frames, {SIZE} pixels": drawn}
     if stickers:
-        groups = read_stickers(stickers)
-        sets |= {f"{name}, 128 pixels": frames for name, frames in groups.items()}
-        sets["all real stickers, 128 pixels"] = np.concatenate(list(groups.values()))
-    measured = {name: measure(codec, frames) for name, frames in sets.items()}
-    numbers = {name: entry for name, (_, entry) in measured.items()}
-    header = ["", *next(iter(numbers.values()))]
-    print(table(header, [[name, *entry.values()] for name, entry in numbers.items()]))
-    size = sum(path.stat().st_size for path in Path(source).iterdir())
+        sets |= {f"{name}, 128 pixels": frames for name, frames in read_stickers(stickers).items()}
+    codec, rows, pairs, real = PretrainedVAE(source), [], {}, []
+    for name, frames in sets.items():
+        made, numbers = measure(codec, frames)
+        pairs[name] = frames, made
+        rows.append([name, len(frames), numbers])
+        real += [numbers] if frames is not drawn else []
+    if real:
+        whole = {name: np.concatenate([numbers[name] for numbers in real]) for name in real[0]}
+        rows.append(["all real stickers", len(whole["PSNR"]), whole])
+    for row in rows:
+        numbers = {name: values.mean() for name, values in row.pop().items()}
+        numbers["std"] = (numbers["std"] - numbers["mean"] ** 2) ** 0.5
+        row += [f"{x:.2f}" for x in numbers.values()]
+    print(table(["", "frames", *numbers], rows))
     weights = sum(weight.numel() for weight in codec.vae.parameters())
-    print(f"{weights:,} parameters, {size / 1e6:.2f} MB, scaling_factor {codec.scale}")
-    comparison({name: (sets[name], made) for name, (made, _) in measured.items()}).save(picture)
+    size = sum(path.stat().st_size for path in Path(source).glob("*.safetensors")) / 1e6
+    print(f"{weights:,} parameters, {size:.2f} MB, scaling_factor {codec.scale}")
+    with replacing(picture) as writing:
+        comparison(pairs).save(writing, "PNG")
     print(f"wrote {printable(picture)}: real frames above what the VAE makes of them")
 
 
@@ -330,10 +343,11 @@ def main():
     add("--steps", type=number(int, 1), default=STEPS, help="how long (default %(default)s)")
     add("--batch_size", type=number(int, 1), default=BATCH, help="pictures a step (default %(default)s)")
     add("--seed", type=number(int, 0), default=0, help="another number, another VAE (default %(default)s)")
-    add("--cache_dir", type=Path, default=default_cache(), help="where pictures are kept (default %(default)s)")
+    where = "where pictures are kept (default %(default)s)"
+    add("--cache_dir", metavar="DIR", type=Path, default=default_cache(), help=where)
     add("--evaluate", metavar="DIR", help="measure this VAE instead")
     add("--stickers", metavar="DIR", help="with --evaluate: a folder of stickers to measure on, too")
-    add("--picture", default="vae.png", help="with --evaluate: where the comparison goes (default %(default)s)")
+    add("--picture", metavar="PNG", default="vae.png", help="with --evaluate (default %(default)s)")
     args = parser.parse_args()
     if args.evaluate:
         check_png("--picture", args.picture)

@@ -1,12 +1,13 @@
 """
-The pictures that lab/train_vae.py trains on, all of them free to share: frames of the built-in stickers, newly
+The pictures that lab/train_vae.py trains on, all of them free to share: frames of the built-in stickers,
 drawn pictures of many kinds (shapes, lines, fills, letters, faces), and the real stickers in lab/stickers/.
 
     frames, drawn, real = banks(cache_dir)      # uint8 (N, 128, 128, 3) each, made once and kept in the cache
-    batch(banks, seed, step, size=16)           # float (16, 3, 64, 64) in [-1, 1]
+    batch(banks, seed, step, count=8)           # float (8, 3, 64, 64) in [-1, 1]
 """
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +73,9 @@ def outline(rng):
     if kind < 0.3:  # a smooth blob, an ellipse
         angle = np.linspace(0, 2 * np.pi, 65)[:-1]
         waves = np.arange(2, 6)[:, None]
-        radius = 1 + (rng.normal(0, 0.12, size=(4, 1)) * np.sin(waves * angle + rng.uniform(0, 6, (4, 1)))).sum(0)
+        radius = 1 + (
+            rng.normal(0, 0.12, size=(4, 1)) * np.sin(waves * angle + rng.uniform(0, 6, (4, 1)))
+        ).sum(0)
         radius = np.ones(64) if rng.random() < 0.5 else radius
     elif kind < 0.6:  # a regular polygon, or a star
         count = rng.integers(3, 9)
@@ -85,7 +88,10 @@ def outline(rng):
         angle, radius = np.sort(rng.uniform(0, 2 * np.pi, size=count)), rng.uniform(0.3, 1.2, size=count)
     points = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
     turn = rng.uniform(0, 2 * np.pi)
-    stretch = np.diag([1, rng.uniform(0.3, 1)]) @ [[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]]
+    stretch = np.diag([1, rng.uniform(0.3, 1)]) @ [
+        [np.cos(turn), np.sin(turn)],
+        [-np.sin(turn), np.cos(turn)],
+    ]
     return points @ stretch
 
 
@@ -148,7 +154,9 @@ def draw_figure(rng, picture, colours):
     inverse[:, 0] *= rng.choice([-1, 1]) * rng.uniform(0.85, 1.15)
     centre = (0.5 + rng.normal(0, 0.15, size=2)) * BIG
     inverse = np.column_stack([inverse, 128 - inverse @ centre])
-    layer = layer.transform((BIG, BIG), Image.Transform.AFFINE, inverse.ravel().tolist(), Image.Resampling.BILINEAR)
+    layer = layer.transform(
+        (BIG, BIG), Image.Transform.AFFINE, inverse.ravel().tolist(), Image.Resampling.BILINEAR
+    )
     layer = layer.convert("RGBA")
     picture.paste(layer.convert("RGB").convert("RGB", matrix), (0, 0), layer.getchannel("A"))
 
@@ -212,35 +220,36 @@ def clip_frames(path, most=PER_CLIP):
     return np.stack(evenly(list(media.read_clip(path, SIDE)[0]), most))
 
 
-def sticker_frames(cache_dir, split, count):
-    """Frames of the built-in stickers of a split, "train" or "validation": uint8 (N, SIDE, SIDE, 3)."""
+def sticker_frames(cache_dir, split, most=None):
+    """Frames of the built-in stickers of a split, "train" or "validation", of at most `most` stickers:
+    uint8 (N, SIDE, SIDE, 3)."""
+    count = COUNTS["stickers"]
     folder = stickers.draw_stickers(stickers.default_folder(count, root=cache_dir), count)
     lines = map(json.loads, (folder / "metadata.jsonl").read_text().splitlines())
     files = [folder / line["file_name"] for line in lines if line["split"] == split]
-    return np.concatenate([clip_frames(path) for path in tqdm(files, desc=f"reading {split}", unit="GIF")])
+    files = tqdm(evenly(files, most or len(files)), desc=f"reading {split}", unit="GIF")
+    return np.concatenate([clip_frames(path) for path in files])
 
 
-def banks(cache_dir, seed=0, counts=COUNTS):
-    """What is trained on, as (built-in frames, drawn pictures, real stickers): uint8 (N, SIDE, SIDE, 3) each,
-    mapped from .npy files in `cache_dir`, where they are put first unless they are there."""
-    name = f"v{VERSION}-s{seed}"
-    makers = {
-        f"vae-stickers-{name}-n{counts['stickers']}": lambda: sticker_frames(cache_dir, "train", counts["stickers"]),
-        f"vae-drawn-{name}-n{counts['drawn']}": lambda: np.stack(
-            [draw_picture(seed, i) for i in tqdm(range(counts["drawn"]), desc="drawing", unit="picture")]
-        ),
-    }
+def drawn_pictures():
+    """uint8 (N, SIDE, SIDE, 3)"""
+    return np.stack([draw_picture(0, i) for i in tqdm(range(COUNTS["drawn"]), desc="drawing")])
+
+
+def banks(cache_dir):
+    """What is trained on: built-in stickers, drawn pictures, real stickers, uint8 (N, SIDE, SIDE, 3)
+    each. The first two are mapped from .npy files in `cache_dir`, made unless they are there."""
+    makers = dict(stickers=partial(sticker_frames, cache_dir, "train"), drawn=drawn_pictures)
     made = []
     for name, make in makers.items():
-        path = Path(cache_dir) / f"{name}.npy"
+        path = Path(cache_dir) / f"vae-{name}-v{VERSION}-s0-n{COUNTS[name]}.npy"
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
             if not path.is_file():
                 with replacing(path) as writing, open(writing, "wb") as file:
                     np.save(file, make())
         made.append(np.load(path, mmap_mode="r"))
-    real = np.concatenate([clip_frames(path) for path in sorted(REAL.glob("*.gif"))])
-    return *made, real
+    return *made, np.concatenate([clip_frames(path) for path in sorted(REAL.glob("*.gif"))])
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -41,9 +41,9 @@ CHANNELS, LATENT_CHANNELS = (16, 32, 64, 128), 16  # 2.6M parameters; half of th
 SIZE = 64  # pixels of a training picture
 MSE, EDGES, KL = 3.0, 1.0, 3e-4  # weights in the loss, beside 1 of the absolute error
 MUON_LR, ADAM_LR = 5e-3, 2e-3
-STEPS, BATCH = 4500, 8
+STEPS, BATCH = 2750, 8
 WARM_UP, DECAY = 50, 0.35  # steps of rising learning rate; share of the steps in which it falls to zero
-AVERAGE = 0.998  # decay of the averaged weights, once warm
+AVERAGE = 0.995  # decay of the averaged weights, once warm
 SCALE_PICTURES = 256  # that the scale of the latents is measured on
 MINUTES = 4  # between two states on disk
 
@@ -295,7 +295,7 @@ def measure(codec, frames):
     noise = torch.Generator().manual_seed(0)
     for part in tqdm(torch.from_numpy(frames).split(codec.BATCH), desc="measuring", unit="batch"):
         posterior = codec.vae.encode(part.permute(0, 3, 1, 2).float() / 127.5 - 1).latent_dist
-        latents = codec.encode(part)
+        latents = (posterior.mean - codec.shift) * codec.scale
         noisy = latents + 0.1 * torch.randn(latents.shape, generator=noise)
         made.append(codec.decode(latents).numpy())
         numbers["PSNR"].append(psnr(made[-1], part.numpy()))

@@ -34,7 +34,7 @@ def vae_cache(tmp_path_factory):
     return tmp_path_factory.mktemp("pictures")
 
 
-def train_toy(out, cache, steps=4, **flags):
+def train_toy(out, cache, steps=2, **flags):
     words = [word for name, value in flags.items() for word in (f"--{name}", value)]
     run_here(
         train_vae.main, "--output_dir", out, "--cache_dir", cache, "--steps", steps, "--batch_size", 2, *words
@@ -43,7 +43,7 @@ def train_toy(out, cache, steps=4, **flags):
 
 @pytest.fixture(scope="module")
 def toy_run(vae_cache, tmp_path_factory):
-    """A finished run of four steps."""
+    """A finished run of two steps."""
     out = tmp_path_factory.mktemp("vae") / "run"
     train_toy(out, vae_cache)
     return out
@@ -106,7 +106,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(toy_run, vae_cach
     take_step = train_vae.Training.take_step
 
     def interrupted(training, *args):
-        if training.step == 3:
+        if training.step == 1:
             raise KeyboardInterrupt
         return take_step(training, *args)
 
@@ -116,7 +116,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(toy_run, vae_cach
         train_toy(tmp_path / "run", vae_cache)
     train_toy(tmp_path / "run", vae_cache)
     states = [torch.load(run / "state.pt", weights_only=True) for run in (toy_run, tmp_path / "run")]
-    assert states[0]["step"] == 4 and same(*states)
+    assert states[0]["step"] == 2 and same(*states)
     assert same(*(weights(run, "vae") for run in (toy_run, tmp_path / "run")))
 
 

@@ -275,14 +275,14 @@ def comparison(sets, most=16):
 
 
 def read_stickers(folder):
-    """Two frames of each sticker of a folder, without those of lab/stickers: uint8 (N, 128, 128, 3), by the
-    part of the file name before "_"."""
+    """The middle frame of each sticker of a folder, without those of lab/stickers: uint8 (N, 128, 128, 3), by
+    the part of the file name before "_"."""
     known, groups = {path.name for path in vae_pictures.REAL.iterdir()}, defaultdict(list)
     files = [file.path for file in scan_folder(folder)[0] if file.path.name not in known]
     for path in tqdm(files, desc="reading stickers", unit="file"):
         with suppress(MediaError):
-            groups[path.stem.split("_")[0]] += vae_pictures.clip_frames(path, most=3)[:2].tolist()
-    return {name: np.uint8(frames) for name, frames in groups.items()}
+            groups[path.stem.split("_")[0]] += list(vae_pictures.clip_frames(path, most=3)[-2:][:1])
+    return {name: np.stack(frames) for name, frames in groups.items()}
 
 
 @torch.no_grad()

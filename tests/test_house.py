@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 SIX = dict(masks=0, curriculum=1, model=1, data=1, sample=2, train=3)
 ROOMS = ("support", "lab", "tests")
 PROGRAMS = ["train", "sample", "data", "support.stickers"]
-PROGRAMS += ["lab.evaluate", "lab.ablate", "lab.bench", "lab.simulate_curriculum"]
+PROGRAMS += ["lab.evaluate", "lab.ablate", "lab.bench", "lab.simulate_curriculum", "lab.train_vae"]
 
 
 def texts(*paths):

@@ -119,12 +119,11 @@ class Average:
     def load(self, unet, weights, step):
         """Goes on from `weights`, as `self.weights` gave them after `step` steps of the optimizer."""
         for (name, weight), shadow in zip(unet.named_parameters(), self.ema.shadow_params, strict=True):
+            average = weights[name]
             if isinstance(weight, DTensor):
-                mesh, placements = weight.device_mesh, weight.placements
-                weights[name] = distribute_tensor(
-                    weights[name].to(weight.device), mesh, placements
-                ).to_local()
-            shadow.copy_(weights[name])
+                where = weight.device_mesh, weight.placements
+                average = distribute_tensor(average.to(weight.device), *where).to_local()
+            shadow.copy_(average)
         self.ema.optimization_step = step
 
 

@@ -79,7 +79,7 @@ class Notes:
         lines = []
         for sentence, count in self.counts.items():
             examples = self.examples[sentence]
-            shown = [printable(name, 100) + (f" ({n})" if n > 1 else "") for name, n in examples.items()]
+            shown = [printable(name)[:100] + (f" ({n})" if n > 1 else "") for name, n in examples.items()]
             more = count - examples.total()
             lines.append(f"{sentence}: {', '.join(shown)}" + (f" and {more} more" if more else ""))
         return lines

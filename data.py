@@ -301,10 +301,10 @@ def draw_batch(dataset, clips, probabilities, seed, step, indices, global_batch,
     CPU's memory. It has as many slots, F, as its longest clip has frames: a batch of one has no filler."""
     samples = [draw_sample(dataset, clips, probabilities, seed, step, i, global_batch, ddu) for i in indices]
     latents, noise, timesteps, given, valid, captions, tasks, lengths = zip(*samples)
-    frames = [torch.from_numpy(np.stack(x)[:, : max(lengths)]) for x in (latents, noise, given, valid)]
-    latents, noise, given, valid = (x.contiguous() for x in frames)
-    timesteps = torch.from_numpy(np.stack(timesteps))
-    return Batch(latents, noise, timesteps, given, valid, list(captions), list(tasks), list(lengths))
+    by_slot = latents, noise, given, valid
+    latents, noise, given, valid = ([x[: max(lengths)] for x in part] for part in by_slot)
+    tensors = (torch.from_numpy(np.stack(x)) for x in (latents, noise, timesteps, given, valid))
+    return Batch(*tensors, list(captions), list(tasks), list(lengths))
 
 
 # ------------------------------------------------------------------------------------------------------------

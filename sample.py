@@ -213,7 +213,7 @@ def parse_args():
     add("--guidance_scale", type=scale, help="text guidance; 1 = none (default: as the checkpoint records)")
     add("--image_guidance_scale", type=scale, help="guidance by given frames; 1 = none (default: the same)")
     add("--seed", type=SEED, default=0, help=f"another seed, another sticker {default}")
-    add("--num_samples", type=number(int, 1), default=1, help=f"stickers to make {default}")
+    add("--num_samples", type=number(int, 1, 1000), default=1, help=f"stickers to make {default}")
     add("--fps", type=number(float, 0.1, 1000), default=8.0, help=f"frames per second of the file {default}")
     add(
         "--output",
@@ -243,7 +243,7 @@ def check_args(args):
     if not args.prompt and not args.image:
         raise UserError("nothing to start from: give --prompt, --image, or both.")
     media.check_suffix(args.output)
-    for name in output_names(args.output, args.num_samples)[:1000]:
+    for name in output_names(args.output, args.num_samples):
         check_output("--output", name)
 
 

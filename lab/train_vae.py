@@ -31,7 +31,7 @@ from lab.metrics import psnr
 from support.checkpoint import output_lock
 from support.common import UserError, default_cache, evenly, one_sentence, printable, replacing, table
 from support.encoders import PretrainedVAE
-from support.flags import Parser, number
+from support.flags import SEED, Parser, filled, number
 from support.folder import scan_folder
 from support.log import append_log, begin_log
 from support.media import MediaError, on_white
@@ -342,13 +342,19 @@ def main():
     add("--output_dir", type=Path, default=Path("runs/vae"), help="a run, begun or new (default %(default)s)")
     add("--steps", type=number(int, 1), default=STEPS, help="how long (default %(default)s)")
     add("--batch_size", type=number(int, 1), default=BATCH, help="pictures a step (default %(default)s)")
-    add("--seed", type=number(int, 0), default=0, help="another number, another VAE (default %(default)s)")
-    where = "where pictures are kept (default %(default)s)"
-    add("--cache_dir", metavar="DIR", type=Path, default=default_cache(), help=where)
-    add("--evaluate", metavar="DIR", help="measure this VAE instead")
-    add("--stickers", metavar="DIR", help="with --evaluate: a folder of stickers to measure on, too")
+    add("--seed", type=SEED, default=0, help="another number, another VAE (default %(default)s)")
+    where = "where pictures are kept (default: $XDG_CACHE_HOME/rdtf)"
+    add("--cache_dir", metavar="DIR", type=Path, help=where)
+    add("--evaluate", metavar="DIR", type=filled, help="measure this VAE instead")
+    add(
+        "--stickers",
+        metavar="DIR",
+        type=filled,
+        help="with --evaluate: a folder of stickers to measure on, too",
+    )
     add("--picture", metavar="PNG", default="vae.png", help="with --evaluate (default %(default)s)")
     args = parser.parse_args()
+    args.cache_dir = args.cache_dir or default_cache()
     if args.evaluate:
         check_png("--picture", args.picture)
         evaluate(args.evaluate, args.stickers, args.cache_dir, args.picture)

@@ -12,12 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from support import media, stickers
-from support.common import evenly, replacing
+from support.common import evenly, locked, replacing
 from support.figures import SUBJECTS, figure
 
 VERSION = 1  # raise it whenever a drawing changes: banks in the cache are then drawn anew
@@ -244,7 +243,7 @@ def banks(cache_dir):
     for name, make in makers.items():
         path = Path(cache_dir) / f"vae-{name}-v{VERSION}-s0-n{COUNTS[name]}.npy"
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):
+        with locked(path.with_suffix(".lock"), wait=True):
             if not path.is_file():
                 with replacing(path) as writing, open(writing, "wb") as file:
                     np.save(file, make())

@@ -17,6 +17,11 @@ class UserError(ValueError):
     """Something that the user can mend: one sentence that names the flag or file and the way out."""
 
 
+def out_of_memory(error):
+    """Whether an exception says so: some of torch, FFmpeg and Pillow do it in words alone."""
+    return isinstance(error, MemoryError) or re.search("(allocate|out of) memory", str(error)) is not None
+
+
 @contextmanager
 def one_sentence(program):
     """Runs a program's main: what its user can mend ends as one sentence and exit status 2, without a
@@ -37,7 +42,7 @@ def one_sentence(program):
             name = printable(error.filename or "a file")
             message = f"{name} cannot be used ({error.strerror}): make room or choose another place."
         except (MemoryError, RuntimeError) as error:
-            if not isinstance(error, MemoryError) and not re.search("(allocate|out of) memory", str(error)):
+            if not out_of_memory(error):
                 raise
             message = f"memory does not suffice ({printable(error, 200)}): ask for less or smaller at a time."
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once on each machine

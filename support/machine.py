@@ -65,7 +65,7 @@ def exact():
 
 
 def to_device(tensor, device):
-    """A copy of `tensor` on `device`; from pinned memory, so that a GPU's copy waits for no kernel."""
+    """`tensor` on `device`; a GPU gets it from pinned memory, so that the copy waits for no kernel."""
     if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

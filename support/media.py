@@ -10,7 +10,6 @@ limits (decode.py) before a pixel is decoded, and of every frame only the resize
 bounded by a few canvases, however long the animation; the clock is looked at between frames.
 """
 
-import re
 import time
 import warnings
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError, features
 
-from support.common import printable, replacing
+from support.common import out_of_memory, printable, replacing
 from support.decode import TOO_LARGE, MediaError, ffmpeg_pictures, pillow_pictures
 from support.pictures import sheet
 
@@ -34,11 +33,6 @@ OUTPUTS = (".gif", ".webp", ".mp4", ".png")  # what write_clip knows
 MAX_BYTES = 64 * 2**20  # of a file; the other limits stand in decode.py
 WHITE = (255, 255, 255)
 NO_MEMORY = "does not fit into memory; shorten or resize it first"
-
-
-def out_of_memory(error):
-    """Whether an exception says so: some of torch, FFmpeg and Pillow do it in words alone."""
-    return isinstance(error, MemoryError) or re.search("(allocate|out of) memory", str(error)) is not None
 
 
 # ------------------------------------------------------------------------------------------------------------

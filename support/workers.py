@@ -15,7 +15,7 @@ import torch
 from pebble import ProcessExpired, ProcessPool
 
 from support import decode, media
-from support.common import printable
+from support.common import out_of_memory, printable
 
 HANG_SECONDS = 60  # until a process is ended that decodes one file: twice decode.MAX_SECONDS
 LOOK_AHEAD = 4  # files that each decoding process may be ahead of the reader: they wait in memory
@@ -26,7 +26,7 @@ def catch_out_of_memory(work, item):
     try:
         return work(item)
     except Exception as error:
-        if not media.out_of_memory(error):
+        if not out_of_memory(error):
             raise
         return media.NO_MEMORY
 

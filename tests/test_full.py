@@ -130,7 +130,7 @@ def test_average_on_the_cpu_and_over_bf16_weights_is_the_plain_one():
 
 
 def test_every_tenth_step_gives_the_plain_average_nearly():
-    """Within a two-hundredth of how far the weights went, over weights that drift and shake."""
+    """Within two hundredths of how far the weights went, over weights that drift and shake."""
     torch.manual_seed(0)
     layer = torch.nn.Linear(64, 64)
     start, plain, rare = layer.weight.detach().clone(), Average(layer), Average(layer, on_cpu=True)

@@ -214,7 +214,8 @@ def test_the_real_commands(folder, cache, tmp_path):
 
     flags = dict(data=folder, cache_dir=cache, max_train_steps=2, output_dir="runs/бег")
     command("train.py", *words(FLAGS | flags))
-    assert "--checkpoint 'runs/бег'" in (place / "runs" / "бег" / "README.md").read_text(encoding="utf-8")
+    card = (place / "runs" / "бег" / "README.md").read_text(encoding="utf-8")
+    assert "--checkpoint 'runs/бег'" in card
     said = command("sample.py", "--prompt", "a red heart bouncing", "--num_inference_steps", 2)
     assert "the newest run: runs/" in said and "wrote sticker.gif" in said
     assert media.read_clip(place / "sticker.gif", 64)[0].shape[1:] == (64, 64, 3)

@@ -3,19 +3,21 @@ Can samples be told from real frames? A linear discriminant is fitted to one hal
 the other half, and the other way round: 50 % of single frames right is chance, and what a perfect model would
 get; 100 % means that no frame passes for real.
 
-    told_apart(made, real)      # two lists of clips -> {"mean", "se"} of the share of frames that it gets right
+    told_apart(made, real)      # two lists of clips -> {"mean", "se"} of the share of frames told right
 
-What it sees of a frame are histograms, at two scales: of light, ink and hue, of the differences of neighbours,
-and of which differences follow each other. That tells blur, noise and cross-fades from sharp drawings, yet not
-which subject is drawn. It is refitted for every set of samples in closed form: no weights, no chance.
+What it sees of a frame are histograms, at two scales: of light, ink and hue, of the differences of
+neighbours, and of which differences follow each other. That tells blur, noise and cross-fades from sharp
+drawings, yet not which subject is drawn. It is refitted for every set of samples in closed form: no
+weights, no chance.
 """
 
 import numpy as np
 
 from lab.metrics import mean_se
 
-# Where the bins of a histogram end, of 255: of light and ink, of differences, of differences that follow each other
+# Where the bins of a histogram end, of 255: of light and ink, of differences, of pairs of differences
 VALUES, LEVELS, COARSE = (8, 32, 64, 96, 128, 160, 192, 224, 248), (1, 3, 6, 12, 24, 48, 96), (3, 12, 48)
+FEWEST = 4  # clips of a kind that can be told apart
 RIDGE = 0.02  # of the discriminant, as a share of the sum of the features' variances
 
 
@@ -25,7 +27,7 @@ def in_bins(x, ends):
 
 
 def shares(bins, count):
-    """Bins (N, maps, R, R) -> the square roots of their shares, so that rare ones count too: (N, maps x count)"""
+    """Bins (N, maps, R, R) -> the roots of their shares, so that rare ones count too: (N, maps x count)"""
     rows = np.arange(bins.shape[0] * bins.shape[1]).reshape(*bins.shape[:2], 1, 1)
     hits = np.bincount((count * rows + bins).ravel(), minlength=rows.size * count)
     return np.sqrt(hits / (bins.shape[2] * bins.shape[3])).reshape(len(bins), -1)

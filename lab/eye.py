@@ -59,16 +59,21 @@ def roughness(frames):
     return (mean(x.square()) - mean(x).square()).clamp(min=0).sqrt().mean(dim=1).numpy()
 
 
-def connected(mask):
-    """Pieces of a mask, connected in four directions within a frame: (labels int (N, R, R), 0 where the mask is
-    not set; sizes of all labels of all frames, of label 0 zero). Raises UserError without scipy."""
+def labelling():
+    """The function of scipy that finds connected pieces. Raises UserError without that package."""
     try:
         from scipy.ndimage import label
     except ImportError as error:
         raise UserError("outlines need a package: pip install scipy") from error
+    return label
+
+
+def connected(mask):
+    """Pieces of a mask, connected in four directions within a frame.
+    Returns labels int (N, R, R), 0 where the mask is not set, and the size of each label, 0 of label 0."""
     cross = np.zeros((3, 3, 3), bool)
     cross[1, 1, :] = cross[1, :, 1] = True  # never from frame to frame
-    labels, count = label(mask, cross)
+    labels, count = labelling()(mask, cross)
     sizes = np.bincount(labels.ravel(), minlength=count + 1)
     sizes[0] = 0
     return labels, sizes

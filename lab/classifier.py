@@ -6,9 +6,9 @@ get; 100 % means that no frame passes for real.
     told_apart(made, real)      # two lists of clips -> {"mean", "se"} of the share of frames told right
 
 What it sees of a frame are histograms, at two scales: of light, ink and hue, of the differences of
-neighbours, and of which differences follow each other. That tells blur, noise and cross-fades from sharp
-drawings, yet not which subject is drawn. It is refitted for every set of samples in closed form: no
-weights, no chance.
+neighbours, and of which differences follow each other. They show blur, noise and cross-fades, and
+something of what is drawn, too: samples should show what the real clips show. It is fitted anew to every set
+of samples, in closed form: no weights, no chance.
 """
 
 import numpy as np

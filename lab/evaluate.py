@@ -70,8 +70,9 @@ def scale_flags(add):
     samples = f"samples of a clip whose mean is compared with a cross-fade; 1 = none {size}"
     add("--num_samples", type=number(int, 1, 100), default=8, help=samples)
     draws = f"draws behind each (task, k) of the held-out loss {size}"
-    add("--loss_draws", type=number(int, 1, 1000), default=96, help=draws)
-    add("--num_inference_steps", type=number(int, 1, 1000), default=25, help=f"DDIM steps {size}")
+    add("--loss_draws", type=number(int, 1, 1000), default=48, help=draws)
+    steps = f"DDIM steps; half of them for interpolation and prediction {size}"
+    add("--num_inference_steps", type=number(int, 1, 1000), default=12, help=steps)
     add("--batch_size", type=number(int, 1, 1000), default=16, help=f"clips sampled at a time {size}")
 
 

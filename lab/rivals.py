@@ -19,16 +19,12 @@ REAL = "real clips"
 EXCESS = ("grain", "patches", "specks")  # reported as what is beyond real clips
 
 
-def unknown_frames(clips, masks):
-    """The frames of clips that no mask gives, all in one array, and where the next clip begins."""
-    frames = [clip[~given] for clip, given in zip(clips, masks)]
-    return np.concatenate(frames), np.cumsum([len(f) for f in frames])[:-1]
-
-
 def look(clips, masks):
     """What eye.see sees in unknown frames: {measure: a mean for each clip}"""
-    frames, ends = unknown_frames(clips, masks)
-    return {name: [part.mean() for part in np.split(x, ends)] for name, x in eye.see(frames).items()}
+    frames = [clip[~given] for clip, given in zip(clips, masks)]
+    ends = np.cumsum([len(f) for f in frames])[:-1]  # where the next clip begins
+    seen = eye.see(np.concatenate(frames))
+    return {name: [part.mean() for part in np.split(x, ends)] for name, x in seen.items()}
 
 
 def frechet(clips, masks, reference):
@@ -50,10 +46,8 @@ def line_up(mine, clips):
     truth = [clips.real[item.clip] for item in items]
     for name in ("nearest given frame", "cross-fade"):
         made = [metrics.BASELINES[name](real, given_frames(item)) for real, item in zip(truth, items)]
-        if not any(
-            np.array_equal(made, other) for other in rows.values()
-        ):  # a cross-fade is one only between given frames
-            rows[name] = made
+        if not any(np.array_equal(made, other) for other in rows.values()):
+            rows[name] = made  # beyond the given frames a cross-fade is a repeated frame
     return rows | {REAL: truth}
 
 

@@ -78,9 +78,9 @@ def test_specks_beside_a_figure_are_seen_and_counted():
     assert eye.see(frame)["pieces"] == [2]
 
 
-def test_real_stickers_have_no_grain_and_noise_is_grain(clips):
+def test_noise_is_grain(clips):
     clean, light, strong = (seen(x)["grain"] for x in (clips, noisy(clips, 6), noisy(clips, 20)))
-    assert abs(clean - seen(clips[1:])["grain"]) < 1 and clean + 2 < light and light + 5 < strong
+    assert clean < 3 and clean + 2 < light and light + 5 < strong
 
 
 def test_a_figure_of_many_colours_is_patched(clips):

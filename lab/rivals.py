@@ -27,14 +27,10 @@ def look(clips, masks):
     return {name: [part.mean() for part in np.split(x, ends)] for name, x in seen.items()}
 
 
-def frechet(clips, masks, reference):
-    """Our Frechet distance of clips to `reference`, whose frames pass as given under the same masks."""
-
-    def vectors(some):
-        known = (masks[i % len(masks)] for i in range(len(some)))
-        return [metrics.features(clip, ~(m[:-1] & m[1:])) for clip, m in zip(some, known)]
-
-    return metrics.standardized_frechet(vectors(clips), vectors(reference))
+def vectors(clips, masks):
+    """Features of the pairs of frames that are not both given, for the Frechet distance. Masks are repeated."""
+    given = (masks[i % len(masks)] for i in range(len(clips)))
+    return [metrics.features(clip, ~(mask[:-1] & mask[1:])) for clip, mask in zip(clips, given)]
 
 
 def line_up(mine, clips):
@@ -60,7 +56,8 @@ def summarize_rivals(task, clips, share_read):
     mine = evenly(mine, len(clips.held_out))  # as many samples as real clips
     items, masks = [clips.items[i] for i in mine], [given_frames(clips.items[i]) for i in mine]
     rows = line_up(mine, clips)
-    real, reference, table = rows[REAL], [clips.real[name] for name in clips.train], {}
+    real, table = rows[REAL], {}
+    reference = vectors([clips.real[name] for name in clips.train], masks)
     level = {name: np.mean(values) for name, values in look(real, masks).items()}
     for name, made in rows.items():
         seen = look(made, masks)
@@ -68,7 +65,7 @@ def summarize_rivals(task, clips, share_read):
         if share_read and (task != "text" or name != REAL):  # real clips show other words than the prompts
             row["read"] = share_read(items, made)
         if len(made) > 1 and reference:
-            row["frechet"] = frechet(made, masks, reference)
+            row["frechet"] = metrics.standardized_frechet(vectors(made, masks), reference)
         for measure, values in seen.items():
             row[measure] = mean_se(np.array(values) - (level[measure] if measure in EXCESS else 0))
         row["told"] = None

@@ -28,7 +28,7 @@ def look(clips, masks):
 
 
 def vectors(clips, masks):
-    """Features of the pairs of frames that are not both given, for the Frechet distance. Masks are repeated."""
+    """Features of the pairs of frames that are not both given, for the Frechet distance; masks repeat."""
     given = (masks[i % len(masks)] for i in range(len(clips)))
     return [metrics.features(clip, ~(mask[:-1] & mask[1:])) for clip, mask in zip(clips, given)]
 

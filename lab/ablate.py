@@ -62,7 +62,7 @@ TABLES = {
 }
 PAIRS = (("sti", "conv3d"), ("none", "sti"), ("linear", "none"), ("dcl", "none"), ("dcl", "linear"))
 # flags of lab.evaluate
-SCALE = ("num_prompts", "num_clips", "loss_draws", "num_inference_steps", "batch_size")
+SCALE = ("num_prompts", "num_clips", "num_samples", "loss_draws", "num_inference_steps", "batch_size")
 TINY_STEPS = 400  # of a `tiny` run: about four minutes on two cores
 
 # ------------------------------------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ METRICS = {
     "motion word": (("text", "all", "motion", "share"), 3, "higher"),
     "interpolation, dB": (("quality", "interpolation", "unknown", "model", "psnr", "mean"), 2, "higher"),
     "prediction, dB": (("quality", "prediction", "unknown", "model", "psnr", "mean"), 2, "higher"),
-    "Frechet (ours)": (("frechet", "text", "model"), 2, "lower"),
+    "Frechet (ours)": (("rivals", "text", "network", "frechet"), 2, "lower"),
     "motion of samples": (("motion", "text", "without_grain", "mean"), 2, "near the real one"),
 }
 
@@ -240,8 +240,8 @@ def references(report):
     if value(report, "text"):
         chance = {name: entry["chance"] for name, entry in report["text"]["all"].items()}
         lines.append("Chance: " + ", ".join(f"{name} {p:.3f}" for name, p in chance.items()) + ".")
-    if value(report, "frechet", "text"):
-        floor = report["frechet"]["text"]["real_held_out"]
+    floor = value(report, "rivals", "text", "real clips", "frechet")
+    if floor is not None:
         lines.append(f"Frechet distance of as many real held-out clips: {floor:.2f}.")
     if value(report, "motion"):
         real = report["motion"]["real held-out clips"]["without_grain"]["mean"]

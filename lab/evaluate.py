@@ -7,9 +7,9 @@ Measures a checkpoint: samples a fixed test list with fixed seeds, and writes re
     python -m lab.evaluate --checkpoint runs/mine --data stickers/ --i3d i3d.pt --clip_score DIR \\
         --vqa_command "python vqa.py -v {video}"
 
-What is sampled goes to OUTPUT_DIR/items/, a file per batch, whole or not at all: an interrupted call goes on
-where it stopped, and its report is the one of an unbroken call. The test list, all of held-out clips and of 8
-frames:
+Every table shows trivial rivals beside the network, and real clips. What is sampled goes to
+OUTPUT_DIR/items/, a file per batch, whole or not at all: an interrupted call goes on where it stopped, and
+its report is the one of an unbroken call. The test list, all of held-out clips and of 8 frames:
 
     text             48 prompts: half of them combinations of words that were trained on, half held out; of a
                      folder of yours, held-out captions
@@ -23,10 +23,7 @@ downloaded.
 
 import hashlib
 import json
-import sys
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,145 +31,22 @@ from tqdm import tqdm
 
 import sample
 from data import load_clip, open_dataset
-from lab import metrics, pretrained_metrics
-from lab.heldout import cached_npz, measure_loss
+from lab import eye, metrics, pretrained_metrics
+from lab.heldout import measure_loss
+from lab.items import make_test_list, word_table
 from lab.judge import examine, get_judge
 from lab.report import write_report
-from lab.summary import Clips, given_frames, summarize
+from lab.sampling import open_items, sample_items, sampler_settings
+from lab.summary import Clips, summarize
 from masks import NUM_FRAMES
 from support import machine, stickers
-from support.captions import metadata_rows
 from support.checkpoint import list_checkpoints
-from support.common import UserError, default_cache, evenly, one_sentence, replacing
+from support.common import UserError, default_cache, evenly, one_sentence
 from support.finished import local_folder
 from support.flags import SEED, Parser, filled, number, part_flags, work_flags
 from support.folder import scan_folder
 
-CONDITIONED = {"image": ("G1",), "interpolation": ("I1", "I2", "I3"), "prediction": ("P1", "P2")}
-FIDELITY = ("interpolation", "prediction")  # compared with the truth: sampled without chance and guidance
 REAL_CLIPS = 400  # training clips that the Frechet distance compares with
-
-# ------------------------------------------------------------------------------------------------------------
-# The test list
-
-
-class Item(NamedTuple):
-    task: str  # "text" or a key of CONDITIONED
-    row: str  # of Table 7
-    prompt: str
-    clip: str  # name of the clip that gives the frames and is the ground truth; "" = none
-    words: tuple  # (colour, subject, motion) of a built-in sticker; () elsewhere
-    held_out: bool  # whether this combination of words was kept from the training
-
-
-def word_table(folder, names):
-    """{file name: (colour, subject, motion)} of a folder that support/stickers.py drew; {} for another, such
-    as one without the words of all the stickers `names`."""
-    metadata = Path(folder) / "metadata.jsonl"
-    if not (metadata.is_file() and metadata.with_name("stickers.json").is_file()):
-        return {}
-    table = {}
-    for _, entry in metadata_rows(metadata):
-        entry = entry if isinstance(entry, dict) else {}
-        name, *words = (entry.get(key) for key in ("file_name", "subject", "colour", "motion"))
-        if isinstance(name, str) and tuple(words) in stickers.COMBINATIONS:
-            subject, colour, motion = words
-            table[name] = colour, subject, motion
-    return table if set(names) <= set(table) else {}
-
-
-def word_items(clips, words, num_prompts):
-    """Text Items of the built-in stickers: combinations that were trained on, then held-out ones. clips: of 8
-    key frames; the first that shows a combination is its ground truth."""
-    order = np.random.default_rng(0).permutation(len(stickers.COMBINATIONS))
-    combinations = [stickers.COMBINATIONS[i] for i in order]
-    truth = {words[clip.name]: clip.name for clip in reversed(clips)}
-    items = []
-    for held_out in (False, True):
-        wanted = [c for c in combinations if stickers.is_held_out(*c) == held_out][: num_prompts // 2]
-        for subject, colour, motion in wanted:
-            prompt = f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {subject} {motion}"
-            shown = colour, subject, motion
-            items.append(Item("text", "G0", prompt, truth.get(shown, ""), shown, held_out))
-    return items
-
-
-def make_test_list(dataset, words, num_prompts, num_clips, dual_masks):
-    """The Items, task by task. `words`: of word_table. A model without dual masks knows no given frames: only
-    text is sampled."""
-    clips = [clip for clip in dataset.clips if clip.longest == NUM_FRAMES]
-    held_out = [clip for clip in clips if clip.split == "validation"]
-    if words:
-        items = word_items(clips, words, num_prompts)
-    else:
-        captioned = evenly([clip for clip in held_out if clip.caption], num_prompts)
-        items = [Item("text", "G0", clip.caption, clip.name, (), True) for clip in captioned]
-    for task, rows in CONDITIONED.items() if dual_masks else ():
-        for i, clip in enumerate(evenly(held_out, num_clips)):
-            shown = words.get(clip.name, ())
-            items.append(Item(task, rows[i % len(rows)], clip.caption, clip.name, shown, True))
-    return items
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Samples
-
-
-def open_items(output_dir, identity):
-    """The folder of samples and losses. What lies there must come from the same weights, data and settings:
-    otherwise UserError names the first difference."""
-    folder, label = output_dir / "items", output_dir / "settings.json"
-    now = json.loads(json.dumps(identity))
-    before = json.loads(label.read_text()) if label.is_file() else now
-    for name in {**before, **now}:
-        if before.get(name) != now.get(name):
-            found = f"holds an evaluation with another {name}"
-            raise UserError(f"--output_dir {output_dir} {found}: give another one, or remove it.")
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".*.tmp"):
-        leftover.unlink()
-    with replacing(label) as writing:
-        writing.write_text(json.dumps(now, indent=1))
-    return folder
-
-
-def sampler_settings(task, args, recorded):
-    """What `generate` is called with for a task: flags where given, else the recorded scales and eta 1; for
-    interpolation and prediction no guidance and eta 0."""
-    settings = dict(eta=1.0, **{name: recorded[name] for name in ("guidance_scale", "image_guidance_scale")})
-    if task in FIDELITY:
-        settings = dict(eta=0.0, guidance_scale=1.0, image_guidance_scale=1.0)
-    given = {name: getattr(args, name) for name in settings if getattr(args, name) is not None}
-    return dict(settings | given, num_inference_steps=args.num_inference_steps)
-
-
-def sample_items(model, dataset, items, args, folder):
-    """Samples every item, in fixed batches of one task. model: of sample.load. Returns a list of clips uint8
-    (8, R, R, 3) beside `items`."""
-    denoiser, encoders, recorded = model
-    by_name = {clip.name: clip for clip in dataset.clips}
-    batches = []
-    for task in ("text", *CONDITIONED):
-        mine = [item for item in items if item.task == task]
-        batches += [mine[i : i + args.batch_size] for i in range(0, len(mine), args.batch_size)]
-
-    def sample_batch(i, batch):
-        latents, _ = sample.nothing_given(encoders, recorded["resolution"], len(batch))
-        given = torch.from_numpy(np.stack([given_frames(item) for item in batch]))  # (B, 8)
-        for b, item in enumerate(batch):
-            if given[b].any():
-                latents[b] = torch.from_numpy(dataset.read(by_name[item.clip], NUM_FRAMES))
-        settings = sampler_settings(batch[0].task, args, recorded)
-        settings |= dict(mixed_precision=recorded["mixed_precision"], progress=sys.stderr.isatty())
-        settings["seed"] = 1000 * args.seed + i  # its own noise for every batch, the same at every call
-        prompts = [item.prompt for item in batch]
-        return dict(frames=sample.generate(denoiser, encoders, prompts, latents, given, **settings))
-
-    clips = []
-    for i, batch in enumerate(tqdm(batches, "sampling the test list", unit="batch")):
-        path = folder / f"samples-{i:03d}-{batch[0].task}.npz"
-        clips += list(cached_npz(path, partial(sample_batch, i, batch))["frames"])
-    return clips
 
 
 def real_clips(codec, dataset, clips):
@@ -193,9 +67,12 @@ def scale_flags(add):
     size = "(default %(default)s)"
     add("--num_prompts", type=number(int, 2), default=48, help=f"text prompts {size}")
     add("--num_clips", type=number(int, 2), default=24, help=f"clips of each task with given frames {size}")
+    samples = f"samples of a clip whose mean is compared with a cross-fade; 1 = none {size}"
+    add("--num_samples", type=number(int, 1, 100), default=8, help=samples)
     draws = f"draws behind each (task, k) of the held-out loss {size}"
-    add("--loss_draws", type=number(int, 1, 1000), default=96, help=draws)
-    add("--num_inference_steps", type=number(int, 1, 1000), default=25, help=f"DDIM steps {size}")
+    add("--loss_draws", type=number(int, 1, 1000), default=48, help=draws)
+    steps = f"DDIM steps; half of them for interpolation and prediction {size}"
+    add("--num_inference_steps", type=number(int, 1, 1000), default=12, help=steps)
     add("--batch_size", type=number(int, 1, 1000), default=16, help=f"clips sampled at a time {size}")
 
 
@@ -305,6 +182,7 @@ def evaluate(args):
     """Everything, in order. Returns the report, a dict that JSON can hold, which report.json is."""
     pretrained_metrics.check_files(args)  # what is missing is said before an hour of sampling
     metrics.structural_similarity()
+    eye.labelling()
     model = sample.load(args.checkpoint, machine.device(), args.vae, args.clip, args.t5)
     _, encoders, recorded = model
     codec, resolution = encoders.codec, recorded["resolution"]
@@ -326,6 +204,7 @@ def evaluate(args):
             ddu=dual_masks,
             sampler=samplers,
             batch_size=args.batch_size,
+            num_samples=args.num_samples,
             loss_draws=args.loss_draws,
             items=items,
         ),
@@ -345,7 +224,7 @@ def evaluate(args):
         judge, exam = examine_judge(codec, resolution, known, args)
 
     loss = measure_loss(model, dataset, args, kept, dual_masks)
-    made = sample_items(model, dataset, items, args, kept)
+    made = sample_items(model, dataset, items, args, kept)  # the network's and its rivals'
     clips = Clips(items, made, real, [clip.name for clip in held_out], [clip.name for clip in train])
     latents = [dataset.read(clip, NUM_FRAMES) for clip in train[:64]]
     about = describe(model, args) | dict(

@@ -31,6 +31,9 @@ def cached_npz(path, compute):
         return dict(arrays)
 
 
+FIXED = {"text": masks.TEXT_ONLY, "image": masks.ROWS["G1"]}  # rows that are measured by themselves, at k = 8
+
+
 def draw(dataset, clips, task, k, i, timestep_order, seed):
     """Draw i of one cell: latents and noise (8, C, h, w), timestep, given and valid (8,), caption.
 
@@ -42,7 +45,7 @@ def draw(dataset, clips, task, k, i, timestep_order, seed):
     timestep = int(share * make_scheduler().config.num_train_timesteps)
     frames = dataset.read(clip, k)
     noise = rng.standard_normal((NUM_FRAMES, *frames.shape[1:]), dtype=np.float32)
-    row = masks.TEXT_ONLY if task == "text" else masks.draw_row(task, k, rng)
+    row = FIXED[task] if task in FIXED else masks.draw_row(task, k, rng)
     latents = np.zeros_like(noise)
     latents[:k] = frames
     caption = clip.caption if row.text else ""
@@ -51,10 +54,12 @@ def draw(dataset, clips, task, k, i, timestep_order, seed):
 
 @torch.no_grad()
 def cell_loss(model, dataset, clips, task, k, args):
-    """Eq. 1 on fixed draws of one (task, k); "text" is the text-only row that every model knows.
+    """Eq. 1 on fixed draws of one (task, k); "text" is the text-only row that every model knows, "image" the
+    first frame and text.
 
     model: of sample.load; clips: held-out ones of 8 key frames
-    Returns loss, unknown (the same over frames that are not given), timestep: each (draws,).
+    Returns loss, unknown (the same over frames that are not given), timestep, each (draws,); and for every
+    frame its error and whether it was given, (draws, 8).
     """
     denoiser, encoders, settings = model
     scheduler, device, results = make_scheduler(), machine.device(), []
@@ -70,16 +75,18 @@ def cell_loss(model, dataset, clips, task, k, args):
             predicted = denoiser(noisy, latents, given, timesteps, text, valid)
         loss = masks.masked_loss(predicted, noise, valid)
         unknown = masks.masked_loss(predicted, noise, valid & ~given)
-        results.append((loss, unknown, timesteps))
-    loss, unknown, timestep = (torch.cat(column).cpu().numpy() for column in zip(*results))
-    return dict(loss=loss, unknown=unknown, timestep=timestep)
+        frames = (predicted.float() - noise).square().mean(dim=(2, 3, 4))  # (B, 8)
+        results.append((loss, unknown, timesteps, frames, given))
+    names = ("loss", "unknown", "timestep", "frames", "given")
+    return {name: torch.cat(column).cpu().numpy() for name, column in zip(names, zip(*results))}
 
 
 def measure_loss(model, dataset, args, folder, dual_masks):
-    """{(task, k): what cell_loss returns}, and ("text", 8). Every clip has 8 key frames, so all cells see the
-    same."""
+    """{(task, k): what cell_loss returns}, ("text", 8) and ("image", 8). Every clip has 8 key frames, so all
+    cells see the same."""
     clips = [clip for clip in dataset.split("validation") if clip.longest == NUM_FRAMES]
-    cells = [("text", NUM_FRAMES), *((task, k) for task in TASKS for k in LENGTHS if dual_masks)]
+    cells = [(task, NUM_FRAMES) for task in FIXED] + [(task, k) for task in TASKS for k in LENGTHS]
+    cells = cells if dual_masks else cells[:1]
     losses = {}
     for task, k in tqdm(cells if clips else [], "held-out loss of every (task, k)", unit="cell"):
         compute = partial(cell_loss, model, dataset, clips, task, k, args)

@@ -137,10 +137,10 @@ def fixed_network():
 
 
 @torch.no_grad()
-def features(clip, keep=None):
+def features(clip, pairs=None):
     """One vector for each two consecutive frames of a clip: of the first frame and its change to the second.
 
-    clip: uint8 (F, R, R, 3); keep: bool (F,), pairs with a frame that is not kept are left out.
+    clip: uint8 (F, R, R, 3); pairs: bool (F - 1,), which of them count; all by default.
     Returns float32 (pairs, DIMENSIONS).
     """
     layers, projection = fixed_network()
@@ -148,8 +148,8 @@ def features(clip, keep=None):
     if x.shape[-1] != SIDE:
         x = F.interpolate(x, (SIDE, SIDE), mode="area" if x.shape[-1] > SIDE else "bilinear")
     x = torch.cat([x[:-1], x[1:] - x[:-1]], dim=1)  # (F - 1, 6, SIDE, SIDE)
-    if keep is not None:
-        x = x[torch.as_tensor(np.asarray(keep[:-1]) & np.asarray(keep[1:]))]
+    if pairs is not None:
+        x = x[torch.as_tensor(pairs)]
     for weight in layers:
         x = F.relu(F.conv2d(x, weight, stride=2, padding=1))
     mean, largest = F.adaptive_avg_pool2d(x, 2).flatten(1), F.adaptive_max_pool2d(x, 2).flatten(1)

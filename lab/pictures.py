@@ -7,7 +7,7 @@ import numpy as np
 
 from curriculum import HORIZON, STRATEGIES, target_difficulty
 from lab import metrics
-from lab.summary import given_frames
+from lab.items import given_frames
 from masks import LENGTHS, NUM_FRAMES, TASKS
 from support.common import evenly, replacing
 from support.pictures import pyplot, sheet
@@ -76,7 +76,7 @@ def sample_sheet(task, clips, readings):
         item, given = clips.items[i], given_frames(clips.items[i])
         new = " (held-out words)" if item.held_out and item.words else ""
         read = "; read as " + ", ".join(readings[i]) if readings else ""
-        shown = [(clips.made[i], f"{task} ({item.row}): {item.prompt}{new}{read}", given.tolist())]
+        shown = [(clips.made["network"][i], f"{task} ({item.row}): {item.prompt}{new}{read}", given.tolist())]
         if item.clip:
             real = clips.real[item.clip]
             shown.insert(0, (real, f"real: {item.prompt or item.clip}", [False] * NUM_FRAMES))

@@ -144,9 +144,10 @@ def video_quality(command, clips, fps=8):
 def measure(args, clips):
     """What the flags ask for, of text and image samples: sections of the report. Frames that were given count
     here, as in the paper's I&T->V. clips: summary.Clips"""
+    network = [clips.made["network"][i] for i in range(len(clips.items))]
     report, truth, device = {}, [clips.real[name] for name in clips.held_out], machine.device()
     for task in ("text", "image"):
-        pairs = [(item, made) for item, made in zip(clips.items, clips.made) if item.task == task]
+        pairs = [(item, made) for item, made in zip(clips.items, network) if item.task == task]
         made, captions = [made for _, made in pairs], [item.prompt for item, _ in pairs]
         if args.i3d and len(made) > 1 and len(truth) > 1:
             distance = fvd(args.i3d, made, truth, device)

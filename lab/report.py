@@ -26,10 +26,24 @@ given frames. Unknown frames are the others; given ones are compared as the mode
 Motion: mean absolute difference of consecutive frames; grain that flickers counts too, and hardly in the
 means of 8 x 8 pixels (without grain). Distinct: differs by 1 of 255 or more from all before. Still: motion
 without grain below a tenth of the real mean. {samplers}.""",
-    "frechet": """
-Features of a small network of fixed random weights, of pairs of consecutive frames; pairs with a given frame
-are left out. Comparable only between runs of this program with the same stickers, resolution and number of
-clips; not FVD, not FID. {samplers}.""",
+    "rivals": """
+Samples of the network beside what needs no network. Gaussian: a sample of the fitted one that the network
+starts from; its mean: its best guess. Real clips say what is right. All but "read" is of unknown frames
+alone. Read: the judge reads colour, subject and motion of the prompt. Frechet: over features of a small
+network of fixed random weights, of pairs of consecutive frames; comparable only between runs of this
+program with the same stickers, resolution and number of clips; not FVD, not FID. Grain: roughness of the
+calmest part of the figure; patches: how far its colour strays; specks: ink on the white ground; all three
+of 255, beyond real clips. Edges: fall of light across the figure's border within two pixels, of 255. Leak:
+share of the figure's colour that no closed dark outline separates from the ground. Pieces: of ink, in a
+frame. Told: frames that a classifier, fitted to one half of the clips, tells from real ones in the other
+half: chance is 50 %, 100 % means that none passes. PSNR in dB; a mean of samples wins it and looks like a
+fog.""",
+    "use": """
+Held-out loss over unknown frames, k = 8: with frames and text given divided by text alone, on the same clips,
+timesteps and noise. 1: given frames are worth nothing. ± is one standard error.""",
+    "kept": """
+How far unknown frames stray from the given ones of their clip: colour of the figure, of 255; its size and
+the dark share of it, in percent. Real clips stray as far as their motion asks for; closer is no better.""",
     "fvd": """
 I3D wants more than 8 frames: every frame was shown twice. With so few clips and repeated frames this must not
 be compared with the paper's number or any other.""",
@@ -110,11 +124,41 @@ def motion_section(report):
     return ["## Motion", table(header, value_rows(report["motion"], 2)), note]
 
 
-def frechet_section(report):
-    header = ("samples", "model", "as many real held-out clips", "clips", "training clips compared with")
-    note = TEXTS["frechet"].format(samplers=sampler_text(report["about"], *report["frechet"]))
-    rows = value_rows(report["frechet"], 2)
-    return ["## Frechet distance over our own features", table(header, rows), note]
+COLUMNS = {  # of a table of rivals: title and digits
+    "read": ("read", 0),
+    "frechet": ("Frechet", 2),
+    "grain": ("grain", 1),
+    "patches": ("patches", 1),
+    "specks": ("specks", 1),
+    "edges": ("edges", 0),
+    "leak": ("leak", 2),
+    "pieces": ("pieces", 1),
+    "told": ("told", 2),
+    "psnr": ("PSNR", 2),
+}
+
+
+def rivals_section(report):
+    parts = ["## Beside trivial rivals", TEXTS["rivals"]]
+    for task, entries in report["rivals"].items():
+        columns = list(next(iter(entries.values())))
+        header = ("", *(COLUMNS[column][0] for column in columns))
+        rows = [(name, *(number(row[c], COLUMNS[c][1]) for c in columns)) for name, row in entries.items()]
+        parts += [f"### {task}", table(header, rows), sampler_text(report["about"], task) + "."]
+    return parts
+
+
+def given_section(report):
+    section, parts = report["given frames"], ["## Use of given frames"]
+    if "loss" in section:
+        header = ("loss, given frames / text alone", *section["loss"]["Eq. 1"])
+        parts += [table(header, value_rows(section["loss"], 3)), TEXTS["use"]]
+    if "kept" in section:
+        parts.append(TEXTS["kept"])
+        for task, entries in section["kept"].items():
+            header = (task, "colour, of 255", "size, %", "outline, %")
+            parts += [table(header, value_rows(entries, 1)), sampler_text(report["about"], task) + "."]
+    return parts
 
 
 def fvd_section(report):
@@ -182,9 +226,10 @@ def write_report(output_dir, report, clips):
     summary.Clips"""
     sections = {
         "judge": judge_section,
+        "rivals": rivals_section,
+        "given frames": given_section,
         "quality": quality_section,
         "motion": motion_section,
-        "frechet": frechet_section,
         "fvd": fvd_section,
         "clip_similarity": partial(score_section, name="clip_similarity", title="CLIP similarity"),
         "vqa": partial(score_section, name="vqa", title="Video quality (external program)"),

@@ -12,11 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-import masks
 from lab import metrics
+from lab.items import CONDITIONED, given_frames
 from lab.judge import ATTRIBUTES, CHANCE
 from lab.metrics import mean_se
-from masks import LENGTHS, NUM_FRAMES, ROWS, TASKS
+from lab.rivals import summarize_kept, summarize_rivals
+from masks import LENGTHS, NUM_FRAMES, TASKS
 from model import make_scheduler
 from support.prior import balanced_weights
 
@@ -27,8 +28,8 @@ RANGES = ((0, 200), (200, 400), (400, 600), (600, 800), (800, 1000))  # of times
 class Clips(NamedTuple):
     """What was sampled, and real clips; a clip is uint8 (8, R, R, 3)."""
 
-    items: list  # the test list, of evaluate.Item
-    made: list  # a sample for each
+    items: list  # the test list, of items.Item
+    made: dict  # {"network" or a rival: {index of an item: clip}}, of sampling.sample_items
     real: dict  # {name: clip}, as the codec gives it back
     held_out: list  # names of the real clips that were never trained on
     train: list  # names of some that were
@@ -41,11 +42,6 @@ def share(right, chance=None):
     p = (np.sum(right) + 2) / (n + 4)
     entry = dict(share=float(np.mean(right)), se=float((p * (1 - p) / (n + 4)) ** 0.5), count=n)
     return entry if chance is None else dict(entry, chance=chance)
-
-
-def given_frames(item):
-    """The condition mask of an item: bool (8,)"""
-    return masks.condition_mask(ROWS[item.row], NUM_FRAMES)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -93,6 +89,29 @@ def summarize_view(loss, timestep):
     return entry
 
 
+def summarize_use(cells, latent_std):
+    """What given frames are worth: the loss over unknown frames divided by that of the same frames, noise and
+    timesteps with the text alone. {weighting: {task: {"mean", "se"}}}, for k = 8; the standard error is that
+    of a ratio of paired means."""
+    text, views = cells["text", NUM_FRAMES], {}
+    for weighting, weight in weightings(text["timestep"], latent_std).items():
+        views[weighting] = {}
+        for task in CONDITIONED:
+            unknown = ~cells[task, NUM_FRAMES]["given"]  # (draws, 8)
+            pair = (cells[task, NUM_FRAMES]["frames"], text["frames"])
+            shown, alone = (weight * (x * unknown).sum(axis=1) / unknown.sum(axis=1) for x in pair)
+            ratio = float(shown.mean() / alone.mean())
+            se = mean_se(shown - ratio * alone)["se"] / float(alone.mean())
+            views[weighting][task] = dict(mean=ratio, se=se)
+    return views
+
+
+def weightings(timestep, latent_std):
+    """The weights of draws, (draws,): of Eq. 1, and balanced ones."""
+    balanced = balanced_weights(latent_std, make_scheduler().alphas_cumprod).double().numpy()  # (1000,)
+    return {"Eq. 1": np.ones(len(timestep)), "balanced": balanced[timestep]}
+
+
 def summarize_loss(cells, latent_std):
     """cells: {(task, k): dict(loss, unknown, timestep)} of heldout.measure_loss -> the section "loss" of the
     report.
@@ -100,9 +119,7 @@ def summarize_loss(cells, latent_std):
     The balanced loss is weighted as in the training of `tiny` and `small`, but alike for every network, so
     that all compare. latent_std: standard deviation of the clean latents"""
     timestep = cells["text", NUM_FRAMES]["timestep"]  # the same in every cell
-    balanced = balanced_weights(latent_std, make_scheduler().alphas_cumprod).double().numpy()  # (1000,)
-    weights = {"Eq. 1": np.ones(len(timestep)), "balanced": balanced[timestep]}
-    views = {}
+    weights, views = weightings(timestep, latent_std), {}
     for name, frames in (("loss", ""), ("unknown", ", unknown frames")):
         for weighting, weight in weights.items():
             loss = {cell: arrays[name] * weight for cell, arrays in cells.items()}
@@ -165,34 +182,39 @@ def summarize_text(items, readings):
     return table
 
 
-def summarize_frechet(made, given, clips):
-    """Our Frechet distance of samples to training clips, and of as many real held-out ones: what no model can
-    be asked to undercut. Pairs of frames with one of `given`, bool (8,), are left out."""
-
-    def vectors(some):
-        return [metrics.features(clip, ~given) for clip in some]
-
-    reference = vectors([clips.real[name] for name in clips.train])
-    real = vectors([clips.real[name] for name in clips.held_out[: len(made)]])
-    return dict(
-        model=metrics.standardized_frechet(vectors(made), reference),
-        real_held_out=metrics.standardized_frechet(real, reference),
-        clips=len(made),
-        reference_clips=len(clips.train),
-    )
-
-
 def summarize(about, clips, loss, judge=None, exam=None):
     """The whole report but for the metrics of pretrained_metrics.py.
 
     about: how all was made; clips: Clips; loss: of heldout.measure_loss; judge, exam: of judge.get_judge and
     judge.examine, None for stickers that are not the built-in ones
     """
-    items, made, real, held_out, train = clips
+    items, _, real, held_out, train = clips
+    made = [clips.made["network"][i] for i in range(len(items))]
     report = dict(about=about)
     if loss:
         report["loss"] = summarize_loss(loss, about["latent_std"])
     tasks = {task: [i for i, item in enumerate(items) if item.task == task] for task in about["sampler"]}
+    if judge is not None:
+        report["judge"] = exam
+        readings = judge.read(np.stack(made))
+        report["readings"] = [list(reading) for reading in readings]
+        for task in ("text", "image"):
+            if mine := tasks.get(task):
+                report[task] = summarize_text([items[i] for i in mine], [readings[i] for i in mine])
+
+    def share_read(items, made):
+        """The share of clips whose words the judge all reads"""
+        pairs = zip(items, judge.read(np.stack(made)))
+        return share([reading == item.words for item, reading in pairs])
+
+    read, report["rivals"] = None if judge is None else share_read, {}
+    for task in tasks if held_out else ():
+        report["rivals"][task] = summarize_rivals(task, clips, read)
+    report["given frames"] = {}
+    if "image" in tasks:
+        report["given frames"]["kept"] = {t: summarize_kept(t, clips) for t in tasks if t != "text"}
+    if ("image", NUM_FRAMES) in loss:
+        report["given frames"]["loss"] = summarize_use(loss, about["latent_std"])
 
     report["quality"] = {}
     for task in tasks:
@@ -206,19 +228,4 @@ def summarize(about, clips, loss, judge=None, exam=None):
         report["motion"] = {"real held-out clips": truth}
         for task, mine in tasks.items():
             report["motion"][task] = summarize_motion([made[i] for i in mine], level)
-
-    report["frechet"] = {}
-    for task in ("text", "image") if train else ():
-        mine = tasks.get(task, [])[: len(held_out)]
-        if len(mine) > 1:
-            given = given_frames(items[mine[0]])
-            report["frechet"][task] = summarize_frechet([made[i] for i in mine], given, clips)
-
-    if judge is not None:
-        report["judge"] = exam
-        readings = judge.read(np.stack(made))
-        report["readings"] = [list(reading) for reading in readings]
-        for task in ("text", "image"):
-            if mine := tasks.get(task):
-                report[task] = summarize_text([items[i] for i in mine], [readings[i] for i in mine])
     return report

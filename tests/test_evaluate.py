@@ -14,16 +14,20 @@ import torch
 from PIL import Image
 
 import sample
-from lab import ablate, bench, evaluate, judge, metrics, pictures, pretrained_metrics
+from lab import ablate, bench, evaluate, items, judge, metrics, pictures, pretrained_metrics
+from lab.items import CONDITIONED
+from lab.rivals import EXCESS
 from model import make_scheduler
 from support import stickers
 from support.checkpoint import write_parts, write_unet
 from support.common import UserError
 from support.encoders import Encoders, PatchPCA
+from support.prior import GaussianPrior
 from tests.test_pretrained_metrics import stand_in_i3d
-from tests.toys import drawn_clips, toy_unet
+from tests.toys import WIDTH, drawn_clips, fit_to_noise, toy_unet
 
-SCALE = "--num_prompts 6 --num_clips 3 --loss_draws 4 --num_inference_steps 2 --batch_size 4 --num_workers 0"
+SCALE = "--num_prompts 6 --num_clips 3 --num_samples 2 --loss_draws 4 --num_inference_steps 4"
+SCALE += " --batch_size 4 --num_workers 0"
 
 # ------------------------------------------------------------------------------------------------------------
 # The whole command
@@ -42,10 +46,11 @@ def call(tmp_path_factory):
     frames, _ = drawn_clips(judge.combinations(False)[:6], 9, 16)
     codec = PatchPCA(patch_size=4, latent_channels=6)
     codec.fit(torch.from_numpy(frames).flatten(0, 1))
-    unet = toy_unet(latent_channels=6)
+    unet = toy_unet(latent_channels=6, condition_channels=12)
+    prior = fit_to_noise(GaussianPrior(6, 4, WIDTH), 4)
     write_unet(root / "run" / "unet", unet, unet.state_dict())
     settings = dict(resolution=16, mixed_precision="no", guidance_scale=3.0, image_guidance_scale=1.5)
-    write_parts(root / "run", Encoders(codec), make_scheduler(), settings)
+    write_parts(root / "run", Encoders(codec, prior=prior), make_scheduler(), settings)
 
     def call(output_dir, *flags):
         words = ["--checkpoint", root / "run", "--data", folder, "--cache_dir", root / "cache"]
@@ -100,7 +105,8 @@ def test_interrupted_evaluation_ends_as_the_unbroken_one(call, flags, unbroken, 
         assert not (tmp_path / "report.json").exists()
     torch.manual_seed(0)
     assert call(tmp_path, *flags) == unbroken[1]
-    assert len(calls) == 5 + 2  # two text batches and one for each other task; nothing was sampled twice
+    # two text batches, one for each other task, one more where two samples are asked for; nothing twice
+    assert len(calls) == 5 + 2 + 2
     for name in ("report.json", "report.md"):
         assert (tmp_path / name).read_bytes() == (unbroken[0] / name).read_bytes()
 
@@ -108,18 +114,25 @@ def test_interrupted_evaluation_ends_as_the_unbroken_one(call, flags, unbroken, 
 def test_what_is_measured_on_built_in_stickers(unbroken):
     output_dir, report = unbroken
     page = (output_dir / "report.md").read_text()
-    assert "2 DDIM steps, eta 1, text guidance 3, image guidance 1.5" in page
+    assert "4 DDIM steps, eta 1, text guidance 3, image guidance 1.5" in page
     assert "2 DDIM steps, eta 0, text guidance 1, image guidance 1" in page
     assert report["quality"]["prediction"]["unknown"].keys() == {"model", *metrics.BASELINES}
     assert report["text"]["held out"]["colour"]["count"] == report["text"]["trained"]["colour"]["count"] == 3
     assert set(report["loss"]["Eq. 1"]["cells"]) == {"interpolation", "prediction", "generation"}
+    rivals = ["network", "mean of 2 samples", "Gaussian", "Gaussian's mean", "nearest given frame"]
+    assert list(report["rivals"]["interpolation"]) == [*rivals, "cross-fade", "real clips"]
+    assert list(report["rivals"]["text"]) == ["network", "Gaussian", "real clips"]
+    for task in report["rivals"]:
+        real = report["rivals"][task]["real clips"]
+        assert all(real[measure]["mean"] == pytest.approx(0, abs=1e-9) for measure in EXCESS)
+    assert report["given frames"]["loss"]["Eq. 1"].keys() == CONDITIONED.keys()
     assert report["fvd"]["text"]["fvd"] > 0 and report["vqa"]["image"]["model"]["mean"] == 0.25
 
 
 def test_every_cell_of_the_loss_has_the_same_timesteps(unbroken):
     """One in each quarter of 0..999."""
     cells = [dict(np.load(path)) for path in sorted((unbroken[0] / "items").glob("loss-*.npz"))]
-    assert len(cells) == 19
+    assert len(cells) == 20
     assert all(np.array_equal(arrays["timestep"], cells[0]["timestep"]) for arrays in cells)
     assert sorted(cells[0]["timestep"] * 4 // 1000) == list(range(4))
 
@@ -132,7 +145,8 @@ def test_samples_of_other_settings_are_refused(call, flags, unbroken, tmp_path):
 
 def test_a_model_without_dual_masks_is_asked_for_text_alone(call, tmp_path):
     report = call(tmp_path, "--ddu", "off")
-    assert list(report["about"]["sampler"]) == ["text"] and report["quality"] == {}
+    assert list(report["about"]["sampler"]) == list(report["rivals"]) == ["text"]
+    assert report["quality"] == report["given frames"] == {}
     assert "cells" not in report["loss"]["Eq. 1"]
 
 
@@ -180,10 +194,10 @@ def test_a_folder_with_broken_words_is_one_without(tmp_path):
     (tmp_path / "stickers.json").write_text("{}")
     for line in ({}, None, [], dict(entry, file_name=["a.gif"]), dict(entry, motion="standing")):
         (tmp_path / "metadata.jsonl").write_text(json.dumps(line))
-        assert evaluate.word_table(tmp_path, ["a.gif"]) == {}
+        assert items.word_table(tmp_path, ["a.gif"]) == {}
     (tmp_path / "metadata.jsonl").write_text("{\n" + json.dumps(entry))
-    assert evaluate.word_table(tmp_path, ["a.gif"]) == {"a.gif": (colour, subject, motion)}
-    assert evaluate.word_table(tmp_path, ["a.gif", "b.gif"]) == {}  # b.gif has no entry
+    assert items.word_table(tmp_path, ["a.gif"]) == {"a.gif": (colour, subject, motion)}
+    assert items.word_table(tmp_path, ["a.gif", "b.gif"]) == {}  # b.gif has no entry
 
 
 @pytest.mark.parametrize("state", ["{}", "[]", "{", '{"schedule": 1}'])

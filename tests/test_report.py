@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from lab import metrics
-from lab.evaluate import CONDITIONED, Item
+from lab.items import CONDITIONED, Item
 from lab.report import write_report
 from lab.summary import Clips, summarize, summarize_loss
 from masks import LENGTHS, TASKS
@@ -51,10 +51,11 @@ def written(tmp_path_factory):
     items.append(Item("text", "G0", "a blue cat spinning", "", words[1], True))
     for task, rows in CONDITIONED.items():
         items += [Item(task, rows[-1], "a red heart bouncing", name, words[0], True) for name in "ab"]
-    made = [random_clip() for _ in items]
+    made = {"network": {i: random_clip() for i in range(len(items))}}
     clips = Clips(items, made, {name: random_clip() for name in "abcd"}, ["a", "b"], ["c", "d"])
     draws = dict(loss=np.arange(1.0, 5), unknown=np.arange(4.0), timestep=np.array([50, 300, 500, 900]))
-    losses = {("text", 8): draws} | {(task, k): draws for task in TASKS for k in LENGTHS}
+    draws |= dict(frames=np.ones((4, 8)), given=np.arange(8) < np.ones((4, 1)))
+    losses = {("text", 8): draws, ("image", 8): draws} | {(task, k): draws for task in TASKS for k in LENGTHS}
     sampler = dict(num_inference_steps=2, eta=1.0, guidance_scale=3.0, image_guidance_scale=1.5)
     samplers = dict.fromkeys(("text", *CONDITIONED), sampler)
     about = dict(checkpoint="runs/a|b", sampler=samplers, latent_std=1.0, loss_draws=4, step=None)
@@ -88,8 +89,15 @@ def test_a_report_has_a_table_for_every_measure(written):
     for lines in tables:  # as many cells in every row as in the header
         assert len({line.count(" | ") for line in lines if not line.startswith("| checkpoint")}) == 1
     headings = re.findall("^## (.*)", page, re.MULTILINE)
-    measures = ["Text adherence", "Frames against the ground truth", "Motion", "FVD", "Held-out loss"]
-    measures += ["Frechet distance over our own features", "Video quality (external program)"]
+    measures = [
+        "Text adherence",
+        "Frames against the ground truth",
+        "Motion",
+        "FVD",
+        "Held-out loss",
+        "Use of given frames",
+    ]
+    measures += ["Beside trivial rivals", "Video quality (external program)"]
     assert set(headings) == {*measures, *(f"Samples: {task}" for task in ("text", *CONDITIONED))}
     assert "| chance | 16.7% |" in page and "| text | 12.3 | 2 | 2 |" in page
     assert "| text | 0.2500 ± 0.1000 | - |" in page
@@ -102,6 +110,6 @@ def test_every_figure_says_how_it_was_sampled(written):
     _, _, page = written
     sampler = "2 DDIM steps, eta 1, text guidance 3, image guidance 1.5"
     for part in re.split("^##+ ", page, flags=re.MULTILINE):
-        if not part.startswith(("FVD", "Video quality", "Held-out loss", "Frames against")):
+        if not part.startswith(("FVD", "Video quality", "Held-out loss", "Frames against", "Beside trivial")):
             assert sampler in part
     assert "<" not in page.replace("<=", "")  # no HTML

@@ -16,7 +16,7 @@ SIDE = SETTINGS["resolution"]
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A finished run of a random toy network with a codec that was fitted to noise."""
+    """A finished run of a random toy network with a random VAE."""
     return write_model(tmp_path_factory.mktemp("run"), *toy_model(preconditioned=True))
 
 

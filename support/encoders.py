@@ -4,8 +4,8 @@ The frozen parts around the U-Net, behind one small interface ("Guidance" and Ta
     codec      frames uint8 (N, R, R, 3)  <->  latents (N, C, R/f, R/f)               the paper's VAE
     clip, t5   captions -> token states (B, L, width) and a mask bool (B, L)          the paper's CLIP and T5
 
-Without further ado nothing is downloaded: the codec is the sticker VAE that ships (lab/train_vae.py made it),
-and WordVectors and NgramVectors are computed from the letters of the caption. Any VAE of the Stable Diffusion
+Unless others are named nothing is downloaded: the codec is the sticker VAE that ships, which lab/train_vae.py
+made; WordVectors and NgramVectors are computed from the letters of the caption. Any VAE of the Stable Diffusion
 family, any CLIP and any T5 can take their places.
 """
 
@@ -116,6 +116,8 @@ class PretrainedVAE:
             vae = load_pretrained("--vae", source, ("vae",), load, build)
         else:
             way_out = "put its files back (`git checkout pretrained/vae`), or name a VAE with --vae"
+            if copy:
+                way_out = "use another copy of the model, or name the same VAE with --vae"
             vae = load_pretrained("the VAE in", copy or SHIPPED_VAE, (), load, build, way_out=way_out)
         self.vae = vae.to(device).eval().requires_grad_(False)
         self.scale, self.shift = float(vae.config.scaling_factor), float(vae.config.shift_factor or 0)
@@ -246,19 +248,17 @@ class Encoders:
         """The encoders of a model: what `save` wrote into `folder`, and the `sources` recorded with it.
 
         Raises EncoderError for a part that is not there or another VAE."""
-        folder, named = Path(folder), {name: sources.get(name) for name in ("vae", "clip", "t5")}
+        named = {name: sources.get(name) for name in ("vae", "clip", "t5")}
         if str(sources.get("codec_identity")).startswith("PatchPCA"):
             raise EncoderError(
                 f"{folder} is of an older version, which had no VAE: train anew, or use it with that version."
             )
-        copy, prior = folder / "vae", folder / "prior"
-        codec = PretrainedVAE(None, device, copy) if copy.is_dir() and not named["vae"] else None
+        vae, copy, prior = named["vae"], Path(folder) / "vae", Path(folder) / "prior"
+        codec = PretrainedVAE(None, device, copy) if copy.is_dir() and not vae else None
         prior = load_prior(prior) if prior.is_dir() else None
         encoders = cls(**named, device=device, dtype=dtype, prior=prior, codec=codec)
         if sources.get("codec_identity", encoders.codec.identity) != encoders.codec.identity:
-            found = (
-                f"--vae {named['vae']}" if named["vae"] else f"the VAE in {copy if codec else SHIPPED_VAE}"
-            )
+            found = f"--vae {vae}" if vae else f"the VAE in {copy if codec else SHIPPED_VAE}"
             raise EncoderError(
                 f"{found} is another VAE than the model was trained with: name that one with --vae."
             )

@@ -5,8 +5,8 @@ The frozen parts around the U-Net, behind one small interface ("Guidance" and Ta
     clip, t5   captions -> token states (B, L, width) and a mask bool (B, L)          the paper's CLIP and T5
 
 Unless others are named nothing is downloaded: the codec is the sticker VAE that ships, which lab/train_vae.py
-made; WordVectors and NgramVectors are computed from the letters of the caption. Any VAE of the Stable Diffusion
-family, any CLIP and any T5 can take their places.
+made; WordVectors and NgramVectors are computed from the letters of the caption. Any VAE of the Stable
+Diffusion family, any CLIP and any T5 can take their places.
 """
 
 import hashlib

@@ -3,7 +3,7 @@ A folder of stickers -> the key frames of each -> latents on disk -> batches.
 
     python data.py stickers/                        what would be used, what is dropped and why
     python data.py stickers/ --preview sheet.png    the same, and a picture of lengths and key frames
-    python data.py stickers/ --encode --vae DIR_OR_ID --resolution 256
+    python data.py stickers/ --encode --resolution 128
                                                     the latents that train.py would encode at its start
 """
 
@@ -308,20 +308,7 @@ def draw_batch(dataset, clips, probabilities, seed, step, indices, global_batch,
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What the frozen parts of small models learn from the stickers
-
-
-def fit_codec(codec, stickers, resolution, num_workers, most_clips=384, frames_per_clip=4):
-    """Fits a PatchPCA to an even selection of the training files. Raises DataError if none is usable."""
-    chosen = evenly([sticker for sticker in stickers if sticker.split == "train"], most_clips)
-    clips = load_clips(chosen, resolution, num_workers)
-    frames = []
-    for clip in tqdm(clips, "fitting the codec", len(chosen), unit="file", disable=None):
-        if isinstance(clip, Clip):
-            frames.append(clip.pixels[np.linspace(0, len(clip.pixels) - 1, frames_per_clip).astype(int)])
-    if not frames:
-        raise DataError(NONE_USABLE)
-    codec.fit(torch.from_numpy(np.concatenate(frames)))
+# What the preconditioning of small models learns from the stickers
 
 
 def fit_prior(prior, dataset, clips, encoders, most_clips=1024):
@@ -346,13 +333,11 @@ def parse_args():
     add("folder", help="folder of stickers")
     add("--preview", metavar="FILE.png", help="write a histogram of lengths and a sheet of key frames")
     add("--encode", action="store_true", help="encode every key frame into the latent cache of train.py")
-    add("--vae", metavar="DIR_OR_ID", help="the VAE to encode with: a folder or a hub id")
+    add("--vae", metavar="DIR_OR_ID", help="what encodes (default: the sticker VAE that ships)")
     add("--resolution", type=side, help="side of the frames in pixels (default: 256 with --encode, else 96)")
     work_flags(add, os.cpu_count() or 1)
     args = parser.parse_args()
     args.resolution = args.resolution or (256 if args.encode else 96)
-    if args.encode and not args.vae:
-        raise UserError("--encode needs --vae: train.py fits the built-in codec and encodes with it.")
     if args.preview:
         pictures.check_png("--preview", args.preview)
     return args

@@ -195,7 +195,7 @@ def parse_args():
         metavar="DIR_OR_ID",
         help="a finished run, a checkpoint-N folder in it, or a hub id (default: the newest run under runs/)",
     )
-    part_flags(add, "what the checkpoint records")
+    part_flags(add, *2 * ["what the checkpoint records"])
     add("--prompt", default="", help="what the sticker shows")
     add("--negative_prompt", default="", help="what it should not show")
     add(

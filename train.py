@@ -29,7 +29,7 @@ from model import DFGN, SIZES, make_scheduler
 from sample import validation_sheet
 from support import checkpoint, log, media, setup, stickers
 from support.common import UserError, one_sentence
-from support.encoders import Encoders, load_fitted
+from support.encoders import Encoders, load_prior
 from support.finished import start_from_model
 from support.machine import (
     DTYPES,
@@ -56,13 +56,13 @@ VALIDATION_SAMPLES = 64  # held-out samples behind the validation loss
 # for the finished model. `full` is Table 6. prior: whether the network is preconditioned, which is not the
 # paper's.
 PRESETS = {
-    name: dict(zip(("resolution", "codec", "prior", "max_train_steps", "train_batch_size", "learning_rate",
+    name: dict(zip(("resolution", "prior", "max_train_steps", "train_batch_size", "learning_rate",
                     "lr_scheduler", "lr_warmup_steps", "guidance_scale", "image_guidance_scale"), row))
-    for name, row in {  # codec: pixels per latent and channels of the built-in one
-        "toy":   (32,  (4, 16), True,      6,  4, 1.0e-2, "cosine",                  2, 3.0, 1.5),
-        "tiny":  (48,  (4, 16), True,   1200,  8, 1.0e-3, "cosine",                 50, 3.0, 1.5),
-        "small": (128, (8, 32), True,  50000, 16, 2.0e-4, "cosine",                500, 5.0, 2.0),
-        "full":  (256, (8, 32), False, 50000,  1, 1.0e-5, "constant_with_warmup", 1000, 7.5, 7.5),
+    for name, row in {
+        "toy":   (32,  True,      6,  4, 1.0e-2, "cosine",                  2, 3.0, 1.5),
+        "tiny":  (64,  True,   1200,  8, 1.0e-3, "cosine",                 50, 3.0, 1.5),
+        "small": (128, True,  50000, 16, 2.0e-4, "cosine",                500, 5.0, 2.0),
+        "full":  (256, False, 50000,  1, 1.0e-5, "constant_with_warmup", 1000, 7.5, 7.5),
     }.items()
 }  # fmt: skip
 
@@ -277,7 +277,7 @@ def fit_prior(args, world, encoders, dataset, clips):
         data.fit_prior(prior.to(world.device), dataset, clips, encoders)
         prior.save_pretrained(args.output_dir / "prior")
     world.barrier()
-    encoders.prior = load_fitted(GaussianPrior, args.output_dir / "prior").to(world.device)
+    encoders.prior = load_prior(args.output_dir / "prior").to(world.device)
 
 
 def build_network(args, world, encoders, fresh):
@@ -350,7 +350,7 @@ def set_up(args, world, on_exit):
     report = log.make_reporter(args) if world.main else None
     folder, found, notes = setup.find_stickers(args, world)
     levels = len(SIZES[args.preset]["block_out_channels"])
-    encoders = setup.load_frozen_parts(args, world, found, resume, levels, data.fit_codec)
+    encoders = setup.load_frozen_parts(args, world, resume, levels)
     opened = open_stickers(args, world, folder, found, notes, encoders)
     dataset, clips = opened["dataset"], opened["clips"]
     if args.prior and resume is None and not args.init_from:

@@ -40,7 +40,7 @@ from masks import NUM_FRAMES
 from model import DFGN, SIZES
 from support import stickers
 from support.common import UserError, one_sentence, replacing
-from support.encoders import Encoders, PatchPCA, PretrainedVAE, WordVectors
+from support.encoders import Encoders, PretrainedVAE, WordVectors
 from support.flags import Parser
 from train import PRESETS
 
@@ -147,7 +147,6 @@ def stable_diffusion_vae():
     )
     codec = PretrainedVAE.__new__(PretrainedVAE)
     codec.vae = vae.to(DEVICE).eval().requires_grad_(False)
-    codec.to = lambda device: codec
     return codec
 
 
@@ -157,12 +156,10 @@ def bench_sample(quick):
     if CUDA:
         codec, preset, side = stable_diffusion_vae(), "full", 32
     else:
-        codec, preset, side = PatchPCA(*PRESETS["tiny"]["codec"]), "tiny", 12
-        codec.fit(torch.randint(0, 256, (8, 48, 48, 3), dtype=torch.uint8))
+        codec, preset, side = PretrainedVAE(), "tiny", PRESETS["tiny"]["resolution"] // 8
     _, denoiser = make_denoiser(preset, codec.latent_channels, side, WordVectors.width)
     denoiser.eval()
-    encoders, bare = Encoders(codec, device=DEVICE), Encoders(codec, device=DEVICE)
-    bare.codec = NoCodec()
+    encoders, bare = Encoders(codec=codec), Encoders(codec=NoCodec())
     latents = torch.randn(1, NUM_FRAMES, codec.latent_channels, side, side)
     given = (torch.arange(NUM_FRAMES) == 0)[None]
     settings = dict(num_inference_steps=25, guidance_scale=7.5, image_guidance_scale=3.0)

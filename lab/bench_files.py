@@ -20,10 +20,10 @@ from masks import LENGTHS
 from model import DFGN, SIZES, make_scheduler
 from support import cache, media, stickers
 from support.checkpoint import find_damage, list_checkpoints, save_checkpoint
-from support.encoders import Encoders, PatchPCA
+from support.encoders import Encoders
 from support.folder import Sticker
 from support.optim import Average, make_optimizer
-from train import PRESETS, Training
+from train import Training
 
 # ------------------------------------------------------------------------------------------------------------
 # Sticker files
@@ -183,12 +183,10 @@ def checkpoint_writer(preset, folder):
         first, second = (torch.rand_like(weight) for _ in range(2))
         step = torch.ones((), device=DEVICE)
         optimizer.state[weight] = dict(step=step, exp_avg=first, exp_avg_sq=second)
-    codec = PatchPCA(*PRESETS["tiny"]["codec"])
-    codec.fit(torch.randint(0, 256, (8, 48, 48, 3), dtype=torch.uint8))
     lr_schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
     states = lr_schedule, torch.amp.GradScaler(enabled=False), Curriculum("none", 1)
     training = Training(unet, Average(unet), optimizer, *states)
-    parts = Encoders(codec), make_scheduler(), {}
+    parts = Encoders(), make_scheduler(), {}
 
     def save():
         training.step += 1

@@ -81,8 +81,8 @@ def training_step(step):
     if step.preset == "full":
         channels, side, width, tokens = 4, 32, 1024, 77
     else:
-        (factor, channels), width, tokens = PRESETS[step.preset]["codec"], WordVectors.width, 8
-        side = PRESETS[step.preset]["resolution"] // factor
+        channels, side = 16, PRESETS[step.preset]["resolution"] // 8  # of the VAE that ships
+        width, tokens = WordVectors.width, 8
     side = step.side or side
     torch.manual_seed(0)
     unet, denoiser = make_denoiser(step.preset, channels, side, width, step.channels_last)

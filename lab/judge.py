@@ -221,10 +221,10 @@ def train_judge(clips, words, epochs=EPOCHS, width=64, seed=0):
 
 
 def get_judge(codec, resolution, cache_dir, num_workers=0):
-    """The judge for clips of this resolution and kind of codec: from the cache, else drawn for, trained and
-    put there, by one process while others wait. The weights of the codec do not matter: `examine` is held
+    """The judge for clips of this resolution and shape of latents: from the cache, else drawn for, trained
+    and put there, by one process while others wait. The weights of the codec do not matter: `examine` is held
     with the codec at hand."""
-    kind = f"{type(codec).__name__} {codec.latent_channels} {codec.factor}"
+    kind = f"{codec.latent_channels} {codec.factor}"
     key = hashlib.sha256(f"{VERSION} {stickers.VERSION} {kind} {resolution}".encode()).hexdigest()[:20]
     path = Path(cache_dir) / f"judge-{key}.pt"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -293,7 +293,7 @@ def measure(codec, frames):
     "KL": nats per latent; "mean" and "std" of the scaled latents."""
     made, numbers = [], defaultdict(list)
     noise = torch.Generator().manual_seed(0)
-    for part in tqdm(torch.from_numpy(frames).split(codec.BATCH), desc="measuring", unit="batch"):
+    for part in tqdm(torch.from_numpy(frames).split(8), desc="measuring", unit="batch"):
         posterior = codec.vae.encode(part.permute(0, 3, 1, 2).float() / 127.5 - 1).latent_dist
         latents = (posterior.mean - codec.shift) * codec.scale
         noisy = latents + 0.1 * torch.randn(latents.shape, generator=noise)

@@ -1,11 +1,11 @@
 """
 What a run leaves on disk, written whole or not at all.
 
-    output_dir/checkpoint-N/    unet/, unet_ema/, codec/, prior/, scheduler/,
+    output_dir/checkpoint-N/    unet/, unet_ema/, vae/, prior/, scheduler/,
                                 model_index.json            what sample.py reads
                                 optimizer.pt, state.json    what resuming needs besides
                                 files.json                  sha256 of each of these files
-    output_dir/                 at the end: unet/ (EMA weights where EMA is on), codec/, prior/, scheduler/,
+    output_dir/                 at the end: unet/ (EMA weights where EMA is on), vae/, prior/, scheduler/,
                                 model_index.json, README.md (the model card)
 
 A folder is written under a temporary name and renamed when it is whole, so whatever carries its final name
@@ -217,7 +217,7 @@ def write_unet(folder, unet, weights):
 
 
 def write_parts(folder, encoders, scheduler, settings):
-    """What a diffusers-style folder holds besides the U-Net. Pre-trained encoders are named, not copied."""
+    """What a diffusers-style folder holds besides the U-Net. Parts that were named are not copied."""
     scheduler.save_pretrained(folder / "scheduler")
     encoders.save(folder)
     classes = dict(unet=["model", "DFGN"], scheduler=["diffusers", "DDIMScheduler"])
@@ -310,7 +310,7 @@ def write_finished(output_dir, training, parts, card, main=True):
         # An --output_dir of letters that this locale lacks stands in it as surrogates.
         (writing / "README.md").write_text(card, encoding="utf-8", errors="surrogateescape")
         # Parts of another run that this model does not have, and the index of the model that goes
-        for name in {"codec", "prior"} - {part.name for part in writing.iterdir()}:
+        for name in {"vae", "prior"} - {part.name for part in writing.iterdir()}:
             shutil.rmtree(Path(output_dir) / name, ignore_errors=True)
         (Path(output_dir) / "model_index.json").unlink(missing_ok=True)
         order = sorted(writing.iterdir(), key=lambda part: (part.name == "model_index.json", part.name))

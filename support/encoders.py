@@ -4,9 +4,9 @@ The frozen parts around the U-Net, behind one small interface ("Guidance" and Ta
     codec      frames uint8 (N, R, R, 3)  <->  latents (N, C, R/f, R/f)               the paper's VAE
     clip, t5   captions -> token states (B, L, width) and a mask bool (B, L)          the paper's CLIP and T5
 
-The built-in ones need no download and no pre-trained weights: PatchPCA is fitted to the stickers at hand in
-closed form and saved with the checkpoint; WordVectors and NgramVectors are computed from the letters of the
-caption. A real VAE, CLIP or T5 has to offer the same attributes and calls.
+Unless others are named nothing is downloaded: the codec is the sticker VAE that ships, which lab/train_vae.py
+made; WordVectors and NgramVectors are computed from the letters of the caption. Any VAE of the Stable
+Diffusion family, any CLIP and any T5 can take their places.
 """
 
 import hashlib
@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from diffusers import AutoencoderKL, ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers import AutoencoderKL
 from diffusers.models.embeddings import get_timestep_embedding
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS
+from safetensors.torch import save_file
 from transformers import CLIPTextModel, T5EncoderModel
 from transformers.utils.logging import disable_progress_bar
 
@@ -29,98 +29,9 @@ from support.pretrained import EncoderError, check_size, load_pretrained, load_t
 from support.prior import GaussianPrior
 
 disable_progress_bar()  # of transformers: frozen parts load in a second or two
+SHIPPED_VAE = Path(__file__).parent.parent / "pretrained" / "vae"
 MAX_TOKENS = 77  # text sequence length, per encoder (Table 6)
 WORD = r"\w{1,64}|#"  # a token of the built-in encoders
-
-# ------------------------------------------------------------------------------------------------------------
-# The codec
-
-
-class PatchPCA(ModelMixin, ConfigMixin):
-    """Linear codec: principal components of image patches in, ridge regression from 3 x 3 codes out.
-
-    The cousin of a VAE that can be fitted in seconds: `encode` cuts a frame into patches and keeps the
-    `latent_channels` strongest components of each; `decode` predicts the pixels of a patch from its own code
-    and the eight around it, which recovers a part of what the components drop and hides the seams between
-    patches.
-
-    patch_size: f, pixels per latent along each side; the resolution must be a multiple of it
-    latent_channels: C
-    """
-
-    # Components are scaled by std ** -WHITENING: 1 makes all equally loud, 0 keeps the spectrum of pixels.
-    WHITENING = 0.5
-    # Standard deviation of the latents, that of a VAE's: the noise schedule is made for it. At 0.2 a sticker
-    # drowned within the first 40 of 1000 timesteps, and all its details had to be drawn in two of 50 sampling
-    # steps.
-    STD = 1.0
-
-    @register_to_config
-    def __init__(self, patch_size=8, latent_channels=32):
-        super().__init__()
-        pixels = 3 * patch_size**2
-        self.register_buffer("encoder_weight", torch.zeros(latent_channels, pixels, 1, 1))
-        self.register_buffer("encoder_bias", torch.zeros(latent_channels))
-        self.register_buffer("decoder_weight", torch.zeros(pixels, latent_channels, 3, 3))
-        self.register_buffer("decoder_bias", torch.zeros(pixels))
-
-    @property
-    def latent_channels(self):
-        return self.config.latent_channels
-
-    @property
-    def factor(self):
-        """Pixels per latent along each side."""
-        return self.config.patch_size
-
-    @property
-    def identity(self):
-        """A name that changes with the latents that this codec produces: a part of the latent cache's key."""
-        weights = torch.cat([buffer.flatten() for buffer in self.buffers()])
-        return "PatchPCA-" + hashlib.sha256(weights.cpu().numpy().tobytes()).hexdigest()[:16]
-
-    def _patches(self, frames):
-        """frames uint8 (N, R, R, 3) -> (N, 3 f f, R/f, R/f) in [-1, 1]"""
-        x = frames.to(self.encoder_bias.device).permute(0, 3, 1, 2).float() / 127.5 - 1  # (N, 3, R, R)
-        return F.pixel_unshuffle(x, self.config.patch_size)
-
-    @torch.no_grad()
-    def fit(self, frames):
-        """Fits both directions in closed form to `frames`, uint8 (N, R, R, 3): a thousand are plenty."""
-        patches = self._patches(frames)  # (N, P, h, w)
-        x = patches.permute(0, 2, 3, 1).flatten(0, 2).double()  # (N h w, P)
-        mean = x.mean(dim=0)
-        variance, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))  # ascending
-        top = variance.flip(0)[: self.latent_channels].clamp_min(1e-6)
-        weight = (
-            vectors.flip(1)[:, : self.latent_channels].T * top.pow(-self.WHITENING / 2)[:, None]
-        )  # (C, P)
-        weight *= self.STD / ((x - mean) @ weight.T).square().mean().sqrt().clamp_min(1e-6)
-        self.encoder_weight.copy_(weight[:, :, None, None])
-        self.encoder_bias.copy_(-weight @ mean)
-
-        codes = F.conv2d(patches, self.encoder_weight, self.encoder_bias)  # (N, C, h, w)
-        context = F.unfold(F.pad(codes, (1, 1, 1, 1), mode="replicate"), kernel_size=3)  # (N, 9 C, h w)
-        a = context.transpose(1, 2).flatten(0, 1).double()  # (N h w, 9 C)
-        a = torch.cat([a, torch.ones_like(a[:, :1])], dim=1)
-        ridge = 1e-3 * len(a) * torch.eye(a.shape[1], dtype=a.dtype)
-        solution = torch.linalg.solve(a.T @ a + ridge, a.T @ x)  # (9 C + 1, P)
-        self.decoder_weight.copy_(solution[:-1].T.unflatten(1, (self.latent_channels, 3, 3)))
-        self.decoder_bias.copy_(solution[-1])
-
-    @torch.no_grad()
-    def encode(self, frames):
-        """frames uint8 (N, R, R, 3) -> latents float32 (N, C, R/f, R/f), of about STD"""
-        return F.conv2d(self._patches(frames), self.encoder_weight, self.encoder_bias)
-
-    @torch.no_grad()
-    def decode(self, latents):
-        """latents (N, C, h, w) -> frames uint8 (N, f h, f w, 3)"""
-        codes = F.pad(latents.float(), (1, 1, 1, 1), mode="replicate")
-        patches = F.conv2d(codes, self.decoder_weight, self.decoder_bias)  # (N, P, h, w)
-        pixels = F.pixel_shuffle(patches, self.config.patch_size)  # (N, 3, R, R)
-        return ((pixels + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
-
 
 # ------------------------------------------------------------------------------------------------------------
 # The text encoders
@@ -178,12 +89,14 @@ class PretrainedVAE:
     """The paper's codec: an AutoencoderKL, with the scaling factor of its own config (diffusers).
 
     It computes in fp32 whatever the training does: fp16 overflows in the decoders of some of the family and
-    gives black pictures, and a frame is encoded only once. Latents have a standard deviation of about 1."""
+    gives black pictures, and a frame is encoded only once. Latents have a standard deviation of about 1.
 
-    STD = 1.0
-    BATCH = 8  # frames at a time: the activations of a 256 x 256 frame take some 300 MB
+    source: a folder or hub id that a model records; None: the VAE that ships, or a model's `copy` of it, a
+    folder"""
 
-    def __init__(self, source, device="cpu"):
+    PIXELS = 8 * 256**2  # at a time: in Stable Diffusion's VAE 256 x 256 take some 300 MB
+
+    def __init__(self, source=None, device="cpu", copy=None):
         def load(source, subfolder):
             vae = AutoencoderKL.from_pretrained(
                 source, subfolder=subfolder, use_safetensors=True, low_cpu_mem_usage=False
@@ -191,15 +104,24 @@ class PretrainedVAE:
             scale, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
             if not (scale and math.isfinite(scale) and math.isfinite(shift)):
                 raise ValueError(f"its config.json says scaling_factor = {scale}, shift_factor = {shift}")
+            if (vae.config.in_channels, vae.config.out_channels) != (3, 3):
+                raise ValueError("it is not for pictures of three colours")
+            vae.register_to_config(_name_or_path=None)  # where it lay is nobody's business in a copy
             return vae
 
         def build(folder):
             return AutoencoderKL.from_config(AutoencoderKL.load_config(folder))
 
-        vae = load_pretrained("--vae", source, ("vae",), load, build)
+        if source:
+            vae = load_pretrained("--vae", source, ("vae",), load, build)
+        else:
+            way_out = "put its files back (`git checkout pretrained/vae`), or name a VAE with --vae"
+            if copy:
+                way_out = "use another copy of the model, or name the same VAE with --vae"
+            vae = load_pretrained("the VAE in", copy or SHIPPED_VAE, (), load, build, way_out=way_out)
         self.vae = vae.to(device).eval().requires_grad_(False)
         self.scale, self.shift = float(vae.config.scaling_factor), float(vae.config.shift_factor or 0)
-        self.source = str(source)
+        self.source = str(source) if source else None
         state = hashlib.sha256(repr((self.scale, self.shift)).encode())
         for name, tensor in self.vae.state_dict().items():
             state.update(name.encode())
@@ -219,7 +141,7 @@ class PretrainedVAE:
     def encode(self, frames):
         """frames uint8 (N, R, R, 3) -> posterior means, scaled: float32 (N, C, R/f, R/f)"""
         latents = []
-        for part in frames.split(self.BATCH):
+        for part in frames.split(max(1, self.PIXELS // frames.shape[1:3].numel())):
             x = part.to(self.vae.device).permute(0, 3, 1, 2).float() / 127.5 - 1  # (n, 3, R, R)
             latents.append((self.vae.encode(x).latent_dist.mean - self.shift) * self.scale)
         return torch.cat(latents)
@@ -228,10 +150,20 @@ class PretrainedVAE:
     def decode(self, latents):
         """latents (N, C, h, w) -> frames uint8 (N, f h, f w, 3)"""
         frames = []
-        for part in latents.float().split(self.BATCH):
+        pixels = latents.shape[2:].numel() * self.factor**2
+        for part in latents.float().split(max(1, self.PIXELS // pixels)):
             x = self.vae.decode(part / self.scale + self.shift).sample  # (n, 3, R, R)
             frames.append(((x + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1))
         return torch.cat(frames)
+
+    def save(self, folder):
+        """Writes a copy that diffusers reads; in fp16 if nothing is lost. The files that it was read from may
+        be gone by now."""
+        weights = {name: weight.contiguous() for name, weight in self.vae.state_dict().items()}
+        halves = {name: weight.half() for name, weight in weights.items()}
+        lossless = all(halves[name].float().equal(weight) for name, weight in weights.items())
+        self.vae.save_config(folder)
+        save_file(halves if lossless else weights, Path(folder) / WEIGHTS, dict(format="pt"))
 
 
 class PretrainedText:
@@ -272,18 +204,18 @@ class PretrainedT5(PretrainedText):
 
 
 class Encoders:
-    """What is frozen in one model, as attributes: codec, clip, t5, the built-in ones where no source is
-    named; and prior, the GaussianPrior of a preconditioned model, else None.
+    """What is frozen in one model, as attributes: codec, the VAE that ships, clip and t5, the built-in ones,
+    where no source is named; and prior, the GaussianPrior of a preconditioned model, else None.
 
-    codec: a fitted PatchPCA, or None for the VAE of `vae`
     vae, clip, t5: folders or hub ids
     dtype: precision of the text encoders
+    codec: one that is there already, in the place of `vae`
     """
 
     def __init__(
-        self, codec=None, vae=None, clip=None, t5=None, device="cpu", dtype=torch.float32, prior=None
+        self, vae=None, clip=None, t5=None, device="cpu", dtype=torch.float32, prior=None, codec=None
     ):
-        self.codec = PretrainedVAE(vae, device) if vae else codec.to(device)
+        self.codec = codec or PretrainedVAE(vae, device)
         self.clip = PretrainedCLIP(clip, device, dtype) if clip else WordVectors()
         self.t5 = PretrainedT5(t5, device, dtype) if t5 else NgramVectors()
         self.prior = None if prior is None else prior.to(device)
@@ -304,32 +236,36 @@ class Encoders:
         return dict(named, codec_identity=self.codec.identity)
 
     def save(self, folder):
-        """Saves what cannot be found elsewhere, what was fitted here. Pre-trained parts are not copied."""
-        fitted = dict(codec=self.codec if isinstance(self.codec, PatchPCA) else None, prior=self.prior)
-        for name, part in fitted.items():
-            if part is not None:
-                part.save_pretrained(Path(folder) / name)
+        """Saves what nobody named: the prior that was fitted, and the VAE, since a later version of the
+        project may ship another. What has a source is not copied."""
+        if self.codec.source is None:
+            self.codec.save(Path(folder) / "vae")
+        if self.prior is not None:
+            self.prior.save_pretrained(Path(folder) / "prior")
 
     @classmethod
     def load(cls, folder, sources, device="cpu", dtype=torch.float32):
         """The encoders of a model: what `save` wrote into `folder`, and the `sources` recorded with it.
 
-        Raises EncoderError for a part that is not there or another VAE, OSError without a codec."""
+        Raises EncoderError for a part that is not there or another VAE."""
         named = {name: sources.get(name) for name in ("vae", "clip", "t5")}
-        codec = None if named["vae"] else load_fitted(PatchPCA, Path(folder) / "codec")
-        has_prior = (Path(folder) / "prior").is_dir()
-        prior = load_fitted(GaussianPrior, Path(folder) / "prior") if has_prior else None
-        encoders = cls(codec, **named, device=device, dtype=dtype, prior=prior)
-        expected = sources.get("codec_identity", encoders.codec.identity)
-        if encoders.codec.identity != expected:
+        if str(sources.get("codec_identity")).startswith("PatchPCA"):
             raise EncoderError(
-                f"--vae {named['vae']} is another VAE than the model was trained with: name the one that its "
-                "model_index.json records."
+                f"{folder} is of an older version, which had no VAE: train anew, or use it with that version."
+            )
+        vae, copy, prior = named["vae"], Path(folder) / "vae", Path(folder) / "prior"
+        codec = PretrainedVAE(None, device, copy) if copy.is_dir() and not vae else None
+        prior = load_prior(prior) if prior.is_dir() else None
+        encoders = cls(**named, device=device, dtype=dtype, prior=prior, codec=codec)
+        if sources.get("codec_identity", encoders.codec.identity) != encoders.codec.identity:
+            found = f"--vae {vae}" if vae else f"the VAE in {copy if codec else SHIPPED_VAE}"
+            raise EncoderError(
+                f"{found} is another VAE than the model was trained with: name that one with --vae."
             )
         return encoders
 
 
-def load_fitted(part, folder):
-    """A PatchPCA or GaussianPrior that save_pretrained wrote into `folder`. Raises OSError or ValueError."""
-    check_size(folder, lambda folder: part.from_config(part.load_config(folder)))
-    return part.from_pretrained(folder, low_cpu_mem_usage=False, use_safetensors=True)
+def load_prior(folder):
+    """The GaussianPrior that save_pretrained wrote into `folder`. Raises OSError or ValueError."""
+    check_size(folder, lambda folder: GaussianPrior.from_config(GaussianPrior.load_config(folder)))
+    return GaussianPrior.from_pretrained(folder, low_cpu_mem_usage=False, use_safetensors=True)

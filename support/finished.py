@@ -17,7 +17,7 @@ from support.machine import DTYPES, native_precision
 from support.pretrained import EncoderError, check_size
 
 MAX_SCALE = 1000  # of guidance: beyond it every picture is saturated
-PARTS = ["model_index.json", "unet/*", "unet_ema/*", "codec/*", "prior/*"]  # of a model on the hub
+PARTS = ["model_index.json", "unet/*", "unet_ema/*", "vae/*", "prior/*"]  # of a model on the hub
 
 
 # What files raise that are missing, damaged, of another size, or made to break whoever reads them

@@ -46,12 +46,12 @@ def filled(text):
     return text
 
 
-def part_flags(add, default):
-    """--vae, --clip, --t5: the pre-trained parts. add: parser.add_argument of the program; default: what is
+def part_flags(add, vae, text):
+    """--vae, --clip, --t5: the pre-trained parts. add: parser.add_argument of the program; vae, text: what is
     used without them, in words."""
-    parts = dict(vae="AutoencoderKL", clip="CLIP text model, tokenizer", t5="T5 encoder, tokenizer")
-    for name, part in parts.items():
-        add(f"--{name}", metavar="DIR_OR_ID", type=filled, help=f"{part} (default: {default})")
+    clip, t5 = (f"{part}, tokenizer (default: {text})" for part in ("CLIP text model", "T5 encoder"))
+    for name, about in dict(vae=f"AutoencoderKL (default: {vae})", clip=clip, t5=t5).items():
+        add(f"--{name}", metavar="DIR_OR_ID", type=filled, help=about)
 
 
 def work_flags(add, num_workers=min(8, os.cpu_count() or 1)):

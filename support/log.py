@@ -79,7 +79,8 @@ def report_folder(print0, folder, summary, notes, dropped, has_captions):
 
 def model_card(unet, args, sources, summary, global_batch, step):
     """The README.md of a finished run: what the model is, what it was trained on, how to use it."""
-    frozen = {name: source or "built in" for name, source in sources.items() if name in ("vae", "clip", "t5")}
+    built_in = dict(vae="the one in vae/", clip="built in", t5="built in")
+    frozen = {name: sources[name] or default for name, default in built_in.items()}
     rows = dict(
         size=f"{args.preset}, {sum(p.numel() for p in unet.parameters()):,} parameters",
         data=f"{args.data or 'the built-in stickers'}: {summary}",

@@ -50,7 +50,7 @@ def make_parser(presets, recorded):
         choices=["no", "fp16", "bf16"],
         help="autocast; the weights stay in fp32 (default: bf16 where the machine has it, else no)",
     )
-    part_flags(add, "the built-in one")
+    part_flags(add, "the sticker VAE that ships", "built-in word vectors")
     add(
         "--init_unet",
         metavar="DIR_OR_ID",
@@ -62,7 +62,7 @@ def make_parser(presets, recorded):
         metavar="DIR_OR_ID",
         type=filled,
         help="start a new run from a finished model or a checkpoint-N folder: its weights (averaged ones), "
-        "codec, text encoders, preset, resolution and temporal layer, with a schedule of its own",
+        "VAE, text encoders, preset, resolution and temporal layer, with a schedule of its own",
     )
     add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, more time")
     add("--use_8bit_adam", action="store_true", help="AdamW's moments in 8 bits (needs torchao)")
@@ -131,8 +131,8 @@ def make_parser(presets, recorded):
 
 
 def parse_args(presets):
-    """The flags of train.py as a namespace, every default filled in. presets: {name: {flag: default}}, codec
-    among them, which is no flag. Raises UserError."""
+    """The flags of train.py as a namespace, every default filled in. presets: {name: {flag: default}}.
+    Raises UserError."""
     args = make_parser(presets, {}).parse_args()
     if args.init_from:
         args = parse_again(presets, args.init_from)

@@ -85,11 +85,12 @@ def check_size(folder, build):
             raise ValueError(f"{name} is {found} its weights, {tuple(weight.shape)} in its config.json")
 
 
-def load_pretrained(flag, source, subfolders, load, build=None, config="config.json"):
+def load_pretrained(flag, source, subfolders, load, build=None, config="config.json", way_out=None):
     """Calls load(source, subfolder=...), first on the folder or hub id itself, then on those of its
     subfolders where a Stable Diffusion pipeline keeps the part. Weights are read as safetensors only, code is
-    never run; with `build` a folder is held against `check_size` first. Raises EncoderError."""
-    local = Path(source).is_dir()
+    never run; with `build` a folder is held against `check_size` first.
+    way_out: what helps where the source is a folder of ours, in words. Raises EncoderError."""
+    local = way_out is not None or Path(source).is_dir()
     first_error = None
     for subfolder in ("", *subfolders):
         if local and not (Path(source) / subfolder / config).is_file():
@@ -101,11 +102,11 @@ def load_pretrained(flag, source, subfolders, load, build=None, config="config.j
         except Exception as error:  # what the libraries raise on the files of somebody else has no end
             first_error = first_error or error
     reason = " ".join(str(first_error or f"it holds no {config}").split())[:200]
-    raise EncoderError(
-        f"{flag} {source} cannot be loaded: give a folder that save_pretrained wrote, with model.safetensors"
-        f"{'' if local else ', or a hub id'}; `hf download {'ID' if local else source}` fetches one, after "
-        f"`hf auth login` if it is gated ({reason})."
-    ) from first_error
+    way_out = way_out or (
+        f"give a folder that save_pretrained wrote, with model.safetensors{'' if local else ', or a hub id'};"
+        f" `hf download {'ID' if local else source}` fetches one, after `hf auth login` if it is gated"
+    )
+    raise EncoderError(f"{flag} {source} cannot be loaded: {way_out} ({reason}).") from first_error
 
 
 def load_text(flag, source, subfolders, model_class, model_types, dtype=torch.float32):

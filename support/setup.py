@@ -3,7 +3,6 @@ How a run of train.py begins and how it is ended early. Rank 0 makes what all ra
 """
 
 import json
-import shutil
 import signal
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 from support import checkpoint, stickers
 from support.cache import digest_files
 from support.common import UserError
-from support.encoders import Encoders, PatchPCA
+from support.encoders import Encoders
 from support.finished import local_folder, readable
 from support.folder import scan_folder
 from support.machine import DTYPES
@@ -74,26 +73,19 @@ def find_stickers(args, world):
     return folder, found, notes
 
 
-def load_frozen_parts(args, world, found, resume, levels, fit_codec):
-    """The codec, prior and text encoders: those of the checkpoint or of --init_from, unless they are named
-    anew; in a fresh start without a VAE the built-in codec is fitted. Raises UserError.
-
-    levels: resolutions of the U-Net; fit_codec(codec, stickers, resolution, workers)"""
-    sources, folder = dict(vae=args.vae, clip=args.clip, t5=args.t5), args.output_dir
+def load_frozen_parts(args, world, resume, levels):
+    """The VAE, prior and text encoders: those of the checkpoint or of --init_from, unless they are named
+    anew. levels: resolutions of the U-Net. Raises UserError."""
+    named = dict(vae=args.vae, clip=args.clip, t5=args.t5)
+    how = dict(device=world.device, dtype=DTYPES[args.mixed_precision])
     if resume is not None or args.init_from:
         folder = resume or local_folder(args.init_from, "--init_from")
         recorded = json.loads((folder / "model_index.json").read_text())
-        sources = {name: sources.get(name) or value for name, value in recorded.items()}
-    elif world.main:
-        shutil.rmtree(folder / "prior", ignore_errors=True)  # of a run that ended before its first step
-        if not args.vae:
-            codec = PatchPCA(*args.codec)
-            check_resolution(args.resolution, codec.factor, levels)
-            fit_codec(codec, found, args.resolution, args.num_workers)
-            codec.save_pretrained(folder / "codec")
-    world.barrier()
-    with readable(folder, "the model in"):
-        encoders = Encoders.load(folder, sources, world.device, DTYPES[args.mixed_precision])
+        sources = {name: named.get(name) or value for name, value in recorded.items()}
+        with readable(folder, "the model in"):
+            encoders = Encoders.load(folder, sources, **how)
+    else:
+        encoders = Encoders(**named, **how)
     check_resolution(args.resolution, encoders.codec.factor, levels)
     return encoders
 

@@ -21,9 +21,9 @@ from data import load_clip, load_clips, open_dataset
 from masks import NUM_FRAMES
 from model import make_scheduler
 from support import cache, media
-from support.encoders import PatchPCA
 from support.folder import scan_folder
 from tests.clips import fill, is_locked, moving_square, square_folder
+from tests.toys import FakeCodec
 
 UNIFORM = Curriculum("none", 1).probabilities(0)
 
@@ -33,11 +33,9 @@ def folder(tmp_path):
     return square_folder(tmp_path / "stickers")
 
 
-def open_folder(folder, cache, **codec):
-    stickers, _ = scan_folder(folder)
-    pca = PatchPCA(**{**dict(patch_size=8, latent_channels=6), **codec})
-    data.fit_codec(pca, stickers, 16, num_workers=0)
-    return open_dataset(folder, stickers, pca, 16, cache), pca
+def open_folder(folder, cache):
+    codec = FakeCodec()
+    return open_dataset(folder, scan_folder(folder)[0], codec, 16, cache), codec
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -106,9 +104,7 @@ def test_a_latent_is_stale_exactly_when_it_should_be(folder, tmp_path, monkeypat
     changed, count = clips_encoded()
     assert count == 1 and changed.clips[0].longest == 8 and changed.identity != again.identity
     assert clips_encoded(resolution=24)[1] == 12  # equal files are encoded once
-    other = PatchPCA(patch_size=8, latent_channels=6)
-    data.fit_codec(other, scan_folder(folder)[0], 16, num_workers=0)
-    assert other.identity != codec.identity and clips_encoded(other)[1] == 12
+    assert clips_encoded(FakeCodec(identity="other"))[1] == 12
     monkeypatch.setattr(cache, "CACHE_VERSION", cache.CACHE_VERSION + 1)  # key frames
     assert clips_encoded()[1] == 12
 
@@ -123,19 +119,18 @@ def test_a_dropped_file_keeps_its_reason_and_its_neighbours(folder, tmp_path):
 def test_an_interrupted_build_goes_on_where_it_stopped(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "SHARD_CLIPS", 4)
     stickers, _ = scan_folder(folder)
-    codec = PatchPCA(patch_size=8, latent_channels=6)
-    data.fit_codec(codec, stickers, 16, num_workers=0)
-    counts, encode = encoded(monkeypatch, codec), PatchPCA.encode
+    codec = FakeCodec()
+    counts, encode = encoded(monkeypatch, codec), FakeCodec.encode
 
     def interrupt(self, frames):
         if len(counts) == 6:
             raise KeyboardInterrupt
         return encode(self, frames)
 
-    monkeypatch.setattr(PatchPCA, "encode", interrupt)
+    monkeypatch.setattr(FakeCodec, "encode", interrupt)
     with pytest.raises(KeyboardInterrupt):
         open_dataset(folder, stickers, codec, 16, tmp_path / "cache")
-    monkeypatch.setattr(PatchPCA, "encode", encode)
+    monkeypatch.setattr(FakeCodec, "encode", encode)
     counts.clear()
     dataset = open_dataset(folder, stickers, codec, 16, tmp_path / "cache")
     assert len(dataset.clips) == 12 and len(counts) == 8  # the first shard of four was kept
@@ -143,21 +138,20 @@ def test_an_interrupted_build_goes_on_where_it_stopped(folder, tmp_path, monkeyp
 
 def build(folder, codec, cache_dir, words):
     """Builds a cache in shards of two, slowly, and puts a word for each clip that it encodes."""
-    cache.SHARD_CLIPS, encode = 2, PatchPCA.encode
+    cache.SHARD_CLIPS, encode = 2, FakeCodec.encode
 
     def slow(self, frames):
         time.sleep(0.1)
         words.put("encoded")
         return encode(self, frames)
 
-    PatchPCA.encode = slow
+    FakeCodec.encode = slow
     dataset = open_dataset(folder, scan_folder(folder)[0], codec, 16, cache_dir)
     words.put(f"{len(dataset.clips)} clips")
 
 
 def test_processes_share_the_work_and_survive_each_other(folder, tmp_path):
-    codec, fork = PatchPCA(patch_size=8, latent_channels=6), get_context("fork")
-    data.fit_codec(codec, scan_folder(folder)[0], 16, num_workers=0)
+    codec, fork = FakeCodec(), get_context("fork")
 
     def start():
         words = fork.SimpleQueue()
@@ -334,13 +328,11 @@ def test_wrong_flags_are_one_sentence(folder, monkeypatch, capsys, flags, words)
 
 
 def test_what_is_not_used_is_said_and_not_counted_as_dropped(folder, monkeypatch, capsys):
-    monkeypatch.setattr(data, "PretrainedVAE", lambda *_: PatchPCA(patch_size=8, latent_channels=6))
+    monkeypatch.setattr(data, "PretrainedVAE", lambda *_: FakeCodec())
     fill(folder, ".hidden/a.gif", "pack.tgs", "broken.gif")
     encode = ["--encode", "--vae", "x", "--resolution", 16, "--cache_dir", folder.parent]
     for flags, words in (([], "12 stickers used, 1 dropped"), (encode, ", 1 dropped\n")):
         with monkeypatch.context() as patch:
-            patch.setattr(PatchPCA, "encode", lambda self, frames: torch.zeros(len(frames), 6, 2, 2))
-            patch.setattr(PatchPCA, "identity", "any")
             patch.setattr(sys, "argv", ["data.py", str(folder), "--num_workers", "0", *map(str, flags)])
             data.main()
         said = capsys.readouterr().out
@@ -359,7 +351,7 @@ def test_one_usable_file_of_many_is_shown(folder, tmp_path, monkeypatch, capsys)
 
 
 def test_a_place_that_cannot_be_used_is_one_sentence(folder, monkeypatch, capsys):
-    monkeypatch.setattr(data, "PretrainedVAE", lambda *_: PatchPCA(patch_size=8, latent_channels=6))
+    monkeypatch.setattr(data, "PretrainedVAE", lambda *_: FakeCodec())
     flags = [folder, "--encode", "--vae", "x", "--resolution", 16, "--num_workers", 0]
     status, written = run(monkeypatch, capsys, *flags, "--cache_dir", "/proc/x")
     assert status == 2 and written.startswith("data.py: /proc/x") and written.count("\n") == 1

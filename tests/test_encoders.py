@@ -1,4 +1,4 @@
-"""The codecs and text encoders, built-in and pre-trained."""
+"""The VAE and the text encoders, built-in and pre-trained."""
 
 import json
 import shutil
@@ -6,14 +6,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, T5ForConditionalGeneration
 
 from support.encoders import (
     MAX_TOKENS,
+    SHIPPED_VAE,
     Encoders,
     NgramVectors,
-    PatchPCA,
     PretrainedCLIP,
     PretrainedT5,
     PretrainedVAE,
@@ -33,52 +34,6 @@ def smooth_frames(count=40, size=32, seed=0):
     return torch.from_numpy(
         np.uint8(127 + 100 * np.stack(waves)).reshape(count, 3, size, size).transpose(0, 2, 3, 1).copy()
     )
-
-
-def psnr(a, b):
-    return 10 * np.log10(255**2 / (a.float() - b.float()).square().mean().item())
-
-
-def test_codec_round_trip_and_scale():
-    frames, unseen = smooth_frames(100), smooth_frames(seed=1)
-    quality = []
-    for channels in (3, 6, 12, 24):
-        codec = PatchPCA(patch_size=4, latent_channels=channels)
-        codec.fit(frames)
-        latents = codec.encode(unseen)
-        assert latents.shape == (40, channels, 8, 8)
-        assert codec.encode(frames).std() == pytest.approx(PatchPCA.STD, rel=0.1)
-        decoded = codec.decode(latents)
-        assert decoded.shape == unseen.shape and decoded.dtype == torch.uint8
-        quality.append(psnr(decoded, unseen))
-    assert quality == sorted(quality) and quality[-1] > 32
-
-
-def test_codec_encodes_frame_by_frame_and_on_any_size():
-    codec = PatchPCA(patch_size=4, latent_channels=8)
-    codec.fit(smooth_frames())
-    frames = smooth_frames(6, size=20)
-    torch.testing.assert_close(codec.encode(frames)[3:4], codec.encode(frames[3:4]))
-
-
-def test_codec_survives_a_constant_data_set():
-    codec = PatchPCA(patch_size=4, latent_channels=8)
-    white = torch.full((4, 16, 16, 3), 255, dtype=torch.uint8)
-    codec.fit(white)
-    assert codec.encode(white).isfinite().all() and torch.equal(codec.decode(codec.encode(white)), white)
-
-
-def test_codec_saves_and_loads(tmp_path):
-    codec = PatchPCA(patch_size=4, latent_channels=8)
-    codec.fit(smooth_frames())
-    Encoders(codec).save(tmp_path)
-    again = Encoders.load(tmp_path, {}).codec
-    assert again.identity == codec.identity and again.factor == 4
-    frames = smooth_frames(3)
-    assert torch.equal(again.encode(frames), codec.encode(frames))
-    other = PatchPCA(patch_size=4, latent_channels=8)
-    other.fit(smooth_frames(seed=5))
-    assert other.identity != codec.identity
 
 
 @pytest.mark.parametrize("encoder", [WordVectors(), NgramVectors()], ids=["words", "ngrams"])
@@ -138,6 +93,15 @@ def test_vae_identity_is_that_of_its_weights(pretrained, tmp_path):
         config = json.loads((scaled / "config.json").read_text())
         (scaled / "config.json").write_text(json.dumps(config | {name: value}))
         assert PretrainedVAE(scaled).identity != codec.identity
+
+
+def test_latents_of_a_frame_do_not_depend_on_what_goes_with_it(pretrained, monkeypatch):
+    codec, frames = pretrained[0].codec, smooth_frames(5)
+    latents, decoded = codec.encode(frames), codec.decode(codec.encode(frames))
+    for pixels in (1, 2 * 32**2, 100 * 32**2):
+        monkeypatch.setattr(PretrainedVAE, "PIXELS", pixels)
+        torch.testing.assert_close(codec.encode(frames), latents, rtol=1e-4, atol=1e-5)
+        assert (codec.decode(latents).int() - decoded.int()).abs().max() <= 1
 
 
 def test_a_vae_with_the_names_of_2022(pretrained, tmp_path):
@@ -260,3 +224,48 @@ def test_another_vae_is_refused(pretrained, tmp_path):
     make_vae(tmp_path / "other")
     with pytest.raises(EncoderError, match="another VAE"):
         Encoders.load(tmp_path, dict(sources, vae=str(tmp_path / "other")))
+
+
+def test_without_a_source_a_model_carries_the_vae_that_ships(tmp_path, monkeypatch):
+    encoders = Encoders()
+    sources = encoders.sources()
+    assert sources["vae"] is None and (encoders.codec.latent_channels, encoders.codec.factor) == (16, 8)
+    encoders.save(tmp_path / "run")
+    assert str(SHIPPED_VAE.parent) not in (tmp_path / "run" / "vae" / "config.json").read_text()
+    copy, shipped = (
+        folder / "diffusion_pytorch_model.safetensors" for folder in (tmp_path / "run" / "vae", SHIPPED_VAE)
+    )
+    assert copy.stat().st_size == shipped.stat().st_size
+    assert (
+        AutoencoderKL.from_pretrained(tmp_path / "run" / "vae").config.scaling_factor == encoders.codec.scale
+    )
+
+    make_vae(tmp_path / "newer")  # a later version of the project ships another
+    monkeypatch.setattr("support.encoders.SHIPPED_VAE", tmp_path / "newer")
+    again = Encoders.load(tmp_path / "run", sources)
+    assert again.sources() == sources
+    shutil.rmtree(tmp_path / "run")  # as a checkpoint goes that a run was resumed from
+    again.save(tmp_path / "saved again")
+    assert Encoders.load(tmp_path / "saved again", sources).sources() == sources
+    with pytest.raises(EncoderError, match="newer is another VAE than the model was trained with"):
+        Encoders.load(tmp_path, sources)
+
+
+def test_a_named_vae_comes_first_and_is_not_copied(pretrained, tmp_path):
+    vae = str(pretrained[1][0])
+    Encoders().save(tmp_path / "run")
+    named = Encoders.load(tmp_path / "run", dict(vae=vae))
+    assert named.sources()["vae"] == vae and named.codec.identity == pretrained[0].codec.identity
+    named.save(tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_copy_loses_nothing(pretrained, tmp_path):
+    codec = PretrainedVAE(copy=pretrained[1][0])  # its weights are no halves
+    codec.save(tmp_path)
+    assert codec.source is None and PretrainedVAE(copy=tmp_path).identity == codec.identity
+
+
+def test_a_model_of_the_version_without_a_vae_is_refused(tmp_path):
+    with pytest.raises(EncoderError, match="older version.*train anew"):
+        Encoders.load(tmp_path, dict(vae=None, codec_identity="PatchPCA-0123456789abcdef"))

@@ -21,10 +21,11 @@ from model import make_scheduler
 from support import stickers
 from support.checkpoint import write_parts, write_unet
 from support.common import UserError
-from support.encoders import Encoders, PatchPCA
+from support.encoders import Encoders
 from support.prior import GaussianPrior
+from tests.checkpoints import CHANNELS, toy_vae
 from tests.test_pretrained_metrics import stand_in_i3d
-from tests.toys import WIDTH, drawn_clips, fit_to_noise, toy_unet
+from tests.toys import WIDTH, fit_to_noise, toy_unet
 
 SCALE = "--num_prompts 6 --num_clips 3 --num_samples 2 --loss_draws 4 --num_inference_steps 4"
 SCALE += " --batch_size 4 --num_workers 0"
@@ -43,14 +44,11 @@ def call(tmp_path_factory):
     for i, line in enumerate(lines):
         line["split"] = "validation" if i % 3 == 0 else "train"
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    frames, _ = drawn_clips(judge.combinations(False)[:6], 9, 16)
-    codec = PatchPCA(patch_size=4, latent_channels=6)
-    codec.fit(torch.from_numpy(frames).flatten(0, 1))
-    unet = toy_unet(latent_channels=6, condition_channels=12)
-    prior = fit_to_noise(GaussianPrior(6, 4, WIDTH), 4)
+    unet = toy_unet(latent_channels=CHANNELS, condition_channels=2 * CHANNELS)
+    prior = fit_to_noise(GaussianPrior(CHANNELS, 16 // toy_vae().factor, WIDTH), 4)
     write_unet(root / "run" / "unet", unet, unet.state_dict())
     settings = dict(resolution=16, mixed_precision="no", guidance_scale=3.0, image_guidance_scale=1.5)
-    write_parts(root / "run", Encoders(codec, prior=prior), make_scheduler(), settings)
+    write_parts(root / "run", Encoders(codec=toy_vae(), prior=prior), make_scheduler(), settings)
 
     def call(output_dir, *flags):
         words = ["--checkpoint", root / "run", "--data", folder, "--cache_dir", root / "cache"]

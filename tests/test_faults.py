@@ -160,17 +160,13 @@ def test_an_error_is_said_once_on_each_machine(run, capsys, monkeypatch, local_r
     assert ("--learning_rate: inf must" in capsys.readouterr().err) == says
 
 
-def test_a_set_up_that_was_interrupted_leaves_no_prior_behind(folder, tmp_path):
+def test_the_prior_of_a_set_up_that_was_interrupted_is_not_used(tmp_path):
     """A start with --preset full takes the folder over: its network is not preconditioned."""
     GaussianPrior(4, 2, 8).save_pretrained(tmp_path / "prior")
-    args = Namespace(
-        vae=None, clip=None, t5=None, codec=(8, 32), resolution=64, num_workers=0, init_from=None
-    )
+    args = Namespace(vae=None, clip=None, t5=None, resolution=64, init_from=None)
     args.output_dir, args.mixed_precision = tmp_path, "no"
-    found, _ = scan_folder(folder)
     levels = len(SIZES["full"]["block_out_channels"])
-    encoders = setup.load_frozen_parts(args, train.World(), found, None, levels, data.fit_codec)
-    assert encoders.prior is None and not (tmp_path / "prior").exists()
+    assert setup.load_frozen_parts(args, train.World(), None, levels).prior is None
 
 
 def test_a_finished_model_holds_no_part_of_another_run(tmp_path):

@@ -46,7 +46,7 @@ def with_parts(parts, folder, cache, tmp_path_factory):
 def test_a_run_with_pre_trained_parts_names_them(parts, with_parts):
     index = json.loads((with_parts / "model_index.json").read_text())
     assert index["vae"] == str(parts["vae"]) and index["codec_identity"].startswith("AutoencoderKL")
-    assert not (with_parts / "codec").exists()
+    assert not (with_parts / "vae").exists()
     card = (with_parts / "README.md").read_text()
     assert str(parts["t5"]) in card and "progress.png" in card and "validation-4.png" in card
     assert DFGN.from_pretrained(with_parts / "unet").config.t5_dim == 24

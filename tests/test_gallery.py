@@ -9,14 +9,16 @@ from PIL import Image
 
 from lab import gallery
 from support import stickers
+from support.encoders import PretrainedVAE
 from tests.checkpoints import CHANNELS, SETTINGS, toy_model, write_model
+from tests.toys import FakeCodec
 
 SIDE = SETTINGS["resolution"]
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A finished run of a random toy network with a codec that was fitted to noise."""
+    """A finished run of a random toy network with a random VAE."""
     return write_model(tmp_path_factory.mktemp("run"), *toy_model(preconditioned=True))
 
 
@@ -29,6 +31,8 @@ def drawn(tmp_path_factory):
 def run(checkpoint, drawn, monkeypatch, capsys):
     """Runs the program on the toy network and a small set. Returns (exit status, stdout, stderr)."""
     monkeypatch.setattr(gallery, "STEPS", 2)
+    # a random VAE gives each pixel a colour of its own, and a palette for them takes seconds
+    monkeypatch.setattr(PretrainedVAE, "decode", FakeCodec(4, CHANNELS).decode)
     monkeypatch.setattr(stickers, "draw_stickers", lambda folder: drawn)
 
     def main(*arguments, checkpoint=checkpoint):

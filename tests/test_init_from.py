@@ -23,7 +23,7 @@ def test_it_starts_from_the_averaged_weights_and_parts_with_a_fresh_schedule(tra
     model = trained / part
     out = run("my run", init_from=model, max_train_steps=1, **AS_THE_MODEL)
     assert same(begun, weights(model, "unet" if part == "." else "unet_ema"))
-    assert same(weights(model, "codec"), weights(out, "codec"))
+    assert same(weights(model, "vae"), weights(out, "vae"))
     assert same(weights(model, "prior"), weights(out, "prior"))
     assert state(out, 1)["init_from"] == str(model.resolve())
     card = (out / "README.md").read_text()

@@ -5,8 +5,7 @@ import pytest
 
 from lab import judge
 from support import stickers
-from support.encoders import PatchPCA
-from tests.toys import drawn_clips, grey
+from tests.toys import FakeCodec, drawn_clips, grey
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +81,7 @@ def test_clips_for_the_judge_are_key_frames_of_new_stickers():
 
 
 def test_a_judge_is_trained_once(tmp_path, monkeypatch):
-    codec, trained = PatchPCA(patch_size=4, latent_channels=6), []
+    codec, trained = FakeCodec(), []
 
     def train(clips, words):
         trained.append(len(clips))

@@ -13,7 +13,7 @@ import train
 from data import Batch
 from masks import LENGTHS, NUM_FRAMES
 from model import make_scheduler
-from support.encoders import Encoders, PatchPCA, load_fitted
+from support.encoders import Encoders, load_prior
 from support.machine import World
 from support.prior import (
     LATENT_ERROR,
@@ -26,7 +26,17 @@ from support.prior import (
     loss_weights,
     precondition,
 )
-from tests.toys import SMALLER, WIDTH, as_text, first_frames, fit_to_noise, given_frames, toy_inputs, toy_unet
+from tests.toys import (
+    SMALLER,
+    WIDTH,
+    FakeCodec,
+    as_text,
+    first_frames,
+    fit_to_noise,
+    given_frames,
+    toy_inputs,
+    toy_unet,
+)
 
 C, SIDE, TEXT = 2, 3, 5
 D, MODES = C * SIDE**2, 12
@@ -203,13 +213,11 @@ def test_few_clips_are_enough_for_a_start(clips):
 
 def test_it_is_saved_and_loaded_bit_for_bit(tmp_path):
     prior = fit_to_noise(GaussianPrior(C, SIDE, TEXT), 9)
-    codec = PatchPCA(patch_size=4, latent_channels=C)
-    codec.fit(torch.randint(0, 256, (4, 12, 12, 3), dtype=torch.uint8))
-    Encoders(codec, prior=prior).save(tmp_path)
-    assert {folder.name for folder in tmp_path.iterdir()} == {"codec", "prior"}
+    Encoders(prior=prior).save(tmp_path)
+    assert {folder.name for folder in tmp_path.iterdir()} == {"vae", "prior"}
     x, alpha, text = torch.randn(1, 5, C, SIDE, SIDE), ALPHA[None, 500], as_text(torch.randn(1, TEXT))
     given = given_frames(0, count=5, batch=1)
-    for again in (load_fitted(GaussianPrior, tmp_path / "prior"), Encoders.load(tmp_path, {}).prior):
+    for again in (load_prior(tmp_path / "prior"), Encoders.load(tmp_path, {}).prior):
         saved, loaded = dict(prior.named_buffers()), dict(again.named_buffers())
         assert saved.keys() == loaded.keys() and again.lengths == prior.lengths
         assert all(torch.equal(saved[name], loaded[name]) for name in saved)
@@ -302,11 +310,9 @@ def test_loss_weights_are_those_of_the_clean_latents():
 
 @pytest.mark.parametrize("bare", [True, False], ids=["bare", "preconditioned"])
 def test_both_go_through_sampling_and_training_by_the_same_calls(bare):
-    codec = PatchPCA(patch_size=4, latent_channels=4)
-    codec.fit(torch.randint(0, 256, (8, 8, 8, 3), dtype=torch.uint8))
     text = dict(clip_dim=WIDTH, t5_dim=WIDTH)
     denoiser = toy_unet(**(SMALLER | text)) if bare else preconditioned(side=2, **text)
-    encoders = Encoders(codec, prior=None if bare else denoiser.prior)
+    encoders = Encoders(codec=FakeCodec(4, 4), prior=None if bare else denoiser.prior)
 
     latents, noise = torch.randn(2, 2, NUM_FRAMES, 4, 2, 2)
     given, captions = given_frames(0), ["a red heart", ""]

@@ -13,10 +13,10 @@ import sample
 from model import make_scheduler
 from support import media
 from support.checkpoint import write_unet
-from support.encoders import Encoders, PatchPCA
+from support.encoders import Encoders
 from support.finished import CheckpointError, newest_run
 from support.prior import Preconditioned
-from tests.checkpoints import CHANNELS, SIDE, toy_model, write_model
+from tests.checkpoints import CHANNELS, SIDE, toy_model, toy_vae, write_model
 from tests.stress.fuzz import bombs, memory
 from tests.toys import assert_refused, given_frames
 
@@ -360,5 +360,5 @@ def test_bad_checkpoints_get_one_sentence(model, tmp_path, monkeypatch, capsys):
         index.write_text(json.dumps(dict(settings, resolution=resolution)))
         refused(other, prompt, f"resolution = {resolution}", monkeypatch, capsys)
 
-    mixed = write_model(tmp_path / "mixed", model[0], Encoders(PatchPCA(patch_size=4, latent_channels=5)))
+    mixed = write_model(tmp_path / "mixed", model[0], Encoders(codec=toy_vae(5)))
     refused(mixed, prompt, f"latent_channels = {CHANNELS}, its other parts 5", monkeypatch, capsys)

@@ -19,7 +19,7 @@ from tests.runs import FLAGS, NO_PICTURES, ROOT, few_steps, log, run_here, same,
 
 def test_a_run_leaves_what_it_promises(trained):
     names = {path.name for path in trained.iterdir()}
-    assert names >= {"unet", "codec", "prior", "scheduler", "model_index.json", "README.md", "log.jsonl"}
+    assert names >= {"unet", "vae", "prior", "scheduler", "model_index.json", "README.md", "log.jsonl"}
     assert names >= {"progress.png", "sample.gif", "validation-3.png", "validation-6.png"}
     assert names >= {"checkpoint-3", "checkpoint-6"}
     assert not [name for name in names if "tmp" in name]
@@ -144,6 +144,11 @@ def test_bad_flags_get_one_sentence(run, refused, said, flags):
 @pytest.mark.parametrize("flag", ["vae", "init_unet"])
 def test_a_folder_that_is_no_part_gets_one_sentence(run, refused, tmp_path, flag):
     refused(f"--{flag}", run, **{flag: tmp_path})
+
+
+def test_the_vae_that_ships_is_missing(run, refused, tmp_path, monkeypatch):
+    monkeypatch.setattr("support.encoders.SHIPPED_VAE", tmp_path / "absent")
+    assert "name a VAE with --vae" in refused(f"the VAE in {tmp_path / 'absent'} cannot be loaded", run)
 
 
 def test_an_output_folder_among_the_stickers_is_passed_over_and_refused_in_their_place(

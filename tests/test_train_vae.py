@@ -149,7 +149,7 @@ def test_latents_have_a_standard_deviation_of_one(toy_run, vae_cache):
 
 def test_train_py_takes_it(toy_run, run):
     out = run(vae=toy_run / "vae", max_train_steps=1)
-    assert (out / "unet").is_dir() and not (out / "codec").exists()
+    assert (out / "unet").is_dir() and not (out / "vae").exists()
 
 
 def test_measuring_prints_a_table_and_draws_a_picture(toy_run, vae_cache, tmp_path, capsys):

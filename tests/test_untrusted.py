@@ -73,7 +73,7 @@ BROKEN = {
     "no pooling": ("unet/config.json", dict(sti_gamma=0), "sti_gamma is 0"),
     "pooling in words": ("unet/config.json", dict(sti_gamma="2"), "sti_gamma is '2'"),
     "half a U-Net": (UNET, halve, "is missing from its weights"),
-    "half a codec": (f"codec/{WEIGHTS}", halve, "is missing from its weights"),
+    "half a VAE": (f"vae/{WEIGHTS}", halve, "is missing from its weights"),
     "half a prior": (f"prior/{WEIGHTS}", halve, "is missing from its weights"),
     "side": ("prior/config.json", dict(side=2**16), "more weights than"),
     "another side": ("prior/config.json", dict(side=-4), "resolution = 16, which its parts are not made for"),
@@ -81,14 +81,18 @@ BROKEN = {
     "no lengths": ("prior/config.json", dict(lengths=[]), "cannot be read"),
     "other lengths": ("prior/config.json", dict(lengths=[2, 3, 4, 5, 6, 8]), "other clip lengths"),
     "no prior": ("prior/config.json", write(b"{"), "cannot be read"),
-    "another shape": (f"codec/{WEIGHTS}", bend, "in its weights"),
+    "another shape": (f"vae/{WEIGHTS}", bend, "in its weights"),
     "another class": ("unet/config.json", dict(_class_name="UNet2DConditionModel"), "not a DFGN"),
     "no JSON": ("unet/config.json", write(b"{"), "cannot be read"),
     "a list": ("unet/config.json", write(b"[1, 2]"), "cannot be read"),
     "deep": ("unet/config.json", write(b"[" * 100_000), "cannot be read"),
     "not a number": ("unet/config.json", write(b'{"_class_name": "DFGN", "head_width": NaN}'), "head_width"),
-    "patches": ("codec/config.json", dict(patch_size=2**20), "cannot be read"),
-    "patches and memory": ("codec/config.json", dict(patch_size=5000), "more weights than"),
+    "VAE": ("vae/config.json", dict(latent_channels=2**20), "more weights than"),
+    "VAE without levels": ("vae/config.json", dict(block_out_channels=[]), "cannot be loaded"),
+    "scale of latents": ("vae/config.json", dict(scaling_factor=float("nan")), "scaling_factor"),
+    "another VAE": ("vae/config.json", dict(scaling_factor=0.5), "another VAE than the model was trained"),
+    "no VAE": ("vae/config.json", lambda path: shutil.rmtree(path.parent), "another VAE than the model was"),
+    "older version": ("model_index.json", dict(codec_identity="PatchPCA-0"), "is of an older version"),
     "resolution": ("model_index.json", dict(resolution=HUGE), "resolution"),
     "no resolution": ("model_index.json", dict(resolution=None), "resolution"),
     "precision": ("model_index.json", dict(mixed_precision="os.system"), "mixed_precision"),
@@ -135,7 +139,7 @@ def test_weights_are_safetensors_of_the_same_folder(checkpoint, tmp_path, monkey
     for folder, load in (
         (run / "prior", lambda: sample.load(run)),
         (run / "unet", lambda: sample.load(run)),
-        (run / "codec", lambda: Encoders.load(run, {})),
+        (run / "vae", lambda: Encoders.load(run, {})),
         (vae, lambda: PretrainedVAE(vae)),
         (clip / "text_encoder", lambda: PretrainedCLIP(clip)),
         (t5, lambda: PretrainedT5(t5)),
@@ -235,6 +239,12 @@ def test_a_vae_without_its_weights(tmp_path, harm, words):
     make_vae(tmp_path)
     harm(tmp_path / WEIGHTS)
     with pytest.raises(EncoderError, match=words):
+        PretrainedVAE(tmp_path)
+
+
+def test_a_vae_of_other_pictures(tmp_path):
+    make_vae(tmp_path, colours=4)
+    with pytest.raises(EncoderError, match="three colours"):
         PretrainedVAE(tmp_path)
 
 

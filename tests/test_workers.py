@@ -16,11 +16,11 @@ from PIL import Image
 import data
 from data import load_clips
 from support import cache, decode, media, workers
-from support.encoders import PatchPCA
 from support.folder import scan_folder
 from support.workers import in_processes
 from tests.clips import clip, good_folder, is_locked
 from tests.stress import fuzz
+from tests.toys import FakeCodec
 
 
 @pytest.fixture
@@ -173,8 +173,7 @@ def test_a_file_that_crashes_the_decoder_is_dropped_from_the_cache(place, tmp_pa
     def crash(path, resolution):
         return fate("crash") if path.name == "bad.gif" else read(path, resolution)
 
-    stickers, codec = scan_folder(place)[0], PatchPCA(patch_size=8, latent_channels=6)
-    data.fit_codec(codec, stickers, 16, num_workers=0)
+    stickers, codec = scan_folder(place)[0], FakeCodec()
     monkeypatch.setattr(media, "read_clip", crash)  # forked processes inherit it
     dataset = data.open_dataset(place, stickers, codec, 16, tmp_path / "cache", num_workers=1)
     assert [c.name for c in dataset.clips] == ["fine.gif", "good.gif"]
@@ -184,9 +183,8 @@ def test_a_file_that_crashes_the_decoder_is_dropped_from_the_cache(place, tmp_pa
 
 
 def test_no_process_stays_when_the_encoder_fails(place, tmp_path, monkeypatch):
-    stickers, codec = scan_folder(place)[0] * 40, PatchPCA(patch_size=8, latent_channels=6)
-    data.fit_codec(codec, stickers, 16, num_workers=0)
-    monkeypatch.setattr(PatchPCA, "encode", lambda self, frames: 1 / 0)
+    stickers, codec = scan_folder(place)[0] * 40, FakeCodec()
+    monkeypatch.setattr(FakeCodec, "encode", lambda self, frames: 1 / 0)
     monkeypatch.setattr(cache, "digest_files", lambda *_: [str(i) for i in range(40)])
     with pytest.raises(ZeroDivisionError) as error:  # `error` keeps every frame of the traceback alive
         data.open_dataset(place, stickers, codec, 16, tmp_path / "cache", num_workers=2)

@@ -11,8 +11,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config,
 LETTERS = "abcdefghijklmnopqrstuvwxyz#.,"
 
 
-def make_vae(folder, channels=(8, 16, 16, 16), latent_channels=4):
+def make_vae(folder, channels=(8, 16, 16, 16), latent_channels=4, colours=3):
     AutoencoderKL(
+        in_channels=colours,
+        out_channels=colours,
         down_block_types=["DownEncoderBlock2D"] * len(channels),
         up_block_types=["UpDecoderBlock2D"] * len(channels),
         block_out_channels=channels,

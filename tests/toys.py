@@ -1,10 +1,12 @@
-"""What several test files build: the toy network, what it is called with, a prior fitted to noise, clips."""
+"""What several test files build: the toy network, what it is called with, a prior fitted to noise, a codec,
+clips."""
 
 import sys
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from masks import LENGTHS, NUM_FRAMES
 from model import DFGN, SIZES
@@ -73,6 +75,23 @@ def fit_to_noise(prior, clips, scale=1.0):
     texts = {k: as_text(torch.randn(len(x), width)) for k, x in latents.items()}
     prior.fit(latents, texts, as_text(torch.randn(1, width)))
     return prior
+
+
+class FakeCodec:
+    """What a VAE is called with, at no cost: the mean colour of each square of factor x factor pixels."""
+
+    source = "somewhere"
+
+    def __init__(self, factor=8, latent_channels=6, identity="fake"):
+        self.factor, self.latent_channels, self.identity = factor, latent_channels, identity
+
+    def encode(self, frames):
+        colours = F.avg_pool2d(frames.permute(0, 3, 1, 2) / 127.5 - 1, self.factor)  # (N, 3, R/f, R/f)
+        return colours.repeat(1, self.latent_channels, 1, 1)[:, : self.latent_channels]
+
+    def decode(self, latents):
+        colours = F.interpolate(latents[:, :3], scale_factor=self.factor)
+        return ((colours + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
 
 
 def assert_refused(main, arguments, words, monkeypatch, capsys):

@@ -291,7 +291,10 @@ def draw_sample(dataset, clips, probabilities, seed, step, index, global_batch, 
     given = masks.condition_mask(row, k) & keep_image
     latents = np.zeros((NUM_FRAMES, *frames.shape[1:]), np.float32)
     latents[:k] = frames
-    timestep = rng.integers(NUM_TIMESTEPS)
+    # The timesteps of a batch are spread evenly, each of them uniform (Kingma et al. 2021): what a step draws
+    # of them is most of the noise of its loss, which the curriculum reads.
+    shift = np.random.default_rng((seed, step)).random()
+    timestep = int(NUM_TIMESTEPS * ((index / global_batch + shift) % 1))
     noise = rng.standard_normal(latents.shape, dtype=np.float32)
     return latents, noise, timestep, given, masks.loss_mask(k), caption, row.task, k
 

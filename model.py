@@ -371,7 +371,7 @@ SIZES = {
                     "cross_attention_dim", "norm_num_groups"), row))
     for name, row in {
         "toy":   ((16, 32),               (True, True),               1,  8,   16,  4),
-        "tiny":  ((96, 192),              (False, True),              1, 32,  256,  8),
+        "tiny":  ((48, 96),               (True, True),               1, 24,  256,  8),
         "small": ((128, 256, 512, 512),   (True, True, True, False),  2, 64,  512, 32),
         "full":  ((320, 640, 1280, 1280), (True, True, True, False),  2, 64, 1024, 32),
     }.items()

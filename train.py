@@ -53,16 +53,16 @@ MAX_BAD_STEPS = 20  # in a row; fp16 needs some at its start, until the loss sca
 VALIDATION_SAMPLES = 64  # held-out samples behind the validation loss
 
 # What each preset trains with unless a flag says otherwise, and the guidance scales that sample.py then uses
-# for the finished model. `full` is Table 6. prior: whether the network is preconditioned, which is not the
-# paper's.
+# for the finished model. `full` is Table 6. prior: whether the network is preconditioned; muon: whether Muon
+# takes the matrices from AdamW; neither is the paper's.
 PRESETS = {
-    name: dict(zip(("resolution", "prior", "max_train_steps", "train_batch_size", "learning_rate",
+    name: dict(zip(("resolution", "prior", "muon", "max_train_steps", "train_batch_size", "learning_rate",
                     "lr_scheduler", "lr_warmup_steps", "guidance_scale", "image_guidance_scale"), row))
     for name, row in {
-        "toy":   (32,  True,      6,  4, 1.0e-2, "cosine",                  2, 3.0, 1.5),
-        "tiny":  (64,  True,   1200,  8, 1.0e-3, "cosine",                 50, 3.0, 1.5),
-        "small": (128, True,  50000, 16, 2.0e-4, "cosine",                500, 5.0, 2.0),
-        "full":  (256, False, 50000,  1, 1.0e-5, "constant_with_warmup", 1000, 7.5, 7.5),
+        "toy":   (32,  True,  True,      6,  4, 1.0e-2, "cosine",                  2, 3.0, 1.5),
+        "tiny":  (64,  True,  True,   1000,  8, 2.0e-3, "cosine",                 50, 3.0, 1.5),
+        "small": (128, True,  False, 50000, 16, 2.0e-4, "cosine",                500, 5.0, 2.0),
+        "full":  (256, False, False, 50000,  1, 1.0e-5, "constant_with_warmup", 1000, 7.5, 7.5),
     }.items()
 }  # fmt: skip
 
@@ -311,7 +311,8 @@ def build_network(args, world, encoders, fresh):
 
 def begin_training(args, world, unet):
     """The state of the loop before the first step."""
-    optimizer = make_optimizer(unet, args.learning_rate, args.use_8bit_adam, args.low_memory)
+    kind = args.use_8bit_adam, args.low_memory, args.muon
+    optimizer = make_optimizer(unet, args.learning_rate, *kind)
     steps = dict(num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps)
     return Training(
         unet=unet,

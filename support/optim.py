@@ -27,6 +27,7 @@ ADAM = dict(betas=(0.9, 0.999), weight_decay=0.01)
 # The gate of a temporal layer is one number that starts at zero: at the weights' own rate it would open too
 # late.
 ALPHA_LR = 30
+MUON_LR = 2.5  # times AdamW's
 MAX_GRAD_NORM = 1.0
 EMA_DECAY, EMA_POWER = 0.9999, 0.75  # the decay warms up as 1 - (1 + step) ** -EMA_POWER
 
@@ -44,7 +45,8 @@ def make_optimizer(unet, learning_rate, eight_bit=False, low_memory=False, muon=
         (gates if name.endswith(".alpha") else inside if matrix else weights).append(weight)
     groups = [dict(params=weights), dict(params=gates, lr=ALPHA_LR * learning_rate, weight_decay=0.0)]
     if not (eight_bit or low_memory):
-        return Muon([dict(params=inside, muon=True)] * muon + groups, lr=learning_rate, fused=True, **ADAM)
+        groups += [dict(params=inside, lr=MUON_LR * learning_rate, muon=True)] * muon
+        return Muon(groups, lr=learning_rate, fused=True, **ADAM)
     groups[0]["params"] = weights + inside
     try:
         from torchao.optim import AdamW8bit

@@ -266,7 +266,15 @@ def test_samples_obey_their_row(folder, tmp_path):
             assert not given.any() or any((given.numpy() == mask).all() for mask in allowed)
     batch = draw(dataset, range(64), global_batch=64)
     assert 0.6 < sum(bool(caption) for caption in batch.captions) / 64 < 0.95
-    assert set(batch.timesteps.tolist()) <= set(range(1000)) and len(set(batch.timesteps.tolist())) > 40
+
+
+def test_timesteps_are_uniform_and_those_of_a_batch_spread_evenly(folder, tmp_path):
+    dataset, _ = open_folder(folder, tmp_path / "cache")
+    batch = draw(dataset, range(50), global_batch=50)
+    assert sorted(t // 20 for t in batch.timesteps.tolist()) == list(range(50))  # one in each fiftieth
+    one = np.array([draw(dataset, [3], step=step, global_batch=8).timesteps[0].item() for step in range(200)])
+    assert one.min() >= 0 and one.max() < 1000
+    assert np.abs(np.histogram(one, 4, (0, 1000))[0] - 50).max() < 25  # whichever its place in the batch
 
 
 def test_k_shrinks_to_the_distinct_frames_before_the_row_is_drawn(folder, tmp_path):

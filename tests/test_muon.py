@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from support.optim import ADAM, ALPHA_LR, Muon, align_moments, make_optimizer, orthogonal
+from support.optim import ADAM, ALPHA_LR, MUON_LR, Muon, align_moments, make_optimizer, orthogonal
 from tests.toys import SMALLER, toy_inputs, toy_unet
 
 
@@ -38,14 +38,14 @@ def test_matrices_inside_are_turned_and_the_rest_is_adamw():
     groups = [dict(params=rest), dict(params=gates, lr=ALPHA_LR * 1e-3, weight_decay=0.0)]
     steps(plain, torch.optim.AdamW(groups, lr=1e-3, fused=True, **ADAM), 1)
 
-    by_muon = {id(weight) for weight in optimizer.param_groups[0]["params"]}
+    by_muon = {id(weight) for weight in optimizer.param_groups[2]["params"]}
     others = dict(plain.named_parameters())
     for name, weight in unet.named_parameters():
         if id(weight) not in by_muon:
             assert torch.equal(weight, others[name]), name
             continue
-        change = (weight - before[name] * (1 - 1e-3 * ADAM["weight_decay"])).flatten(1)
-        size = change.square().mean().sqrt() / 1e-3  # of AdamW's about 1
+        change = (weight - before[name] * (1 - MUON_LR * 1e-3 * ADAM["weight_decay"])).flatten(1)
+        size = change.square().mean().sqrt() / (MUON_LR * 1e-3)  # of AdamW's about 1
         assert 0.005 < size < 0.3 and weight.ndim > 1, name  # less of gradients of few ranks
     assert len(by_muon) > 20
     edges = ("conv_in", "conv_out", "clip_projection", "t5_projection", "fusion")

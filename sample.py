@@ -33,6 +33,8 @@ from support.pictures import sheet
 from support.prior import first_latents, precondition
 from support.workers import read_picture
 
+SHEET_STEPS = 25  # of DDIM, for the sheets of a training; half of what a sticker takes
+
 # ------------------------------------------------------------------------------------------------------------
 # Diffusion
 
@@ -148,7 +150,7 @@ def validation_sheet(denoiser, encoders, dataset, clips, prompts, args):
     """Samples the sheet: for held-out clips the real frames above interpolated, predicted and image-to-video
     ones (given frames framed), then a row per prompt. Returns (PIL.Image, {prompt: frames})."""
     names = ("seed", "mixed_precision", "guidance_scale", "image_guidance_scale")
-    settings = {name: getattr(args, name) for name in names}
+    settings = {name: getattr(args, name) for name in names} | dict(num_inference_steps=SHEET_STEPS)
     rows, labels, marks = [], [], []
     tasks = dict(I3="interpolation", P1="prediction", G1="image and text to video") if args.ddu else {}
     candidates = [clip for clip in clips if clip.longest == masks.NUM_FRAMES] or clips

@@ -57,12 +57,13 @@ VALIDATION_SAMPLES = 64  # held-out samples behind the validation loss
 # takes the matrices from AdamW; neither is the paper's.
 PRESETS = {
     name: dict(zip(("resolution", "prior", "muon", "max_train_steps", "train_batch_size", "learning_rate",
-                    "lr_scheduler", "lr_warmup_steps", "guidance_scale", "image_guidance_scale"), row))
+                    "lr_scheduler", "lr_warmup_steps", "validation_steps", "guidance_scale",
+                    "image_guidance_scale"), row))
     for name, row in {
-        "toy":   (32,  True,  True,      6,  4, 1.0e-2, "cosine",                  2, 3.0, 1.5),
-        "tiny":  (64,  True,  True,   1000,  8, 2.0e-3, "cosine",                 50, 3.0, 1.5),
-        "small": (128, True,  False, 50000, 16, 2.0e-4, "cosine",                500, 5.0, 2.0),
-        "full":  (256, False, False, 50000,  1, 1.0e-5, "constant_with_warmup", 1000, 7.5, 7.5),
+        "toy":   (32,  True,  True,      6,  4, 1.0e-2, "cosine",                  2, 2000, 3.0, 1.5),
+        "tiny":  (64,  True,  True,   1000,  8, 2.0e-3, "cosine",                 50,  250, 3.0, 1.5),
+        "small": (128, True,  False, 50000, 16, 2.0e-4, "cosine",                500, 2000, 5.0, 2.0),
+        "full":  (256, False, False, 50000,  1, 1.0e-5, "constant_with_warmup", 1000, 2000, 7.5, 7.5),
     }.items()
 }  # fmt: skip
 

@@ -110,7 +110,6 @@ def make_parser(presets, recorded):
     add(
         "--validation_steps",
         type=natural,
-        default=2000,
         help=f"sample sheet and held-out loss every so many steps and at the end; 0 = at the end {default}",
     )
     add(

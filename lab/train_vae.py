@@ -35,12 +35,13 @@ from support.flags import SEED, Parser, filled, number
 from support.folder import scan_folder
 from support.log import append_log, begin_log
 from support.media import MediaError, on_white
+from support.optim import Muon
 from support.pictures import check_png, sheet
 
 CHANNELS, LATENT_CHANNELS = (16, 32, 64, 128), 16  # 2.6M parameters; half of the time goes to the last level
 SIZE = 64  # pixels of a training picture
 MSE, EDGES, KL = 3.0, 1.0, 3e-4  # weights in the loss, beside 1 of the absolute error
-MUON_LR, ADAM_LR = 5e-3, 2e-3
+MUON_LR, MUON_DECAY, ADAM_LR = 5e-3, 0.01, 2e-3
 STEPS, BATCH = 8000, 8
 WARM_UP, DECAY = 50, 0.35  # steps of rising learning rate; share of the steps in which it falls to zero
 AVERAGE = 0.995  # decay of the averaged weights, once warm
@@ -78,49 +79,13 @@ def begin(vae):
 # Training
 
 
-class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024): the momentum of a weight as a matrix (outputs, inputs x 9) whose singular
-    values are made equal, in steps of the size of AdamW's (Liu et al. 2025). torch's own takes no
-    convolutions, and computes in bf16, which many CPUs are slow at."""
-
-    MOMENTUM, DECAY = 0.95, 0.01
-
-    def __init__(self, weights, lr):
-        super().__init__(weights, dict(lr=lr))
-
-    @staticmethod
-    def orthogonal(g):
-        """Matrices (N, rows, columns) -> the same singular vectors with values of about 1."""
-        x = g if g.shape[1] <= g.shape[2] else g.mT
-        x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-        for _ in range(5):  # Newton-Schulz
-            a = x @ x.mT
-            x = 3.4445 * x + (2.0315 * a @ a - 4.7750 * a) @ x
-        return x if g.shape[1] <= g.shape[2] else x.mT
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            shapes = {}
-            for weight in group["params"]:
-                state = self.state[weight]
-                momentum = state.setdefault("momentum", torch.zeros_like(weight))
-                momentum.lerp_(weight.grad, 1 - self.MOMENTUM)
-                ahead = weight.grad.lerp(momentum, self.MOMENTUM).flatten(1)
-                shapes.setdefault(ahead.shape, []).append((weight, ahead))
-            for shape, pairs in shapes.items():
-                weights, ahead = zip(*pairs)
-                for weight, step in zip(weights, self.orthogonal(torch.stack(ahead))):
-                    weight.mul_(1 - group["lr"] * self.DECAY)
-                    weight.sub_(step.view_as(weight), alpha=group["lr"] * 0.2 * max(shape) ** 0.5)
-
-
-def make_optimizers(vae):
+def make_optimizer(vae):
     """Muon for the convolutions inside; AdamW for those from and to pixels, biases and norms."""
     edges = {vae.encoder.conv_in.weight, vae.decoder.conv_out.weight}
     inside = [weight for weight in vae.parameters() if weight.ndim == 4 and weight not in edges]
     rest = [weight for weight in vae.parameters() if weight.ndim != 4 or weight in edges]
-    return [Muon(inside, MUON_LR), torch.optim.AdamW(rest, ADAM_LR, betas=(0.9, 0.95), weight_decay=0)]
+    groups = [dict(params=inside, lr=MUON_LR, weight_decay=MUON_DECAY, muon=True), dict(params=rest)]
+    return Muon(groups, lr=ADAM_LR, betas=(0.9, 0.95), weight_decay=0)
 
 
 def rate(step, steps):
@@ -152,25 +117,24 @@ def draw_noise(shape, seed, step):
 
 
 class Training:
-    """All that changes during a run: weights, their average, optimizers, step."""
+    """All that changes during a run: weights, their average, optimizer, step."""
 
     def __init__(self, seed):
         torch.manual_seed(seed)
         self.vae, self.seed, self.step = begin(build_vae()), seed, 0
         self.average = [weight.detach().clone() for weight in self.vae.parameters()]
-        self.optimizers = make_optimizers(self.vae)
+        self.optimizer = make_optimizer(self.vae)
 
     def take_step(self, banks, batch_size, steps):
         """One step of `steps` -> the loss."""
-        for optimizer, highest in zip(self.optimizers, (MUON_LR, ADAM_LR)):
-            optimizer.param_groups[0]["lr"] = highest * rate(self.step, steps)
+        for group, highest in zip(self.optimizer.param_groups, (MUON_LR, ADAM_LR)):
+            group["lr"] = highest * rate(self.step, steps)
         x = vae_pictures.batch(banks, self.seed, self.step, batch_size, SIZE)
         loss = loss_of(self.vae, x, self.seed, self.step)
         loss.backward()
         nn.utils.clip_grad_norm_(self.vae.parameters(), 1)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         self.step += 1
         keep = min(AVERAGE, self.step / (10 + self.step))
         torch._foreach_lerp_(self.average, [w.detach() for w in self.vae.parameters()], 1 - keep)
@@ -181,14 +145,13 @@ class Training:
             step=self.step,
             vae=self.vae.state_dict(),
             average=self.average,
-            optimizers=[optimizer.state_dict() for optimizer in self.optimizers],
+            optimizer=self.optimizer.state_dict(),
         )
 
     def load(self, state):
         self.step, self.average = state["step"], state["average"]
         self.vae.load_state_dict(state["vae"])
-        for optimizer, its_state in zip(self.optimizers, state["optimizers"]):
-            optimizer.load_state_dict(its_state)
+        self.optimizer.load_state_dict(state["optimizer"])
 
 
 def save_vae(training, folder, banks):

@@ -4,7 +4,7 @@ weights, weights sharded over ranks.
 
                      weights  gradients  moments  bytes per parameter, without averaged weights
     make_optimizer      4         4        8     16
-      muon              4         4        4     12      tiny and small
+      muon              4         4        4     12      tiny
       eight_bit         4         4        2     10      8-bit moments (torchao)
       low_memory        2         2        2      6      and bf16 weights, rounded stochastically
     shard               all of it divided by the number of ranks

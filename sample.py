@@ -197,7 +197,7 @@ def parse_args():
         metavar="DIR_OR_ID",
         help="a finished run, a checkpoint-N folder in it, or a hub id (default: the newest run under runs/)",
     )
-    part_flags(add, *2 * ["what the checkpoint records"])
+    part_flags(add, vae="what the checkpoint records", text="what the checkpoint records")
     add("--prompt", default="", help="what the sticker shows")
     add("--negative_prompt", default="", help="what it should not show")
     add(

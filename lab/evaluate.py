@@ -97,7 +97,7 @@ def parse_args(words=None):
     add("--image_guidance_scale", type=scale, help=f"guidance by given frames {recorded}")
     add("--seed", type=SEED, default=0, help="another seed, other samples (default %(default)s)")
     add("--ddu", choices=["on", "off"], help=ddu)
-    part_flags(add, *2 * ["what the checkpoint records"])
+    part_flags(add, vae="what the checkpoint records", text="what the checkpoint records")
     add("--i3d", metavar="FILE.pt", help="FVD with this I3D TorchScript, the usual one of 400 features")
     add("--clip_score", metavar="DIR", help="CLIP similarity with this CLIPModel; not the model's own CLIP")
     add("--vqa_command", metavar="COMMAND", help=vqa)

@@ -108,7 +108,7 @@ def pose_at(motion, phase, frame, unit):
     """How a figure of `unit` pixels stands at `phase`, in periods of the motion, in frame number `frame`.
 
     Returns (x, y, wide, high, turn, pose): offset in pixels, scales, degrees clockwise, keyword arguments of
-    figure(). Reaches are large on purpose: they must be seen in a few frames of 48 x 48 pixels.
+    figure(). Reaches are large on purpose: they must be seen in a few frames of 64 x 64 pixels.
     """
     angle = 2 * np.pi * phase
     room = CANVAS / 2 - 3 - 1.25 * unit  # pixels that a figure can move to each side

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from support.optim import ADAM, ALPHA_LR, MUON_LR, Muon, align_moments, make_optimizer, orthogonal
+from support.optim import ADAM, ALPHA_LR, MUON_LR, align_moments, make_optimizer, orthogonal
 from tests.toys import SMALLER, toy_inputs, toy_unet
 
 
@@ -66,8 +66,9 @@ def test_a_resumed_run_goes_on_bit_for_bit():
     assert all(torch.equal(a, b) for a, b in zip(unet.parameters(), again.parameters()))
 
 
-def test_small_moments_are_without_it():
-    layer = toy_unet(**SMALLER)
-    optimizer = make_optimizer(layer, 1e-3)
-    assert isinstance(optimizer, Muon) and not any(group.get("muon") for group in optimizer.param_groups)
-    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(layer.parameters()))
+@pytest.mark.parametrize("muon", [False, True])
+def test_every_weight_is_in_one_group(muon):
+    unet = toy_unet(**SMALLER)
+    groups = make_optimizer(unet, 1e-3, muon=muon).param_groups
+    assert sorted(id(p) for g in groups for p in g["params"]) == sorted(map(id, unet.parameters()))
+    assert any(group.get("muon") for group in groups) == muon

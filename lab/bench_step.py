@@ -35,6 +35,7 @@ class Step:
     attention: bool = True  # our choice of kernel, instead of torch's
     multi_tensor: bool = True  # AdamW and averages over all weights at once
     only_valid: bool = True  # frames beyond k are not computed
+    muon: bool = True  # where the preset has it
     compiled: bool = False
     optimizes: bool = True  # clipping, AdamW, averages; without: forward and backward alone
     averages: bool = True  # with averaged weights
@@ -59,7 +60,8 @@ def make_denoiser(preset, channels, side, text_width, channels_last=True):
 def make_update(unet, step):
     """A function that changes the weights by their gradients, as far as `step` says."""
     if step.multi_tensor:
-        optimizer = make_optimizer(unet, 1e-5, step.eight_bit, step.low_memory)
+        muon = step.muon and PRESETS[step.preset]["muon"]
+        optimizer = make_optimizer(unet, 1e-5, step.eight_bit, step.low_memory, muon)
         average = Average(unet) if step.averages else None
     else:  # what torch and diffusers do unless told otherwise
         optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-5, **ADAM)
@@ -121,7 +123,8 @@ def make_ladder(quick):
     """{name: Step}: each keeps what those above it turned on."""
     preset, clips, large = ("full", 4, 16) if CUDA else ("tiny", 8, 16)
     # on a GPU the choice of kernel is torch's own
-    step = Step(preset, clips, attention=CUDA, channels_last=False, multi_tensor=False, only_valid=False)
+    off = dict(channels_last=False, multi_tensor=False, only_valid=False)
+    step = Step(preset, clips, attention=CUDA, muon=CUDA, **off)  # `full` has no Muon
     ladder = {
         f"plain, fp32, {clips} clips": replace(step, mixed_precision="no"),
         f"{HALF_NAME} autocast": step,
@@ -131,6 +134,7 @@ def make_ladder(quick):
         "attention kernel": "attention",
         "fused AdamW, multi-tensor averages": "multi_tensor",
         "frames beyond k not computed": "only_valid",
+        "Muon": "muon",
     }
     for name, trick in tricks.items():
         if not getattr(step, trick):

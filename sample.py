@@ -2,7 +2,7 @@
 Animated stickers from a trained model: DDIM with text and image guidance (Table 6), every task from one set
 of weights.
 
-    # text, with the newest run under runs/; then with a model of your choice: a folder or a hub id
+    # text, with the newest run under runs/, else the model that ships; then with a folder or a hub id
     python sample.py --prompt "a red heart bouncing"
     python sample.py --checkpoint runs/mine --prompt "a red heart bouncing" --output heart.gif
     # text and image
@@ -23,17 +23,18 @@ import torch
 from tqdm import tqdm
 
 import masks
-from model import DFGN, NUM_TIMESTEPS, make_scheduler
+from model import DFGN, make_scheduler
 from support import machine, media
 from support.common import UserError, check_output, one_sentence
-from support.finished import MAX_SCALE, CheckpointError, newest_run, read_model
+from support.finished import MAX_SCALE, MAX_STEPS, CheckpointError, find_model, read_model
 from support.flags import SEED, Parser, number, part_flags
 from support.machine import native_precision, precision, prepare, to_device
 from support.pictures import sheet
-from support.prior import first_latents, precondition
+from support.prior import first_latents, for_sampling, precondition
 from support.workers import read_picture
 
-SHEET_STEPS = 25  # of DDIM, for the sheets of a training; half of what a sticker takes
+SAMPLING = "guidance_scale", "image_guidance_scale", "num_inference_steps"  # a model records its own
+SHEET_STEPS = 25  # of DDIM, for the sheets of a training
 
 # ------------------------------------------------------------------------------------------------------------
 # Diffusion
@@ -95,6 +96,7 @@ def generate(
 
     Every task of Table 7 is a choice of `given`. Sample b of a seed is the same whatever the batch.
     """
+    denoiser = for_sampling(denoiser)
     batch, shape, device = len(prompts), latents.shape[1:], denoiser.device
     latents, given = to_device(latents, device), given.cpu()
     states = encoders.text(list(prompts) + [negative_prompt] * batch, device)
@@ -195,7 +197,8 @@ def parse_args():
     add(
         "--checkpoint",
         metavar="DIR_OR_ID",
-        help="a finished run, a checkpoint-N folder in it, or a hub id (default: the newest run under runs/)",
+        help="a finished run, a checkpoint-N folder in it, or a hub id (default: the newest run under runs/, "
+        "else the model that ships)",
     )
     part_flags(add, vae="what the checkpoint records", text="what the checkpoint records")
     add("--prompt", default="", help="what the sticker shows")
@@ -210,9 +213,13 @@ def parse_args():
         help="given frames: picture files and the frames, counted from 0, where they stand",
     )
     add("--num_frames", type=frames, default=masks.NUM_FRAMES, help=f"frames of the sticker {default}")
-    add("--num_inference_steps", type=number(int, 1, NUM_TIMESTEPS), default=50, help=f"DDIM steps {default}")
     add("--eta", type=number(float, 0, 1), default=1.0, help=f"0: deterministic, 1: as DDPM {default}")
-    add("--guidance_scale", type=scale, help="text guidance; 1 = none (default: as the checkpoint records)")
+    add(
+        "--num_inference_steps",
+        type=number(int, 1, MAX_STEPS),
+        help="DDIM steps (default: what the checkpoint records)",
+    )
+    add("--guidance_scale", type=scale, help="text guidance; 1 = none (default: the same)")
     add("--image_guidance_scale", type=scale, help="guidance by given frames; 1 = none (default: the same)")
     add("--seed", type=SEED, default=0, help=f"another seed, another sticker {default}")
     add("--num_samples", type=number(int, 1, 1000), default=1, help=f"stickers to make {default}")
@@ -273,8 +280,8 @@ def write(output, clips, given, fps):
 def main():
     args = parse_args()
     if args.checkpoint is None:
-        args.checkpoint = newest_run()
-        print(f"the newest run: {args.checkpoint}")
+        args.checkpoint, which = find_model()
+        print(f"{which}: {args.checkpoint}")
     denoiser, encoders, settings = load(args.checkpoint, machine.device(), args.vae, args.clip, args.t5)
     pictures = {slot: read_picture(file, settings["resolution"]) for slot, file in args.image}
     if pictures and not masks.is_trained(pictures, args.num_frames):
@@ -289,13 +296,13 @@ def main():
         latents[0, slot] = encoders.codec.encode(torch.from_numpy(picture)[None])[0].cpu()
         given[0, slot] = True
     chosen = dict(seed=args.seed, mixed_precision=settings["mixed_precision"], eta=args.eta)
-    for name in ("guidance_scale", "image_guidance_scale"):
+    for name in SAMPLING:
         chosen[name] = settings[name] if getattr(args, name) is None else getattr(args, name)
 
-    n, steps = args.num_samples, args.num_inference_steps
+    n = args.num_samples
     latents, given = latents.expand(n, -1, -1, -1, -1), given.expand(n, -1)
     prompts = [args.prompt] * n
-    chosen |= dict(negative_prompt=args.negative_prompt, num_inference_steps=steps, progress=True)
+    chosen |= dict(negative_prompt=args.negative_prompt, progress=True)
     clips = generate(denoiser, encoders, prompts, latents, given, **chosen)  # (n, F, R, R, 3)
     print("wrote " + ", ".join(map(str, write(args.output, clips, given[0], args.fps))))
 

@@ -26,7 +26,7 @@ import data
 import masks
 from curriculum import Curriculum
 from model import DFGN, SIZES, make_scheduler
-from sample import validation_sheet
+from sample import SAMPLING, validation_sheet
 from support import checkpoint, log, media, setup, stickers
 from support.common import UserError, one_sentence
 from support.encoders import Encoders, load_prior
@@ -52,18 +52,18 @@ LOG_EVERY = 10  # steps
 MAX_BAD_STEPS = 20  # in a row; fp16 needs some at its start, until the loss scale has come down
 VALIDATION_SAMPLES = 64  # held-out samples behind the validation loss
 
-# What each preset trains with unless a flag says otherwise, and the guidance scales that sample.py then uses
-# for the finished model. `full` is Table 6. prior: whether the network is preconditioned; muon: whether Muon
-# takes the matrices from AdamW; neither is the paper's.
+# What each preset trains with unless a flag says otherwise, and the guidance scales and DDIM steps that
+# sample.py then uses for the finished model. `full` is Table 6. prior: whether the network is preconditioned;
+# muon: whether Muon takes the matrices from AdamW; neither is the paper's.
 PRESETS = {
     name: dict(zip(("resolution", "prior", "muon", "max_train_steps", "train_batch_size", "learning_rate",
                     "lr_scheduler", "lr_warmup_steps", "validation_steps", "guidance_scale",
-                    "image_guidance_scale"), row))
+                    "image_guidance_scale", "num_inference_steps"), row))
     for name, row in {
-        "toy":   (32,  True,  True,      6,  4, 1.0e-2, "cosine",                  2, 2000, 3.0, 1.5),
-        "tiny":  (64,  True,  True,   1000,  8, 2.0e-3, "cosine",                 50,  250, 3.0, 1.5),
-        "small": (128, True,  False, 50000, 16, 2.0e-4, "cosine",                500, 2000, 5.0, 2.0),
-        "full":  (256, False, False, 50000,  1, 1.0e-5, "constant_with_warmup", 1000, 2000, 7.5, 7.5),
+        "toy":   (32,  True,  True,      6,  4, 1.0e-2, "cosine",                  2, 2000, 3.0, 1.5, 25),
+        "tiny":  (64,  True,  True,   1000,  8, 2.0e-3, "cosine",                 50,  250, 3.0, 1.5, 25),
+        "small": (128, True,  False, 50000, 16, 2.0e-4, "cosine",                500, 2000, 5.0, 2.0, 50),
+        "full":  (256, False, False, 50000,  1, 1.0e-5, "constant_with_warmup", 1000, 2000, 7.5, 7.5, 50),
     }.items()
 }  # fmt: skip
 
@@ -105,7 +105,7 @@ class Run(NamedTuple):
     @property
     def parts(self):
         """What is saved beside the U-Net."""
-        names = ("preset", "resolution", "mixed_precision", "guidance_scale", "image_guidance_scale")
+        names = ("preset", "resolution", "mixed_precision", *SAMPLING)
         return self.encoders, self.scheduler, {name: getattr(self.args, name) for name in names}
 
 

@@ -42,7 +42,7 @@ TASKS = (
 )  # fmt: skip
 STRIP = (TASKS[0], TASKS[1], TASKS[2], TASKS[4])  # a column of the picture each
 
-STEPS, FPS = 50, 8  # of DDIM; frames per second: both as sample.py
+FPS = 8  # as sample.py
 COLUMNS = 4
 CELL = 150  # pixels: frames are enlarged by the largest whole number that keeps them within
 LINE, GAP, BORDER, MARK = 16, 10, 4, 5  # pixels
@@ -97,9 +97,7 @@ def sample_cells(denoiser, encoders, settings, cells):
         [cell.prompt for cell in cells],
         latents,
         torch.from_numpy(np.stack([cell.given for cell in cells])),
-        num_inference_steps=STEPS,
-        guidance_scale=settings["guidance_scale"],
-        image_guidance_scale=settings["image_guidance_scale"],
+        **{name: settings[name] for name in sample.SAMPLING},
         mixed_precision=settings["mixed_precision"],
         progress=sys.stderr.isatty(),
     )

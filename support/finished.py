@@ -10,13 +10,15 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 
-from support.common import UserError
+from support.common import UserError, printable
 from support.decode import MAX_SIDE
-from support.encoders import Encoders
+from support.encoders import SHIPPED_VAE, Encoders
 from support.machine import DTYPES, native_precision
 from support.pretrained import EncoderError, check_size
 
+SHIPPED_MODEL = SHIPPED_VAE.parent
 MAX_SCALE = 1000  # of guidance: beyond it every picture is saturated
+MAX_STEPS = 1000  # of DDIM: the timesteps of training
 PARTS = ["model_index.json", "unet/*", "unet_ema/*", "vae/*", "prior/*"]  # of a model on the hub
 
 
@@ -29,14 +31,18 @@ class CheckpointError(UserError):
     """A model that cannot be used."""
 
 
-def newest_run(runs="runs"):
-    """The folder below `runs` that was finished last. Raises CheckpointError if there is none."""
+def find_model(runs="runs"):
+    """The folder below `runs` that was finished last, else that of the model that ships, and which of them it
+    is, in words. Raises CheckpointError if there is neither."""
     finished = sorted(Path(runs).glob("*/model_index.json"), key=lambda path: path.stat().st_mtime)
-    if not finished:
+    if finished:
+        return finished[-1].parent, "the newest run"
+    if not (SHIPPED_MODEL / "model_index.json").is_file():
         raise CheckpointError(
-            f"no finished model under {runs}/: `python train.py` makes one, or name one with --checkpoint."
+            f"no finished model under {runs}/ and none in {printable(SHIPPED_MODEL)}: `python train.py` "
+            "makes one, `git checkout pretrained` brings back the one that ships, --checkpoint names another."
         )
-    return finished[-1].parent
+    return SHIPPED_MODEL, f"no finished run under {runs}/, so the model that ships"
 
 
 def local_folder(checkpoint, flag="--checkpoint"):
@@ -68,6 +74,9 @@ def check_settings(settings):
     for name in ("guidance_scale", "image_guidance_scale"):
         if not abs(settings[name]) <= MAX_SCALE:
             raise ValueError(f"model_index.json says {name} = {settings[name]}")
+    steps = settings.setdefault("num_inference_steps", 50)  # a model of before it was recorded
+    if not (type(steps) is int and 1 <= steps <= MAX_STEPS):
+        raise ValueError(f"model_index.json says num_inference_steps = {steps}")
 
 
 def check_fit(unet, encoders, resolution):

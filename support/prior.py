@@ -4,7 +4,7 @@ that gives a DFGN its estimate of the clean latents. Ours, not the paper's; `ful
 
     GaussianPrior     variances, correlations, a regression on captions; its best estimate is a Wiener filter
     Preconditioned    DFGN with the estimate beside its inputs and mixed into its output, called as DFGN is
-    loss_weights, first_latents    what training and sampling do otherwise with it
+    loss_weights; first_latents, for_sampling    what training and sampling do otherwise with it
 
 A frame is a point along principal components ("modes"). Modes are independent of each other; within a mode
 the frames of a clip correlate, by the number of frames and by how strong the mode is. A caption moves the
@@ -27,7 +27,8 @@ MODES = 1024  # components that are told apart; what is left of a frame has one 
 BAND_ENDS = (8, 32, 128, 512)  # from strong modes to weak ones: a band shares the correlation of frames
 WAVES = 4  # cosines over a clip, the first one constant: what a word does to a frame is a sum of them
 FIT_FRAMES = 8192  # most frames that the modes are fitted to
-LATENT_ERROR = 0.3  # assumed error of the network's estimate of clean latents, as a share of their variance
+LATENT_ERROR = 0.03  # assumed error of the network's estimate of clean latents, as a share of their variance
+SAMPLING_ERROR = 0.001  # the same while sampling: the network errs by blur, the prior by grain one sees
 MAX_LATENT_WEIGHT = 5.0
 RIDGE = 0.1  # of the regression on captions, as a share of the mean square of their features
 
@@ -208,8 +209,8 @@ class GaussianPrior(ModelMixin, ConfigMixin):
         share[:, :, -1] *= x.shape[2] - len(self.modes)
         left = gain * noise * share  # posterior variances along the eigenvectors Q
         left = left.new_zeros(*left.shape[:2], Q.shape[1]).index_add(2, self.band, left)  # (B, F, bands)
-        error = torch.einsum("bnfj,bjn->bf", Q.square(), left)
-        return x.unflatten(2, shape), error.clamp(min=0).sqrt()
+        error = torch.einsum("bnfj,bjn->bf", Q.square(), left).clamp(min=0).sqrt()
+        return x.unflatten(2, shape), torch.where(given.squeeze(2), 0.0, error)  # rounding leaves no zeros
 
     @exact()
     def draw(self, noise, latents, given, text):
@@ -238,11 +239,12 @@ class Preconditioned(nn.Module):
 
     unet: DFGN with condition_channels = 2 C, or a wrapper of it; prior: a fitted GaussianPrior
     alphas_cumprod: float (timesteps,), of the noise schedule
+    latent_error: assumed error of the network's estimate, as a share of the variance of latents
     """
 
-    def __init__(self, unet, prior, alphas_cumprod):
+    def __init__(self, unet, prior, alphas_cumprod, latent_error=LATENT_ERROR):
         super().__init__()
-        self.unet, self.prior = unet, prior
+        self.unet, self.prior, self.latent_error = unet, prior, latent_error
         self.register_buffer("alphas_cumprod", alphas_cumprod.to(prior.device), persistent=False)
 
     @property
@@ -260,7 +262,7 @@ class Preconditioned(nn.Module):
         condition = torch.cat([shown / std, estimate / std], dim=2)  # (B, F, 2C, h, w)
         out = self.unet(c_in * noisy, condition, torch.ones_like(given), timestep, text, valid).float()
 
-        c_out = error.square() / (error.square() + LATENT_ERROR * std**2)  # (B, F), 0 in given frames
+        c_out = error.square() / (error.square() + self.latent_error * std**2)  # (B, F), 0 in given frames
         clean = torch.lerp(estimate, std * out, c_out[:, :, None, None, None])
         noise = (noisy - alpha.sqrt() * clean) / (1 - alpha).sqrt()
         if valid is None:
@@ -287,6 +289,13 @@ def loss_weights(denoiser, alphas_cumprod):
     if not isinstance(denoiser, Preconditioned):
         return torch.ones_like(alphas_cumprod)
     return balanced_weights(float(denoiser.prior.std), alphas_cumprod)
+
+
+def for_sampling(denoiser):
+    """The denoiser that sampling calls: a preconditioned one with SAMPLING_ERROR, a bare DFGN as it is."""
+    if not isinstance(denoiser, Preconditioned):
+        return denoiser
+    return Preconditioned(denoiser.unet, denoiser.prior, denoiser.alphas_cumprod, SAMPLING_ERROR)
 
 
 def first_latents(denoiser, scheduler, noise, clip_noise, latents, given, text):

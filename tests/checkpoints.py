@@ -13,7 +13,8 @@ from support.prior import GaussianPrior
 from tests.tiny_parts import make_vae
 from tests.toys import WIDTH, fit_to_noise, toy_unet
 
-SETTINGS = dict(resolution=16, mixed_precision="no", guidance_scale=3.0, image_guidance_scale=1.5)
+SETTINGS = dict(resolution=16, mixed_precision="no")
+SETTINGS |= dict(guidance_scale=3.0, image_guidance_scale=1.5, num_inference_steps=2)
 CHANNELS, SIDE = 6, 4  # of its latents
 
 

@@ -52,7 +52,7 @@ def trained(folder, cache, tmp_path_factory):
     from tests import runs
 
     out = tmp_path_factory.mktemp("trained") / "run"
-    few_steps = mock.patch("sample.generate", runs.few_steps)
+    few_steps = mock.patch("sample.SHEET_STEPS", runs.FEW_STEPS)
     with few_steps, mock.patch.multiple("train", **runs.QUICK):
         return runs.train_here(out, data=folder, cache_dir=cache)
 

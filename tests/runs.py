@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -12,7 +11,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import sample
 import train
 from support.log import read_log
 
@@ -35,7 +33,7 @@ NO_PICTURES = dict(
     validation_sheet=lambda *args: (Image.new("RGB", (1, 1)), {}),
     plot_progress=lambda *args: None,
 )
-few_steps = partial(sample.generate, num_inference_steps=3)  # in sample, instead of generate
+FEW_STEPS = 3  # of a sheet, in sample.SHEET_STEPS
 
 
 def words(flags):

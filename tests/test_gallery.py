@@ -30,7 +30,6 @@ def drawn(tmp_path_factory):
 @pytest.fixture
 def run(checkpoint, drawn, monkeypatch, capsys):
     """Runs the program on the toy network and a small set. Returns (exit status, stdout, stderr)."""
-    monkeypatch.setattr(gallery, "STEPS", 2)
     # a random VAE gives each pixel a colour of its own, and a palette for them takes seconds
     monkeypatch.setattr(PretrainedVAE, "decode", FakeCodec(4, CHANNELS).decode)
     monkeypatch.setattr(stickers, "draw_stickers", lambda folder: drawn)

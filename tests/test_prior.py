@@ -18,11 +18,13 @@ from support.machine import World
 from support.prior import (
     LATENT_ERROR,
     MAX_LATENT_WEIGHT,
+    SAMPLING_ERROR,
     WAVES,
     GaussianPrior,
     Preconditioned,
     balanced_weights,
     first_latents,
+    for_sampling,
     loss_weights,
     precondition,
 )
@@ -244,15 +246,19 @@ def wrapper_inputs(denoiser):
 
 
 @torch.no_grad()
-def test_the_network_mixes_it_with_its_own_estimate():
+@pytest.mark.parametrize("sampling", [False, True])
+def test_the_network_mixes_it_with_its_own_estimate(sampling):
     """A fresh network's last layer gives zeros: what is left is the prior, less of it where its error is
-    larger."""
+    larger, and less while sampling."""
     denoiser = preconditioned(fresh=True)
+    if sampling:
+        denoiser = for_sampling(denoiser)
     noisy, latents, given, timestep, text = wrapper_inputs(denoiser)
     valid, alpha, prior = first_frames(5), ALPHA[timestep], denoiser.prior
     noise = denoiser(noisy, latents, given, timestep, text, valid)
     estimate, error = prior(noisy, latents, given, alpha, text, valid)
-    share = error**2 / (error**2 + LATENT_ERROR * prior.std**2)  # of the network
+    latent_error = SAMPLING_ERROR if sampling else LATENT_ERROR
+    share = error**2 / (error**2 + latent_error * prior.std**2)  # of the network
     mixed = (1 - share)[..., None, None, None] * estimate
     alpha = alpha[:, None, None, None, None]
     expected = (noisy - alpha.sqrt() * mixed) / (1 - alpha).sqrt()
@@ -292,7 +298,7 @@ def test_gradients_reach_the_network_through_the_wrapper():
 
 def test_without_a_prior_there_is_no_wrapper():
     unet = toy_unet(**SMALLER)
-    assert precondition(unet, None, ALPHA) is unet
+    assert precondition(unet, None, ALPHA) is unet is for_sampling(unet)
     assert torch.equal(loss_weights(unet, ALPHA), torch.ones(1000))
     noise = torch.randn(1, 3, 4, 2, 2)
     assert first_latents(unet, make_scheduler(), noise, None, None, None, None) is noise

@@ -16,10 +16,10 @@ import train
 from support import checkpoint, media
 from support.optim import shard
 from tests.runs import (
+    FEW_STEPS,
     NO_PICTURES,
     QUICK,
     TORCHRUN,
-    few_steps,
     log,
     said,
     same_end,
@@ -180,11 +180,11 @@ def test_shards_go_on_from_one_process(trained, plain_flags, tmp_path):
 def test_sharded_ranks_sample_together_what_one_process_samples(sharded, tmp_path):
     denoiser, encoders, settings = sample.load(sharded)
     nothing = sample.nothing_given(encoders, settings["resolution"], 1)
-    scale = settings["guidance_scale"]
+    settings = dict(num_inference_steps=FEW_STEPS, guidance_scale=settings["guidance_scale"])
     theirs = media.read_clip(sharded / "sample.gif", 32)[0].astype(int)
     distance = []
     for seed in (0, 1):
-        frames = few_steps(denoiser, encoders, ["a red heart"], *nothing, seed=seed, guidance_scale=scale)
+        frames = sample.generate(denoiser, encoders, ["a red heart"], *nothing, seed=seed, **settings)
         media.write_clip(tmp_path / "one.gif", frames[0], fps=8)
         ours = media.read_clip(tmp_path / "one.gif", 32)[0].astype(int)
         distance.append(np.abs(ours - theirs).mean())

@@ -14,9 +14,9 @@ from model import make_scheduler
 from support import media
 from support.checkpoint import write_unet
 from support.encoders import Encoders
-from support.finished import CheckpointError, newest_run
+from support.finished import SHIPPED_MODEL, CheckpointError, find_model
 from support.prior import Preconditioned
-from tests.checkpoints import CHANNELS, SIDE, toy_model, toy_vae, write_model
+from tests.checkpoints import CHANNELS, SETTINGS, SIDE, toy_model, toy_vae, write_model
 from tests.stress.fuzz import bombs, memory
 from tests.toys import assert_refused, given_frames
 
@@ -161,7 +161,7 @@ def test_sampling_starts_from_a_clip_of_the_gaussian(monkeypatch):
     unet, encoders = toy_model(preconditioned=True)
     prior, batch = encoders.prior, 64
     denoiser = Preconditioned(unet, prior, make_scheduler().alphas_cumprod)
-    monkeypatch.setattr("support.prior.LATENT_ERROR", 1e9)  # of the network, whose part is none then
+    monkeypatch.setattr("support.prior.SAMPLING_ERROR", 1e9)  # of the network, whose part is none then
     monkeypatch.setattr(unet, "forward", lambda noisy, *rest: torch.zeros_like(noisy))
     monkeypatch.setattr(encoders.codec, "decode", lambda latents: latents)
     prior.mean.fill_(4.0)
@@ -237,7 +237,7 @@ def test_the_newest_run_is_the_one_that_was_finished_last(tmp_path):
         os.utime(index, (1e9 - age, 1e9 - age))
     (tmp_path / "unfinished" / "checkpoint-10").mkdir(parents=True)
     (tmp_path / "unfinished" / "checkpoint-10" / "model_index.json").write_text("{}")
-    assert newest_run(tmp_path) == tmp_path / "b"
+    assert find_model(tmp_path) == (tmp_path / "b", "the newest run")
 
 
 def test_without_a_checkpoint_the_newest_run_is_taken_and_named(model, tmp_path, monkeypatch, capsys):
@@ -249,11 +249,41 @@ def test_without_a_checkpoint_the_newest_run_is_taken_and_named(model, tmp_path,
     assert capsys.readouterr().out.splitlines() == ["the newest run: runs/mine", "wrote a.gif"]
 
 
-def test_without_any_run_it_says_how_to_make_one(tmp_path, monkeypatch, capsys):
+def test_without_any_run_the_model_that_ships_makes_a_sticker_of_that_colour(tmp_path, monkeypatch, capsys):
+    """A red heart is more red than blue, a blue one the other way round, on a background that is white."""
     monkeypatch.chdir(tmp_path)
-    words = "no finished model under runs/: `python train.py` makes one, or name one with --checkpoint."
+    monkeypatch.setattr("support.finished.snapshot_download", None)  # nothing is fetched
+    red_to_blue = []
+    for colour in ("red", "blue"):
+        flags = f"--num_inference_steps 6 --num_frames 4 --output {colour}.png --prompt"
+        monkeypatch.setattr(sys, "argv", ["sample.py", *flags.split(), f"a {colour} heart bouncing"])
+        sample.main()
+        found, wrote = capsys.readouterr().out.splitlines()
+        assert found == f"no finished run under runs/, so the model that ships: {SHIPPED_MODEL}"
+        frames = np.asarray(Image.open(f"{colour}.png").convert("RGB")).astype(int)  # (H, W, 3)
+        red_to_blue.append((frames[..., 0] - frames[..., 2]).mean())
+        assert (frames.min(axis=2) > 240).mean() > 0.3
+    assert red_to_blue[0] > 5 and red_to_blue[1] < -5
+
+
+def test_without_any_model_it_says_how_to_get_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("support.finished.SHIPPED_MODEL", tmp_path / "nothing")
+    words = f"no finished model under runs/ and none in {tmp_path / 'nothing'}: `python train.py` makes one"
     said = assert_refused(sample.main, ["--prompt", "x"], words, monkeypatch, capsys)
-    assert said == f"sample.py: {words}\n"
+    assert "`git checkout pretrained` brings back the one that ships" in said
+
+
+def test_a_model_says_how_many_steps_it_is_sampled_with(model, tmp_path, monkeypatch, capsys):
+    folder = write_model(tmp_path / "run", *model, dict(SETTINGS, num_inference_steps=3))
+    taken, clips = [], np.zeros((1, 8, 16, 16, 3), np.uint8)
+    generate = lambda *_, num_inference_steps, **__: taken.append(num_inference_steps) or clips  # noqa: E731
+    monkeypatch.setattr(sample, "generate", generate)
+    for flags, steps in (((), 3), (("--num_inference_steps", "2"), 2)):
+        argv = ["sample.py", "--checkpoint", folder, "--prompt", "x", "--output", tmp_path / "a.gif", *flags]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in argv])
+        sample.main()
+        assert taken.pop() == steps
 
 
 def test_a_hub_id_is_fetched(checkpoint, monkeypatch):

@@ -12,7 +12,7 @@ import masks
 import sample
 from support import media
 from tests.clips import fill, scan
-from tests.runs import FLAGS, NO_PICTURES, ROOT, few_steps, log, run_here, same, weights, words
+from tests.runs import FEW_STEPS, FLAGS, NO_PICTURES, ROOT, log, run_here, same, weights, words
 
 # What a run leaves
 
@@ -93,7 +93,7 @@ def test_without_captions_and_held_out_clips_one_sticker_is_drawn(run, folder, t
     for path in long[:5]:
         shutil.copy(path, bare)
     monkeypatch.setattr("train.validation_sheet", sample.validation_sheet)
-    monkeypatch.setattr("sample.generate", few_steps)
+    monkeypatch.setattr("sample.SHEET_STEPS", FEW_STEPS)
     out = run(data=bare, max_train_steps=1, validation_prompts=None, **flags)
     assert len(media.read_clip(out / "sample.gif", 16)[0]) >= 1 and (out / "validation-1.png").exists()
 

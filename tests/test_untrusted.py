@@ -98,6 +98,7 @@ BROKEN = {
     "precision": ("model_index.json", dict(mixed_precision="os.system"), "mixed_precision"),
     "scale": ("model_index.json", dict(guidance_scale=float("nan")), "guidance_scale"),
     "scale in words": ("model_index.json", dict(image_guidance_scale="1"), "cannot be read"),
+    "steps": ("model_index.json", dict(num_inference_steps=0), "num_inference_steps"),
     "index": ("model_index.json", write(b"[]"), "cannot be read"),
     "not UTF-8": ("model_index.json", write(b"\xff\xfe\x00"), "cannot be read"),
     "long header": (UNET, write(struct.pack("<Q", 2**63), b"{}"), "cannot be"),

@@ -27,7 +27,7 @@ import masks
 import sample
 import train
 from support import checkpoint
-from tests.runs import NO_PICTURES, QUICK, few_steps
+from tests.runs import FEW_STEPS, NO_PICTURES, QUICK
 
 RANK = os.environ.get("RANK", "0")
 WRITING = [(checkpoint, "save_file"), (torch, "save"), (Path, "write_text")]
@@ -153,7 +153,7 @@ def main():
     torch.set_num_threads(1)
     vars(train).update(QUICK)
     if "TOY_PICTURES" in os.environ:
-        sample.generate = few_steps
+        sample.SHEET_STEPS = FEW_STEPS
     else:
         vars(train).update(NO_PICTURES)
     inject(os.environ)

@@ -235,7 +235,7 @@ class Preconditioned(nn.Module):
     Clean latents have few degrees of freedom, noise has all of them, and a narrow network cannot carry it
     from input to output (Li and He, "Back to Basics: Let Denoising Generative Models Denoise"). The prior's
     estimate is one more input, and is mixed with the network's by the errors of both; the noise follows from
-    x_t.
+    x_t. Given frames are shown to all frames of their clip (`nearest_given`).
 
     unet: DFGN with condition_channels = 2 C, or a wrapper of it; prior: a fitted GaussianPrior
     alphas_cumprod: float (timesteps,), of the noise schedule
@@ -258,8 +258,7 @@ class Preconditioned(nn.Module):
         alpha = alpha[:, None, None, None, None]
 
         c_in = (alpha * std**2 + 1 - alpha).rsqrt()
-        shown = torch.where(to_device(given, noisy.device)[:, :, None, None, None], latents, 0.0)
-        condition = torch.cat([shown / std, estimate / std], dim=2)  # (B, F, 2C, h, w)
+        condition = torch.cat([nearest_given(latents, given), estimate], dim=2) / std  # (B, F, 2C, h, w)
         out = self.unet(c_in * noisy, condition, torch.ones_like(given), timestep, text, valid).float()
 
         c_out = error.square() / (error.square() + self.latent_error * std**2)  # (B, F), 0 in given frames
@@ -268,6 +267,19 @@ class Preconditioned(nn.Module):
         if valid is None:
             return noise
         return torch.where(to_device(valid, noisy.device)[:, :, None, None, None], noise, 0.0)
+
+
+def nearest_given(latents, given):
+    """For each frame the latents of the given frame that is nearest to it, the earlier of two; zeros where
+    none is given. latents (B, F, C, h, w), given bool (B, F) -> (B, F, C, h, w)
+
+    A given frame is its own nearest. The others see beside their noise what they probably look like: to copy
+    what stands still takes a network one convolution then, and not attention between frames."""
+    slots = torch.arange(given.shape[1], device=given.device)
+    distance = (slots[:, None] - slots).abs() + len(slots) * ~given[:, None]  # (B, F, F), from row to column
+    nearest = to_device(distance.argmin(dim=2), latents.device)[:, :, None, None, None]
+    some = to_device(given.any(dim=1), latents.device)[:, None, None, None, None]
+    return torch.where(some, latents.take_along_dim(nearest, dim=1), 0.0)
 
 
 def precondition(unet, prior, alphas_cumprod):

@@ -26,6 +26,7 @@ from support.prior import (
     first_latents,
     for_sampling,
     loss_weights,
+    nearest_given,
     precondition,
 )
 from tests.toys import (
@@ -277,6 +278,15 @@ def test_the_wrapper_knows_given_frames_by_their_mask_alone():
     zeros, none = torch.zeros_like(latents), torch.zeros_like(given)
     known, unknown = denoiser(noisy, zeros, given, *rest), denoiser(noisy, zeros, none, *rest)
     assert not torch.allclose(known, unknown, atol=1e-2)  # a latent of zeros is one to be given
+
+
+@torch.no_grad()
+def test_each_frame_is_shown_the_given_one_that_is_nearest():
+    latents = torch.arange(5.0).expand(3, 5)[:, :, None, None, None].clone()
+    given = torch.tensor([[0, 1, 0, 0, 1], [1, 0, 1, 0, 0], [0, 0, 0, 0, 0]]).bool()
+    latents[~given] = float("nan")
+    shown = nearest_given(latents, given).flatten(1)
+    assert shown.tolist() == [[1, 1, 1, 4, 4], [0, 0, 2, 2, 2], [0, 0, 0, 0, 0]]
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """
 The moving picture of the front page, and the sheet of every task, from a checkpoint.
 
-    python -m lab.gallery --checkpoint runs/tiny --output docs/stickers.webp      # or .gif, .mp4
-    python -m lab.gallery --checkpoint runs/tiny --sheet docs/tasks.png
+    python -m lab.gallery --checkpoint pretrained --output docs/stickers.webp      # or .gif, .mp4
+    python -m lab.gallery --checkpoint pretrained --sheet docs/tasks.png
 
 The picture shows the twelve prompts of `stickers.PROMPTS` (every subject once, every motion; combinations of
 words that were trained on) and below them a strip of text, image, interpolation and prediction. Captions and

@@ -24,7 +24,14 @@ ROOT = Path(__file__).parents[1]
 SIX = dict(masks=0, curriculum=1, model=1, data=1, sample=2, train=3)
 ROOMS = ("support", "lab", "tests")
 PROGRAMS = ["train", "sample", "data", "support.stickers"]
-PROGRAMS += ["lab.evaluate", "lab.ablate", "lab.bench", "lab.simulate_curriculum", "lab.train_vae"]
+PROGRAMS += [
+    "lab.evaluate",
+    "lab.ablate",
+    "lab.bench",
+    "lab.simulate_curriculum",
+    "lab.train_vae",
+    "lab.ship",
+]
 
 
 def texts(*paths):
@@ -32,7 +39,7 @@ def texts(*paths):
 
 
 SOURCES = texts(*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).rglob("*.py")))
-DOCUMENTS = texts(ROOT / "README.md", *ROOT.glob("docs/*.md"))
+DOCUMENTS = texts(ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("pretrained/**/*.md"))
 
 
 # Imports

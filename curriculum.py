@@ -2,17 +2,16 @@
 The difficulty-adaptive curriculum: which task and how many frames the next training step draws.
 No network in here.
 
-$ python curriculum.py                  # Eq. 2 to 4 on twelve steps of a loss that can be followed by hand
+$ python curriculum.py                  # Eq. 2 to 4 on forty steps of a loss that can be followed by hand
 $ python -m lab.simulate_curriculum     # what the feedback does to the loss of simulated learners
 
 A sample's difficulty has two sides: its task (interpolation < prediction < generation) and its number of
 valid frames k (3 < ... < 8), together 18 levels. The curriculum gives each level a probability, half from
   - a static part (Eq. 2): the share of interpolation falls over the training, the others rise; k is uniform;
-  - an adaptive part (Eqs. 3-4): a feedback loop reads the training loss. Loss above its usual distance to
+  - an adaptive part (Eqs. 3-4): a bell over the levels around an aim. The aim follows a set point that rises
+    over the training, easy to hard, and a feedback loop that reads the loss moves it around that: loss above
     its history -> easier samples next, below -> harder ones. So it damps swings, as a PID controller does.
 """
-
-import math
 
 import numpy as np
 
@@ -23,12 +22,14 @@ STRATEGIES = ("none", "linear", "dcl")
 
 STATIC_START = np.array([0.5, 0.2, 0.3])  # P(task) at the first step of the training ...
 STATIC_END = np.array([0.2, 0.3, 0.5])  # ... and at the last one
+SET_POINT_START, SET_POINT_END = 0.05, 0.95  # difficulty that the adaptive part aims at without feedback
 K_P, K_I, K_D = 5.0, 3.0, 1.3  # feedback constants (Table 6)
-SMOOTHING = 20  # steps; one step's loss mostly tells its timesteps
-HORIZON = 1000  # steps; how far "history" and the integral look back
-KERNEL_WIDTH = 0.25  # of the adaptive part, in units of difficulty
+SMOOTHING = 20  # steps over which the current loss is a mean
+HORIZON = 0.1  # of the training; how far "history" and the integral look back
+RANGES = 10  # of timesteps, each with a history of its own: the loss tells its timestep before all else
+KERNEL_WIDTH = 0.15  # of the adaptive part, in units of difficulty
 ADAPTIVE_WEIGHT = 0.5  # w, balance of the static and the adaptive part
-LARGEST_LOSS = 1e30  # a larger one counts as this: nothing overflows
+LARGEST_SIGNAL = 1000.0  # of L_s: nothing overflows
 
 # Difficulty of the 18 levels, from 0 (interpolation, k = 3) to 1 (generation, k = 8); both sides weigh alike.
 DIFFICULTY = 0.5 * np.linspace(0, 1, len(TASKS))[:, None] + 0.5 * np.linspace(0, 1, len(LENGTHS))  # (3, 6)
@@ -43,14 +44,16 @@ def static_probabilities(progress):
     return STATIC_START + (STATIC_END - STATIC_START) * progress
 
 
-# Eq. 3
-def loss_signal(L_c, history):
-    """L_s, the current loss relative to its history (so no scale has to be tuned), within -HORIZON..HORIZON.
+def set_point(progress):
+    """The difficulty to aim at, at `progress` 0..1 of the training, while the loss is as usual."""
+    return SET_POINT_START + (SET_POINT_END - SET_POINT_START) * progress
 
-    Losses >= 0 never reach these limits: the history holds at least 1/HORIZON of the current loss. Both zero
-    give 0.
-    """
-    return np.clip((L_c - history) / np.maximum(np.abs(history), 1e-30), -HORIZON, HORIZON)
+
+# Eq. 3
+def loss_signal(current, history):
+    """L_s of one step, the loss relative to its history at the same timesteps (so no scale has to be tuned):
+    0 as before, 0.1 a tenth above. Within -1..LARGEST_SIGNAL for losses >= 0."""
+    return np.clip(current / np.maximum(history, 1e-30) - 1, -1, LARGEST_SIGNAL)
 
 
 # Eq. 4
@@ -60,16 +63,18 @@ def feedback_terms(L_s, integral, derivative):
 
 
 # P* -> u
-def target_difficulty(P_star, P_star_mean):
-    """sigmoid(-(P* - its mean)) in [0, 1]. As tanh, since exp would overflow; uncentred it would saturate."""
-    return 0.5 + 0.5 * np.tanh(-0.5 * (P_star - P_star_mean))
+def aim(P_star, usual, set_point):
+    """The difficulty u in 0..1 that the adaptive part aims at: sigmoid(logit(set point) - (P* - usual)). A
+    loss that falls lies below its history all the time: the usual P* leaves the set point where it is. As
+    tanh, since exp would overflow."""
+    return 0.5 + 0.5 * np.tanh(0.5 * (np.log(set_point / (1 - set_point)) - (P_star - usual)))
 
 
 # m_ad in Algorithm 1
-def difficulty_map(target):
-    """Adaptive P(task, k): a smooth kernel over the levels around `target` 0..1; (...) -> (..., 3, 6)."""
-    distance = DIFFICULTY - np.asarray(target)[..., None, None]
-    weight = np.exp(-0.5 * (distance / KERNEL_WIDTH) ** 2)  # at least exp(-8): every level keeps some
+def difficulty_map(aim):
+    """Adaptive P(task, k): a smooth kernel over the levels around `aim` 0..1; (...) -> (..., 3, 6)."""
+    distance = DIFFICULTY - np.asarray(aim)[..., None, None]
+    weight = np.exp(-0.5 * (distance / KERNEL_WIDTH) ** 2)
     return weight / weight.sum((-2, -1), keepdims=True)
 
 
@@ -82,44 +87,52 @@ def balance(static, adaptive):
 # ------------------------------------------------------------------------------------------------------------
 # The feedback loop: what it keeps from step to step, and what it says about the next sample
 
-STATE = dict(count=0, L_c=0.0, history=0.0, L_s=0.0, integral=0.0, P_star_mean=0.0)
-OUTPUT = dict(p=0.0, i=0.0, d=0.0, p_star=0.0, target=0.5)
+
+def initial_state(shape=()):
+    """Of `feedback`, before the first loss, for an array of independent runs. history, seen: of every range
+    of timesteps, its mean loss and the number of steps that drew from it."""
+    zeros = {name: np.zeros(shape) for name in ("L_s", "integral", "p", "i", "d", "usual")}
+    return dict(count=0, history=np.zeros((*shape, RANGES)), seen=np.zeros((*shape, RANGES)), **zeros)
 
 
-def feedback(state, loss):
-    """One turn of the loop: the state and the loss of the step just done -> (new state, output).
+def feedback(state, losses, counts, horizon):
+    """One turn of the loop: the state and the losses of the step just done -> the new state, in which p, i, d
+    are the terms of P* for the next sample, and usual is their mean.
 
-    `loss` is a float, or an array of independent runs; so are all values but "count". Every mean is a plain
-    running mean until as many steps have passed as it looks back, and exponential from then on: no warm-up,
-    no list of old values.
+    losses, counts: (..., RANGES), for every range of timesteps the sum of the samples' losses, >= 0, over
+    unknown frames, and how many samples these are. horizon: steps. Every mean is a plain running mean until
+    as many steps have passed as it looks back, and exponential from then on.
     """
-    count = state["count"] + 1
-    slow, fast = min(count, HORIZON), min(count, SMOOTHING)
-    loss = np.clip(loss, -LARGEST_LOSS, LARGEST_LOSS)
-    L_c = state["L_c"] + (loss - state["L_c"]) / fast
-    history = state["history"] + (L_c - state["history"]) / slow
-    L_s = loss_signal(L_c, history)
-    integral = state["integral"] + (L_s - state["integral"]) / slow
-    derivative = L_s - state["L_s"]  # the first L_s is 0, and so is this one
+    count, history = state["count"] + 1, state["history"]
+    counted = counts * (state["seen"] > 0)  # a range that is new has nothing to be compared with
+    expected = (counted * history).sum(-1)
+    current = np.where(counted > 0, losses, 0).sum(-1)
+    now = np.where(expected > 0, loss_signal(current, expected), 0)
+    L_s = state["L_s"] + (now - state["L_s"]) / min(count, SMOOTHING)
+    integral = state["integral"] + (L_s - state["integral"]) / min(count, horizon)
+    derivative = L_s - state["L_s"]
+
+    seen = state["seen"] + (counts > 0)
+    mean = losses / np.maximum(counts, 1)
+    change = (mean - history) / np.maximum(seen * min(1, horizon / count), 1)  # draws in a horizon
+    history = np.where(counts > 0, history + change, history)
     p, i, d = feedback_terms(L_s, integral, derivative)
-    p_star = p + i + d
-    P_star_mean = state["P_star_mean"] + (p_star - state["P_star_mean"]) / slow
-    state = dict(count=count, L_c=L_c, history=history, L_s=L_s, integral=integral, P_star_mean=P_star_mean)
-    output = dict(p=p, i=i, d=d, p_star=p_star, target=target_difficulty(p_star, P_star_mean))
-    return state, output
+    usual = state["usual"] + (p + i + d - state["usual"]) / min(count, horizon)
+    state = dict(count=count, history=history, seen=seen, L_s=L_s, integral=integral)
+    return dict(state, p=p, i=i, d=d, usual=usual)
 
 
 class Curriculum:
-    """P(task, k) for every training step. Call probabilities(step), train that step, then update(its loss).
+    """P(task, k) for every training step. Call probabilities(step), train that step, then update(its losses).
 
-    So the loss that Eq. 3 reads at step t is that of step t - 1; at the first step there is none and P* is 0.
-    Every process of a distributed run holds the same curriculum, because it is fed the same averaged loss.
+    So the loss that Eq. 3 reads at step t is that of step t - 1. Every process of a distributed run holds the
+    same curriculum, because it is fed the same sums over all of them.
     """
 
     def __init__(
         self,
         strategy,  # "none": uniform; "linear": static part alone; "dcl": static and adaptive part
-        total_steps,  # length of the training in optimizer steps; the static part ends there
+        total_steps,  # length of the training in optimizer steps; static part and set point end there
     ):
         if strategy not in STRATEGIES:
             raise ValueError(f"unknown curriculum {strategy!r}: choose one of {', '.join(STRATEGIES)}")
@@ -127,42 +140,53 @@ class Curriculum:
             raise ValueError(f"total_steps is {total_steps}: it must be a whole number of at least 1")
         self.strategy = strategy
         self.total_steps = int(total_steps)
-        self.state, self.output = dict(STATE), dict(OUTPUT)
+        self.horizon = max(1, round(HORIZON * self.total_steps))
+        self.state = initial_state()
+
+    def progress(self, step):
+        """0 at the first step, 1 at the last. ValueError if `step` is none of this training's."""
+        if not 0 <= step < self.total_steps:
+            raise ValueError(f"step {step} is outside this curriculum's 0..{self.total_steps - 1}")
+        return step / max(self.total_steps - 1, 1)
 
     def probabilities(self, step):
         """P(task, k) for the 0-based `step`: float64 (3, 6) of sum 1. ValueError if not below total_steps."""
-        if not 0 <= step < self.total_steps:
-            raise ValueError(f"step {step} is outside this curriculum's 0..{self.total_steps - 1}")
+        static = static_probabilities(self.progress(step))
         if self.strategy == "none":
             return np.full((len(TASKS), len(LENGTHS)), 1 / (len(TASKS) * len(LENGTHS)))
-        static = static_probabilities(step / max(self.total_steps - 1, 1))
         if self.strategy == "linear":
             return np.repeat(static[:, None] / len(LENGTHS), len(LENGTHS), axis=1)
-        return balance(static, difficulty_map(self.output["target"]))
+        return balance(static, difficulty_map(self.aim(step)))
 
-    def update(self, loss):
-        """Take the loss of the step just done, averaged over ranks and micro-batches.
+    def update(self, losses, counts):
+        """Take the step just done, over all ranks and micro-batches: for every range of timesteps (RANGES,)
+        the sum of its samples' losses over unknown frames, and the number of these samples.
 
-        ValueError if it is not finite: such a step teaches the network nothing, and the curriculum neither.
+        ValueError if a loss is not finite, or negative: such a step teaches the network nothing, and the
+        curriculum neither.
         """
-        if not math.isfinite(loss):
-            raise ValueError(f"the loss is {loss}: give the curriculum finite losses, leave such a step out")
-        state, output = feedback(self.state, float(loss))
-        self.state = {name: type(STATE[name])(value) for name, value in state.items()}  # for JSON
-        self.output = {name: float(value) for name, value in output.items()}
+        losses, counts = (np.asarray(x, np.float64) for x in (losses, counts))
+        if not (np.isfinite(losses) & (losses >= 0)).all():
+            raise ValueError(f"the losses are {losses}: give the curriculum finite ones of at least 0")
+        self.state = feedback(self.state, np.minimum(losses, 1e30), counts, self.horizon)
 
-    @property
-    def terms(self):
-        """For logs: the terms of Eq. 4 "p", "i", "d", their sum "p_star", the target difficulty u "target".
+    def aim(self, step):
+        """The difficulty that the adaptive part aims at, whatever the strategy: the set point, moved by the
+        feedback once a horizon has passed; before that there is no history to speak of."""
+        P_star, point = sum(self.state[name] for name in "pid"), set_point(self.progress(step))
+        return float(aim(P_star, self.state["usual"], point)) if step >= self.horizon else point
 
-        Under "linear" and "none" they tell what the feedback would have asked for. Before any loss the terms
-        are 0 and the target is 0.5, the middle.
-        """
-        return dict(self.output)
+    def terms(self, step):
+        """What led to `probabilities(step)`, for logs: "p_term", "i_term", "d_term" of Eq. 4, "set_point",
+        "aim", and "difficulty", the expected one of the samples."""
+        terms = {f"{name}_term": float(self.state[name]) for name in "pid"}
+        terms |= dict(set_point=set_point(self.progress(step)), aim=self.aim(step))
+        return dict(terms, difficulty=float((self.probabilities(step) * DIFFICULTY).sum()))
 
     def state_dict(self):
-        """Everything a resumed run needs: plain numbers and one string, which JSON keeps to the last bit."""
-        return dict(strategy=self.strategy, total_steps=self.total_steps, **self.state, **self.output)
+        """Everything a resumed run needs: numbers, lists and one string, which JSON keeps to the last bit."""
+        plain = {name: np.asarray(value).tolist() for name, value in self.state.items()}
+        return dict(strategy=self.strategy, total_steps=self.total_steps, **plain)
 
     def load_state_dict(self, saved):
         """Continue where `saved`, a state_dict, was taken.
@@ -175,65 +199,66 @@ class Curriculum:
                     f"the saved curriculum has {name} {saved.get(name)!r}, this run has "
                     f"{getattr(self, name)!r}: resume with the flags of the first run."
                 )
-        missing = (STATE | OUTPUT).keys() - saved.keys()
+        missing = self.state.keys() - saved.keys()
         if missing:
             raise UserError(
                 f"the saved curriculum lacks {', '.join(sorted(missing))}: resume from another checkpoint."
             )
-        self.state = {name: saved[name] for name in STATE}
-        self.output = {name: saved[name] for name in OUTPUT}
+        arrays = {name: np.asarray(saved[name], np.float64) for name in self.state}
+        self.state = dict(arrays, count=int(saved["count"]))
 
 
 # ------------------------------------------------------------------------------------------------------------
 # python curriculum.py
 
+STEPS = 30
 INTRODUCTION = f"""\
-Twelve steps of a short training. Step t reads the loss of step t - 1, and says what step t draws.
+Thirty steps of a short training. Step t reads the loss of step t - 1, and says what step t draws. Here all
+samples of a step have the same loss, so their timesteps do not matter.
 
 Eq. 2  P(task) in the static part: a straight line from {STATIC_START} to {STATIC_END},
        for {", ".join(TASKS)}
-Eq. 3  L_s = (L_c - history) / history    L_c: running mean of the loss, history: running mean of L_c
+Eq. 3  L_s: running mean of L / history - 1     history: of L over {HORIZON:.0%} of the steps, here three
 Eq. 4  P* = P + I + D,   P = {K_P:g} L_s,   I = {K_I:g} (running mean of L_s),   D = {K_D:g} (change of L_s)
-       u = sigmoid(mean P* - P*)          the difficulty to aim at, from 0 to 1
+       u = sigmoid(logit(s) - (P* - mean P*))     the difficulty to aim at; the set point s rises
 draws  P(task, k): half Eq. 2 with uniform k, half a bell over the levels (task, k) around difficulty u
 
-By hand, at t = 5: L_c = (1 + 1 + 1 + 0.5) / 4 = 0.875, history = (1 + 1 + 1 + 0.875) / 4 = 0.969,
-L_s = (0.875 - 0.969) / 0.969 = -0.097, P = {K_P:g} L_s, I = {K_I:g} (0 + 0 + 0 + L_s) / 4, D = {K_D:g} L_s.
+By hand, at t = 14: the loss fell from 1 to 0.5, so L_s = (12 * 0 + 0.5 / 1 - 1) / 13 = -0.038, a mean of
+thirteen steps; P = 5 L_s, I = 3 L_s / 3, D = 1.3 L_s; P* = -0.281, its mean over three steps is -0.094;
+logit(0.453) = -0.187, so u = sigmoid(-0.187 + 0.187) = 0.5.
 
- t  loss     L_c history     L_s       P       I       D      P* mean P*       u   Eq. 2, %   P(task)%  mean k
+ t  loss     L_s       P       I       D       s       u  difficulty   Eq. 2, %   P(task)%  mean k
 """
-NUMBERS = ("L_c", "history", "L_s", "p", "i", "d", "p_star", "P_star_mean", "target")
-PHASES = (  # what the reader sees, and the losses that the steps read
-    ("No loss yet: the feedback says nothing, and u is the middle.", [None]),
-    ("The loss equals its history: L_s stays 0, and only Eq. 2 moves P(task).", [1.0] * 3),
-    ("The loss falls: P* < 0 and u rises. Harder samples: more generation, more frames.", [0.5] * 4),
-    ("The loss jumps. D answers first, I last; u falls. Easier samples, against Eq. 2.", [2.0] * 4),
+PHASES = (  # what the reader sees, the loss that is read, and from which line on
+    ("The loss equals its history: L_s stays 0, and u is the set point.", 1.0, 0),
+    ("The loss falls: P* < its mean, u > s, harder samples. Then that is usual.", 0.5, 13),
+    ("The loss jumps. D answers first, I last; u < s: easier samples than planned.", 1.5, 21),
 )
 
 
-def print_step(step, loss, curriculum):
-    """One line: the loss that the 0-based `step` reads, what Eq. 2 to 4 make of it, and what it draws."""
-    values, P = curriculum.state_dict(), curriculum.probabilities(step)
-    read = "-" if loss is None else f"{loss:.2f}"
-    numbers = "".join(f"{values[name]:8.3f}" for name in NUMBERS)
-    static = static_probabilities(step / (curriculum.total_steps - 1))
+def print_step(step, read, curriculum):
+    """One line: the 0-based `step`, the loss that it reads, and what Eq. 2 to 4 make of it."""
+    P, L_s = curriculum.probabilities(step), float(curriculum.state["L_s"])
+    numbers = "".join(f"{value:8.3f}" for value in (L_s, *curriculum.terms(step).values()))
+    static = static_probabilities(curriculum.progress(step))
     shares = "".join(f"   {a:2.0f} {b:2.0f} {c:2.0f}" for a, b, c in (100 * static, 100 * P.sum(1)))
-    print(f"{step + 1:2} {read:>5}{numbers}{shares}    {(P * LENGTHS).sum():.2f}")
+    print(f"{step + 1:2} {read:>5}{numbers}   {shares}    {(P * LENGTHS).sum():.2f}")
 
 
 def main():
-    curriculum, step = Curriculum("dcl", total_steps=12), 0
+    curriculum, phases = Curriculum("dcl", STEPS), {first: phase for *phase, first in PHASES}
     print(INTRODUCTION, end="")
-    for sentence, losses in PHASES:
-        print(sentence)
-        for loss in losses:
-            if loss is not None:
-                curriculum.update(loss)
-            print_step(step, loss, curriculum)
-            step += 1
+    for step in range(STEPS):
+        if step in phases:
+            sentence, loss = phases[step]
+            print(sentence)
+        if step:
+            curriculum.update(np.full(RANGES, loss), np.ones(RANGES))
+        print_step(step, f"{loss:.2f}" if step else "-", curriculum)
+    P = curriculum.probabilities(STEPS - 1)
     print("\nP(task, k) of the last step, in percent. The bell is around u, Eq. 2 gives each row its share.")
     print(" " * 13 + "".join(f"  k = {k}" for k in LENGTHS))
-    for task, row in zip(TASKS, 100 * curriculum.probabilities(step - 1)):
+    for task, row in zip(TASKS, 100 * P):
         print(f"{task:13}" + "".join(f"{p:7.1f}" for p in row))
 
 

@@ -214,9 +214,9 @@ class LatentDataset:
                 self.clips.append(CachedClip(sticker.name, sticker.caption, sticker.split, *entry))
         self.latents = {}  # shard -> its latents, mapped when first read
 
-    def split(self, name, ddu=True):
-        """The clips of "train" or "validation"; without dual masks (`ddu`) those of at least 8 frames."""
-        return [clip for clip in self.clips if clip.split == name and (ddu or clip.has_equal)]
+    def split(self, name):
+        """The clips of "train" or "validation"."""
+        return [clip for clip in self.clips if clip.split == name]
 
     def read(self, clip, k=None):
         """The k key frames of a clip, or with k None its equally spaced ones: float32 (k | 8, C, h, w)."""
@@ -262,6 +262,11 @@ def epoch_order(seed, epoch, count):
     return np.random.default_rng((seed, epoch, count)).permutation(count)
 
 
+def usable(clips, ddu):
+    """Those of `clips` that a training can draw from: without loss mask, of at least 8 frames."""
+    return [clip for clip in clips if ddu in masks.LOSS_MASK_ON or clip.has_equal]
+
+
 def hash_words(caption, rng):
     """Replaces each word by "#" with HASH_PROBABILITY."""
     return " ".join("#" if rng.random() < HASH_PROBABILITY else word for word in caption.split())
@@ -270,21 +275,22 @@ def hash_words(caption, rng):
 def draw_sample(dataset, clips, probabilities, seed, step, index, global_batch, ddu):
     """One training sample: the fields of Batch for sample `index` of the global batch of `step`.
 
-    probabilities: (3, 6), P(task, k) of the curriculum (Algorithm 1); ignored without dual masks
+    probabilities: (3, 6), P(task, k) of the curriculum (Algorithm 1)
+    ddu: which of the dual masks are in use, "on", "condition", "loss" or "off" (Table 3). Without condition
+        masks the first frame and the caption are given, without loss mask 8 equally spaced frames are shown
     """
     position = step * global_batch + index
     clip = clips[epoch_order(seed, position // len(clips), len(clips))[position % len(clips)]]
     rng = np.random.default_rng((seed, step, index))
 
-    if ddu:
-        level = rng.choice(probabilities.size, p=probabilities.flatten())
-        task, k = TASKS[level // len(LENGTHS)], LENGTHS[level % len(LENGTHS)]
+    level = rng.choice(probabilities.size, p=probabilities.flatten())
+    task, k = TASKS[level // len(LENGTHS)], LENGTHS[level % len(LENGTHS)]
+    if ddu in masks.LOSS_MASK_ON:
         k = min(k, clip.longest)  # a clip of few distinct frames: k shrinks first, then the row is drawn
-        row = masks.draw_row(task, k, rng)
         frames = dataset.read(clip, k)
     else:
-        k, row = NUM_FRAMES, masks.TEXT_ONLY
-        frames = dataset.read(clip)
+        k, frames = NUM_FRAMES, dataset.read(clip)
+    row = masks.draw_row(task, k, rng) if ddu in masks.CONDITION_MASK_ON else masks.FIRST_FRAME
 
     keep_text, keep_image = masks.draw_dropout(rng)
     caption = hash_words(clip.caption, rng) if row.text and keep_text else ""
@@ -299,7 +305,7 @@ def draw_sample(dataset, clips, probabilities, seed, step, index, global_batch, 
     return latents, noise, timestep, given, masks.loss_mask(k), caption, row.task, k
 
 
-def draw_batch(dataset, clips, probabilities, seed, step, indices, global_batch, ddu=True):
+def draw_batch(dataset, clips, probabilities, seed, step, indices, global_batch, ddu="on"):
     """The Batch of the samples `indices` of the global batch of `global_batch` samples at `step`, in the
     CPU's memory. It has as many slots, F, as its longest clip has frames: a batch of one has no filler."""
     samples = [draw_sample(dataset, clips, probabilities, seed, step, i, global_batch, ddu) for i in indices]

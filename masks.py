@@ -46,7 +46,8 @@ TABLE7 = (
     Row("G0", "generation",    (0, 0, 0, 0, 0, 0, 0, 0), True,  4.0),
 )  # fmt: skip
 ROWS = {row.name: row for row in TABLE7}
-TEXT_ONLY = ROWS["G0"]  # the one row of the ablation without dual masks (Table 3, "DFGN")
+FIRST_FRAME = ROWS["G1"]  # image and text to video: the one row without condition masks (Table 3, "DFGN")
+CONDITION_MASK_ON, LOSS_MASK_ON = ("on", "condition"), ("on", "loss")  # values of --ddu that use each mask
 
 
 # ------------------------------------------------------------------------------------------------------------

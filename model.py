@@ -4,9 +4,9 @@ itself, with an STI (spatial temporal interaction) layer after each of its spati
 
     Frames    which slots of a batch hold frames: spatial layers compute nothing for the others
     STI       "STI layer": semantic branch, detail branch, learned fusion
-    Conv3D    what the paper's ablation puts in the place of STI (Table 3)
+    Conv3D    what the paper's ablation puts in the place of STI (Table 3), and a cheaper one
     DFGN      the U-Net
-    SIZES     toy (for tests), tiny, small, full (0.96B parameters)
+    SIZES     toy (for tests), tiny (two CPU cores), small (one consumer GPU), full (the paper's 0.96B)
 
 $ python model.py    # sizes, parameters per part, every layer of `full` (or of `python model.py tiny`)
 
@@ -19,7 +19,6 @@ from functools import partial
 from itertools import zip_longest
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from diffusers import ConfigMixin, DDIMScheduler, ModelMixin
 from diffusers.configuration_utils import register_to_config
@@ -30,6 +29,7 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_timest
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
+from torch import nn
 
 from support.layers import print_layers, print_sizes
 from support.machine import to_device
@@ -79,20 +79,23 @@ class Frames:
 
 
 class FrameConv(nn.Module):
-    """GroupNorm, SiLU, then a convolution with kernel (3, 1, 1) over (frames, height, width).
+    """GroupNorm, SiLU, then a convolution over (frames, height, width) with kernel (3, 1, 1), or (3, 3, 3).
 
     The norm pools over one frame, never over frames: otherwise a frame would feel the filler."""
 
-    def __init__(self, width, groups):
+    def __init__(self, width, groups, spatial=False):
         super().__init__()
         self.norm = nn.GroupNorm(groups, width)
-        self.conv = nn.Conv2d(width, width, kernel_size=(3, 1), padding=(1, 0))
+        kind, kernel, padding = (nn.Conv3d, 3, 1) if spatial else (nn.Conv2d, (3, 1), (1, 0))
+        self.conv = kind(width, width, kernel, padding=padding)
 
     def forward(self, h, frames):
+        x, height = F.silu(self.norm(h)), h.shape[2]  # (N, d, H, W)
+        if isinstance(self.conv, nn.Conv3d):
+            x = self.conv(frames.unpack(x).transpose(1, 2))  # (B, d, F, H, W)
+            return frames.pack(x.transpose(1, 2))  # (N, d, H, W)
         # The same as nn.Conv3d(d, d, (3, 1, 1), padding=(1, 0, 0)) over (B, d, F, H, W). The kernel touches
         # single locations, so it may be a (3, 1) convolution over (F, H*W), which is a good deal faster.
-        height = h.shape[2]
-        x = F.silu(self.norm(h))  # (N, d, H, W)
         x = frames.unpack(x.flatten(2).transpose(1, 2))  # (B, F, H*W, d)
         x = self.conv(x.permute(0, 3, 1, 2))  # (B, d, F, H*W)
         x = frames.pack(x.permute(0, 2, 3, 1))  # (N, H*W, d)
@@ -164,19 +167,20 @@ class STI(nn.Module):
 
 
 class Conv3D(nn.Module):
-    """The temporal layer of the ablation "DFGN (3D-Conv)" (Table 3): four (3, 1, 1) convolutions, as in the
-    video U-Nets that the paper's lineage starts from, with the same residual start. The paper gives no size;
-    `full` has 1.02B parameters with it."""
+    """The temporal layer of the ablation "DFGN (3D-Conv)" (Table 3), with the same residual start: two
+    (3, 3, 3) convolutions, or, `factorized`, four (3, 1, 1) ones, as in the video U-Nets that the paper's
+    lineage starts from. The paper gives no size; `full` has 1.54B and 1.02B parameters with them."""
 
-    def __init__(self, width, groups=32):
+    def __init__(self, width, groups=32, factorized=False):
         super().__init__()
-        self.convs = nn.ModuleList([FrameConv(width, groups) for _ in range(4)])
+        layers = [FrameConv(width, groups, not factorized) for _ in range(4 if factorized else 2)]
+        self.convs = nn.ModuleList(layers)
         self.alpha = nn.Parameter(torch.zeros(1))
 
     def forward(self, h, frames):
         x = h
         for conv in self.convs:
-            x = conv(x, frames)
+            x = conv(x, frames)  # (N, d, H, W)
         return h + self.alpha.to(h.dtype) * x
 
 
@@ -209,10 +213,10 @@ class Block(nn.Module):
             self.attentions.append(transformer)
             if c.temporal == "sti":
                 self.temporal.append(STI(width, c.sti_heads, c.sti_head_width, c.sti_gamma, groups))
-            elif c.temporal == "conv3d":
-                self.temporal.append(Conv3D(width, groups))
+            elif c.temporal in ("conv3d", "conv1d"):
+                self.temporal.append(Conv3D(width, groups, factorized=c.temporal == "conv1d"))
             else:
-                raise ValueError(f"temporal is {c.temporal!r}: it must be 'sti' or 'conv3d'.")
+                raise ValueError(f"temporal is {c.temporal!r}: it must be 'sti', 'conv3d' or 'conv1d'.")
 
     def layers(self):
         """[(resnet, transformer, temporal layer)], None in the place of what a layer does not have."""
@@ -238,7 +242,7 @@ class DFGN(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
         clip_dim=1024,  # widths of the two text encoders
         t5_dim=1024,
         norm_num_groups=32,
-        temporal="sti",  # or "conv3d", the ablation of Table 3
+        temporal="sti",  # or "conv3d", "conv1d": the ablation of Table 3
         sti_heads=8,  # "STI layer", Table 6
         sti_head_width=32,
         sti_gamma=2,
@@ -293,8 +297,8 @@ class DFGN(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
             nn.init.zeros_(layer.bias)
 
     def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=None):
-        """Of ModelMixin's enable_gradient_checkpointing: no activations are kept inside a layer, which runs
-        once more in the backward pass. Its own way would have the transformers inside run a third time."""
+        """Of ModelMixin: no activations are kept inside a layer, which runs once more in the backward pass.
+        ModelMixin's own way would have the transformers inside run a third time."""
         self.gradient_checkpointing = enable
         self._gradient_checkpointing_func = gradient_checkpointing_func
 
@@ -324,7 +328,6 @@ class DFGN(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
         Returns (B, F, C, H, W), zeros in the slots that hold no frame.
         """
         frames = Frames(valid, *noisy.shape[:2], noisy.device)
-
         clip, clip_mask, t5, t5_mask = text
         text = torch.cat([self.clip_projection(clip), self.t5_projection(t5)], dim=1)  # (B, L, D)
         text = text[frames.clip]  # (N, L, D)
@@ -348,10 +351,8 @@ class DFGN(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
             for downsample in block.downsamplers:
                 h = downsample(h)  # (N, d, H/2, W/2)
                 skips.append(h)
-
         for layer in self.mid_block.layers():
             h = run(h, *layer)
-
         for block in self.up_blocks:
             for layer in block.layers():
                 h = run(torch.cat([h, skips.pop()], dim=1), *layer)
@@ -364,7 +365,6 @@ class DFGN(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
 
 # ------------------------------------------------------------------------------------------------------------
 # Named sizes. Latent channels and text widths come from the encoders; STI is that of Table 6 at every size.
-#   tiny   two CPU cores, minutes          small   one consumer GPU          full   the paper's 0.96B
 
 SIZES = {
     name: dict(zip(("block_out_channels", "attention_levels", "layers_per_block", "head_width",
@@ -387,9 +387,9 @@ def main():
     size = parser.parse_args().size
     with torch.device("meta"):
         unets = {name: DFGN(**config) for name, config in SIZES.items()}
-        latents, given = torch.zeros(1, 8, 4, 32, 32), torch.zeros(1, 8, dtype=torch.bool)
-        tokens = torch.zeros(1, 77, 1024), torch.ones(1, 77, dtype=torch.bool)
-        inputs = (latents, latents, given, torch.zeros(1), (*tokens, *tokens))
+        latents, tokens = torch.zeros(1, 8, 4, 32, 32), torch.zeros(1, 77, 1024)
+        given, text_mask = torch.zeros(1, 8, dtype=torch.bool), torch.ones(1, 77, dtype=torch.bool)
+    inputs = (latents, latents, given, torch.zeros(1), (tokens, text_mask, tokens, text_mask))
     parts = dict(text="_projection", residual=".resnets.", transformers=".attentions.", STI=".temporal.")
     print_sizes(unets, parts)
     print(f"\n{size}: one clip of 8 frames, latents of 4 x 32 x 32, 77 + 77 tokens\n")

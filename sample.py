@@ -154,7 +154,8 @@ def validation_sheet(denoiser, encoders, dataset, clips, prompts, args):
     names = ("seed", "mixed_precision", "guidance_scale", "image_guidance_scale")
     settings = {name: getattr(args, name) for name in names} | dict(num_inference_steps=SHEET_STEPS)
     rows, labels, marks = [], [], []
-    tasks = dict(I3="interpolation", P1="prediction", G1="image and text to video") if args.ddu else {}
+    tasks = dict(I3="interpolation", P1="prediction", G1="image and text to video")
+    tasks = tasks if args.ddu in masks.CONDITION_MASK_ON else dict(G1=tasks["G1"])
     candidates = [clip for clip in clips if clip.longest == masks.NUM_FRAMES] or clips
     for i, (name, task) in enumerate(tasks.items()):
         row = masks.ROWS[name]

@@ -24,11 +24,11 @@ from tqdm import tqdm
 
 import data
 import masks
-from curriculum import Curriculum
-from model import DFGN, SIZES, make_scheduler
+from curriculum import RANGES, Curriculum
+from model import DFGN, NUM_TIMESTEPS, SIZES, make_scheduler
 from sample import SAMPLING, validation_sheet
 from support import checkpoint, log, media, setup, stickers
-from support.common import UserError, one_sentence
+from support.common import UserError, evenly, one_sentence
 from support.encoders import Encoders, load_prior
 from support.finished import start_from_model
 from support.machine import (
@@ -101,6 +101,7 @@ class Run(NamedTuple):
     about: dict  # what a checkpoint says of the run
     summary: str  # of the data
     report: Any  # sends an entry of the log elsewhere
+    validate: Any  # `validate`, or what another program looks at in its place
 
     @property
     def parts(self):
@@ -115,40 +116,47 @@ class Run(NamedTuple):
 
 def noise_loss(run, denoiser, batch):
     """Eq. 1 under both masks: the network sees the frames that the condition mask gives, and its squared
-    error counts where the loss mask is set. batch: of data.draw_batch. Returns float32 (B,)."""
+    error counts where the loss mask is set. batch: of data.draw_batch. Returns float32 (B,), and the same
+    over the frames that are not given, which the curriculum reads: (B,), without gradient or weight."""
     device = run.world.device
-    tensors = batch.latents, batch.noise, batch.timesteps, batch.valid
-    latents, noise, timesteps, valid = (to_device(x, device) for x in tensors)
+    tensors = batch.latents, batch.noise, batch.timesteps, batch.valid, batch.valid & ~batch.given
+    latents, noise, timesteps, valid, unknown = (to_device(x, device) for x in tensors)
     noisy = run.scheduler.add_noise(latents, noise, timesteps)  # (B, F, C, h, w)
     text = run.encoders.text(batch.captions, device)
     with precision(device.type, run.args.mixed_precision):
         noise_pred = denoiser(noisy, latents, batch.given, timesteps, text, batch.valid)
-    return run.loss_weight[timesteps] * masks.masked_loss(noise_pred, noise, valid)
+    loss = run.loss_weight[timesteps] * masks.masked_loss(noise_pred, noise, valid)
+    return loss, masks.masked_loss(noise_pred.detach(), noise, unknown)
 
 
 def accumulate_gradients(run, training, probabilities, stop_signals):
     """Draws the samples of this rank, in micro-batches, and adds up their gradients.
 
-    probabilities: (3, 6), P(task, k). Returns loss, mean k, whether a rank was asked to stop: of all."""
+    probabilities: (3, 6), P(task, k). Returns, of all ranks, loss, mean k, whether one was asked to stop, and
+    for each range of timesteps the sum of the losses over unknown frames and how many they are."""
     args, world, step = run.args, run.world, training.step
     size, micro_steps = args.train_batch_size, args.gradient_accumulation_steps
     totals = torch.zeros(3, device=world.device)
+    by_range = torch.zeros(2, RANGES, device=world.device)  # sums of losses, counts
     for micro in range(micro_steps):
         first = (micro * world.size + world.rank) * size  # index of the sample in the global batch
         indices = range(first, first + size)
         where = args.seed, step, indices, run.global_batch
         batch = data.draw_batch(run.dataset, run.clips, probabilities, *where, args.ddu)
         with gradient_sync(run.network, last=micro == micro_steps - 1):
-            loss = noise_loss(run, run.denoiser, batch).mean() / micro_steps
+            loss, unknown = noise_loss(run, run.denoiser, batch)
+            loss = loss.mean() / micro_steps
             training.scaler.scale(loss).backward()
         totals[0] += loss.detach()
         totals[1] += np.mean(batch.lengths) / micro_steps
+        ranges = to_device(batch.timesteps * RANGES // NUM_TIMESTEPS, world.device)
+        by_range.index_add_(1, ranges, torch.stack([unknown, torch.ones_like(unknown)]))
     totals[2] = len(stop_signals)
     loss, mean_k, stop = (world.sum(totals) / world.size).tolist()
-    return loss, mean_k, stop > 0
+    return loss, mean_k, stop > 0, world.sum(by_range).tolist()
 
 
-def update(training, loss):
+def update(training, loss, by_range):
     """Weights, averages and curriculum after one step; a step whose loss or gradients are not finite changes
     none of them. Both numbers are sums over the ranks, so all ranks see it. Returns the step's log entry."""
     training.scaler.unscale_(training.optimizer)
@@ -158,7 +166,7 @@ def update(training, loss):
         training.scaler.step(training.optimizer)
         if training.average is not None:
             training.average.step(training.unet)
-        training.curriculum.update(loss)
+        training.curriculum.update(*by_range)
     training.scaler.update()
     training.optimizer.zero_grad(set_to_none=True)
     learning_rate = float(training.lr_schedule.get_last_lr()[0])
@@ -183,10 +191,11 @@ def train(run, training, stop_signals):
     while training.step < total:
         # Static probabilities f_s, feedback P* (Eq. 2 to 4), difficulty map m_ad, their balance
         probabilities = training.curriculum.probabilities(training.step)
+        terms = training.curriculum.terms(training.step)
         # Samples X', their task, row and k, both masks; the gradients of the network on them
-        loss, mean_k, stop = accumulate_gradients(run, training, probabilities, stop_signals)
+        loss, mean_k, stop, by_range = accumulate_gradients(run, training, probabilities, stop_signals)
         # The network, and the current loss that the next step's feedback reads
-        entry = update(training, loss)
+        entry = update(training, loss, by_range)
         bar.update()
         good, last = training.bad_in_row == 0, training.step == total
         if training.bad_in_row == MAX_BAD_STEPS:
@@ -197,15 +206,12 @@ def train(run, training, stop_signals):
         if stop:
             save(run, training)
         validates = last or (args.validation_steps and training.step % args.validation_steps == 0)
-        validation_loss = validate(run, training) if validates else None
+        seen = run.validate(run, training) if validates else {}
         if world.main and good and (validates or training.step % LOG_EVERY == 0):
             clips = (training.step - since[0]) * run.global_batch
             entry["clips_per_second"] = round(clips / (time.perf_counter() - since[1]), 2)
             shares = zip(masks.TASKS, probabilities.sum(axis=1).tolist())
-            entry |= {f"p_{task}": share for task, share in shares} | dict(mean_k=mean_k)
-            entry |= {f"{name}_term": training.curriculum.terms[name] for name in "pid"}
-            if validation_loss is not None:
-                entry["validation_loss"] = validation_loss
+            entry |= {f"p_{task}": share for task, share in shares} | dict(mean_k=mean_k) | terms | seen
             bar.set_postfix(loss=f"{loss:.4f}")
             with log.report_write_errors(world.print0):
                 log.append_log(log_path, entry)
@@ -224,24 +230,24 @@ def train(run, training, stop_signals):
 
 @torch.no_grad()
 def held_out_loss(run, denoiser):
-    """The loss over held-out samples, drawn with equal probabilities and as at step 0: the same ones every
-    time. None without any."""
+    """{"validation_loss": mean over held-out samples}, drawn with equal probabilities and as at step 0: the
+    same ones every time. Empty without any."""
     if not run.held_out:
-        return None
+        return {}
     args, losses = run.args, []
     uniform = Curriculum("none", 1).probabilities(0)
     for i in range(0, VALIDATION_SAMPLES, args.train_batch_size):
         indices = range(i, min(i + args.train_batch_size, VALIDATION_SAMPLES))
         where = args.seed, 0, indices, VALIDATION_SAMPLES
         batch = data.draw_batch(run.dataset, run.held_out, uniform, *where, args.ddu)
-        losses.append(noise_loss(run, denoiser, batch))
-    return torch.cat(losses).mean().item()
+        losses.append(noise_loss(run, denoiser, batch)[0])
+    return dict(validation_loss=torch.cat(losses).mean().item())
 
 
 def validate(run, training):
-    """Under averaged weights: returns the held-out loss, and writes the sheet and the first prompt's sticker.
+    """Under averaged weights: the held-out loss, for the log, the sheet and the first prompt's sticker.
     Rank 0 does it alone, unless it holds only a part of the weights: then all do the same."""
-    args, world, unet, loss = run.args, run.world, training.unet, None
+    args, world, unet, loss = run.args, run.world, training.unet, {}
     if world.main or args.shard:
         denoiser = precondition(unet, run.encoders.prior, run.scheduler.alphas_cumprod)
         unet.eval()
@@ -282,8 +288,7 @@ def fit_prior(args, world, encoders, dataset, clips):
 
 
 def build_network(args, world, encoders, fresh):
-    """The U-Net with random weights, or those of --init_unet or --init_from, where and as it will be
-    trained."""
+    """The U-Net with random weights, or those of --init_unet or --init_from, as it will be trained."""
     torch.manual_seed(args.seed)
     channels = encoders.codec.latent_channels
     unet = DFGN(
@@ -312,8 +317,7 @@ def build_network(args, world, encoders, fresh):
 
 def begin_training(args, world, unet):
     """The state of the loop before the first step."""
-    kind = args.use_8bit_adam, args.low_memory, args.muon
-    optimizer = make_optimizer(unet, args.learning_rate, *kind)
+    optimizer = make_optimizer(unet, args.learning_rate, args.use_8bit_adam, args.low_memory, args.muon)
     steps = dict(num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps)
     return Training(
         unet=unet,
@@ -326,17 +330,16 @@ def begin_training(args, world, unet):
 
 
 def open_stickers(args, world, folder, found, notes, encoders):
-    """Latents of the stickers, encoded where they are missing by all ranks together, and what is said of
-    them."""
+    """Latents of the stickers, encoded where they are missing by all ranks together; says what is there."""
     setup.digest_first(args, world, folder, found)
     workers = args.num_workers // world.local_size
     dataset = data.open_dataset(folder, found, encoders.codec, args.resolution, args.cache_dir, workers)
-    clips, held_out = dataset.split("train", args.ddu), dataset.split("validation", args.ddu)
+    clips = evenly(dataset.split("train"), args.max_train_samples or len(dataset.clips))
+    clips, held_out = (data.usable(some, args.ddu) for some in (clips, dataset.split("validation")))
     if not clips:
         raise UserError(f"--data {folder}: no clip is left to train on; `python data.py {folder}` says why.")
-    dropped = dataset.dropped
-    summary = f"{len(clips)} clips to train on, {len(held_out)} held out, {len(dropped)} dropped"
-    log.report_folder(world.print0, folder, summary, notes, dropped, any(clip.caption for clip in clips))
+    summary = f"{len(clips)} clips to train on, {len(held_out)} held out, {len(dataset.dropped)} dropped"
+    log.report_folder(world.print0, folder, summary, notes, dataset.dropped, any(c.caption for c in clips))
     prompts = args.validation_prompts
     if prompts is None:
         captions = [clip.caption for clip in held_out or clips if clip.caption][:6]
@@ -346,8 +349,7 @@ def open_stickers(args, world, folder, found, notes, encoders):
 
 
 def set_up(args, world, on_exit):
-    """Returns (Run, Training), fresh or resumed. What on_exit, an ExitStack, holds is undone when the run
-    ends."""
+    """(Run, Training), fresh or resumed. What on_exit, an ExitStack, holds is undone when the run ends."""
     resume, schedule = setup.claim_output(args, world, on_exit)
     report = log.make_reporter(args) if world.main else None
     folder, found, notes = setup.find_stickers(args, world)
@@ -369,7 +371,8 @@ def set_up(args, world, on_exit):
     weight = loss_weights(denoiser, scheduler.alphas_cumprod).to(world.device)
     about = dict(schedule=schedule, latents=dataset.identity, **setup.origins(args))
     fixed = dict(network=network, denoiser=denoiser, loss_weight=weight, global_batch=global_batch)
-    run = Run(args, world, encoders, scheduler, **fixed, **opened, about=about, report=report)
+    told = dict(about=about, report=report, validate=validate)
+    run = Run(args, world, encoders, scheduler, **fixed, **opened, **told)
     parameters = sum(weight.numel() for weight in unet.parameters())
     machine = f"{world.size} x {world.device.type}, {args.mixed_precision}"
     steps = f"{global_batch} clips per step, {args.max_train_steps} steps"

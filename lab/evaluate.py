@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import masks
 import sample
 from data import load_clip, open_dataset
 from lab import eye, metrics, pretrained_metrics
@@ -81,7 +82,7 @@ def parse_args(words=None):
     add = parser.add_argument
     scale = number(float, -sample.MAX_SCALE, sample.MAX_SCALE)
     recorded = "(default: as recorded for text and image, 1 for interpolation and prediction)"
-    ddu = "whether it was trained with dual masks (default: as its last checkpoint records, else on)"
+    ddu = "the dual masks that it was trained with (default: as its last checkpoint records, else on)"
     vqa = "a program, such as FAST-VQA: {video} becomes an MP4, the last number that it prints is the score"
     add("--checkpoint", type=Path, required=True, help="a finished run, or a checkpoint-N folder in it")
     add(
@@ -96,7 +97,7 @@ def parse_args(words=None):
     add("--guidance_scale", type=scale, help=f"text guidance {recorded}")
     add("--image_guidance_scale", type=scale, help=f"guidance by given frames {recorded}")
     add("--seed", type=SEED, default=0, help="another seed, other samples (default %(default)s)")
-    add("--ddu", choices=["on", "off"], help=ddu)
+    add("--ddu", choices=["on", "condition", "loss", "off"], help=ddu)
     part_flags(add, vae="what the checkpoint records", text="what the checkpoint records")
     add("--i3d", metavar="FILE.pt", help="FVD with this I3D TorchScript, the usual one of 400 features")
     add("--clip_score", metavar="DIR", help="CLIP similarity with this CLIPModel; not the model's own CLIP")
@@ -112,14 +113,14 @@ def parse_args(words=None):
 
 
 def has_dual_masks(args):
-    """Whether the checkpoint was trained with dual masks. Raises UserError if its state.json does not say."""
+    """Whether it was trained with condition masks. Raises UserError if its state.json does not say."""
     if args.ddu:
-        return args.ddu == "on"
+        return args.ddu in masks.CONDITION_MASK_ON
     for folder in [args.checkpoint, *(path for _, path in reversed(list_checkpoints(args.checkpoint)))]:
         state = folder / "state.json"
         if state.is_file():
             try:
-                return bool(json.loads(state.read_text())["schedule"]["ddu"])
+                return json.loads(state.read_text())["schedule"]["ddu"] in (True, *masks.CONDITION_MASK_ON)
             except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
                 unclear = "does not say whether the model was trained with dual masks"
                 raise UserError(f"{state} {unclear}: give --ddu.") from error

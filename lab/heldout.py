@@ -31,19 +31,23 @@ def cached_npz(path, compute):
         return dict(arrays)
 
 
-FIXED = {"text": masks.TEXT_ONLY, "image": masks.ROWS["G1"]}  # rows that are measured by themselves, at k = 8
+FIXED = {
+    "text": masks.ROWS["G0"],
+    "image": masks.FIRST_FRAME,
+}  # rows that are measured by themselves, at k = 8
 
 
-def draw(dataset, clips, task, k, i, timestep_order, seed):
+def draw(dataset, clips, task, k, i, timestep_order, seed, equal=False):
     """Draw i of one cell: latents and noise (8, C, h, w), timestep, given and valid (8,), caption.
 
     Clip, timestep and noise are the same in every cell, so that cells can be compared draw by draw. Timesteps
-    are spread evenly over 0..999, in the order of `timestep_order`."""
+    are spread evenly over 0..999, in the order of `timestep_order`. equal: 8 equally spaced frames in the
+    place of key frames."""
     rng = np.random.default_rng((seed, 78, i))
     clip = clips[i % len(clips)]
     share = (timestep_order[i] + rng.random()) / len(timestep_order)
     timestep = int(share * make_scheduler().config.num_train_timesteps)
-    frames = dataset.read(clip, k)
+    frames = dataset.read(clip, None if equal else k)
     noise = rng.standard_normal((NUM_FRAMES, *frames.shape[1:]), dtype=np.float32)
     row = FIXED[task] if task in FIXED else masks.draw_row(task, k, rng)
     latents = np.zeros_like(noise)
@@ -86,7 +90,7 @@ def measure_loss(model, dataset, args, folder, dual_masks):
     cells see the same."""
     clips = [clip for clip in dataset.split("validation") if clip.longest == NUM_FRAMES]
     cells = [(task, NUM_FRAMES) for task in FIXED] + [(task, k) for task in TASKS for k in LENGTHS]
-    cells = cells if dual_masks else cells[:1]
+    cells = cells if dual_masks else cells[: len(FIXED)]
     losses = {}
     for task, k in tqdm(cells if clips else [], "held-out loss of every (task, k)", unit="cell"):
         compute = partial(cell_loss, model, dataset, clips, task, k, args)

@@ -64,8 +64,8 @@ def word_items(clips, words, num_prompts):
 
 
 def make_test_list(dataset, words, num_prompts, num_clips, dual_masks):
-    """The Items, task by task. `words`: of word_table. A model without dual masks knows no given frames: only
-    text is sampled."""
+    """The Items, task by task. `words`: of word_table. A model without condition masks knows text and image,
+    but neither interpolation nor prediction."""
     clips = [clip for clip in dataset.clips if clip.longest == NUM_FRAMES]
     held_out = [clip for clip in clips if clip.split == "validation"]
     if words:
@@ -73,7 +73,7 @@ def make_test_list(dataset, words, num_prompts, num_clips, dual_masks):
     else:
         captioned = evenly([clip for clip in held_out if clip.caption], num_prompts)
         items = [Item("text", "G0", clip.caption, clip.name, (), True) for clip in captioned]
-    for task, rows in CONDITIONED.items() if dual_masks else ():
+    for task, rows in CONDITIONED.items() if dual_masks else [("image", CONDITIONED["image"])]:
         for i, clip in enumerate(evenly(held_out, num_clips)):
             shown = words.get(clip.name, ())
             items.append(Item(task, rows[i % len(rows)], clip.caption, clip.name, shown, True))

@@ -1,11 +1,9 @@
 """
-Pictures: of a report the loss of every (task, k), the loss over the diffusion step and sheets of samples; of
-an ablation what its runs logged.
+Pictures of a report: the loss of every (task, k), the loss over the diffusion step and sheets of samples.
 """
 
 import numpy as np
 
-from curriculum import HORIZON, STRATEGIES, target_difficulty
 from lab import metrics
 from lab.items import given_frames
 from masks import LENGTHS, NUM_FRAMES, TASKS
@@ -85,59 +83,3 @@ def sample_sheet(task, clips, readings):
         for lines, line in zip((rows, labels, marks), zip(*shown)):
             lines += line
     return sheet(rows, labels, marks=marks)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The pictures of ablate.py
-
-
-def running_difficulty(log):
-    """The target difficulty u of the feedback, from the logged terms of Eq. 4: (entries,). Under none and
-    linear it is what the feedback would have asked for."""
-    p_star = np.array([entry["p_term"] + entry["i_term"] + entry["d_term"] for entry in log])
-    horizon = max(1, HORIZON * len(log) // max(log[-1]["step"], 1))  # in entries
-    mean, means = 0.0, []
-    for count, p in enumerate(p_star, start=1):
-        mean += (p - mean) / min(count, horizon)
-        means.append(mean)
-    return target_difficulty(p_star, np.array(means))
-
-
-def plot_run(column, log, label):
-    """One run in the three axes of a column: loss, task probabilities, target difficulty."""
-    steps = [entry["step"] for entry in log]
-    loss = np.array([entry["loss"] for entry in log])
-    width = max(1, len(loss) // 25)
-    smooth = np.convolve(loss, np.ones(width) / width, mode="valid")
-    line = column[0].plot(steps[width - 1 :], smooth, linewidth=1, label=label)[0]
-    column[0].plot(steps, loss, linewidth=0.4, alpha=0.3, color=line.get_color())
-    for i, task in enumerate(TASKS):
-        column[1].plot(steps, [entry[f"p_{task}"] for entry in log], color=f"C{i}", linewidth=0.8)
-    column[2].plot(steps, running_difficulty(log), linewidth=0.8, color=line.get_color())
-
-
-def plot_ablation(logs):
-    """The counterpart of the paper's Figure 7 (matplotlib figure, None without logs): training loss, task
-    probabilities and target difficulty over steps, a column per curriculum.
-
-    logs: {(row, seed): entries of log.jsonl}"""
-    shown = {}
-    for (row, seed), log in sorted(logs.items()):
-        if row in STRATEGIES and log:
-            shown.setdefault(row, {})[seed] = log
-    if not shown:
-        return None
-    size, grid = (4.3 * len(shown), 8), dict(sharex=True, sharey="row", squeeze=False)
-    figure, axes = plt.subplots(3, len(shown), figsize=size, dpi=100, layout="constrained", **grid)
-    for column, row in zip(axes.T, [row for row in STRATEGIES if row in shown]):
-        for seed, log in shown[row].items():
-            plot_run(column, log, f"seed {seed}")
-        unused = "" if row == "dcl" else " (not used)"
-        column[0].set(title=f"{row}: training loss", yscale="log")
-        column[1].set(title="P(task)", ylim=(0, 0.75))
-        column[2].set(title=f"target difficulty u{unused}", ylim=(0, 1), xlabel="step")
-        for axis in column:
-            axis.grid(alpha=0.3)
-        column[0].legend(fontsize=8)
-        column[1].legend(column[1].lines[: len(TASKS)], TASKS, fontsize=8)
-    return figure

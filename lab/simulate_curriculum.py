@@ -1,306 +1,304 @@
 """
-A simulation in place of a training: what does the curriculum's feedback do to a loss?
+A simulation in place of a training: what does the curriculum's feedback do to the loss that it reads?
 
-$ python -m lab.simulate_curriculum                          # a table: simulated learners, three strategies
-$ python -m lab.simulate_curriculum --plot curriculum.png    # the same as a picture
+    python -m lab.simulate_curriculum                          # a table: four learners, five curricula
+    python -m lab.simulate_curriculum --plot curriculum.png    # the same as a picture
+    python -m lab.simulate_curriculum --measure RUN_DIR RUN_DIR --levels lab/levels.json
 
-The loss of a step is the mean over a batch whose levels are drawn from the curriculum's probabilities:
+A sample has a level (task, k), drawn from P(task, k), and a range of timesteps, spread evenly over the batch
+as data.draw_sample does it. Its loss over unknown frames is
 
-    loss = base(t) * exp(disturbance(t)) * mean over the batch of [ (1 + (D - 1/2)) * exp(z - 1/2) ]
+    base(step, range) * level(task, k) * exp(noise z - noise^2 / 2) * exp(disturbance(step))
 
-  - base falls from 1.0, an untrained eps-prediction, to 0.06 as a power law, as a diffusion training does.
-  - D is the level's difficulty; the hardest level loses three times as much as the easiest. Plausible: the
-    loss counts the given frames too, which cost next to nothing, and by Table 7 a quarter to all of them
-    are unknown. The paper's ranking holds exactly here; where it does not, the damping is weaker.
-  - z ~ N(0, 1), in all plants but "quiet": an item's loss mostly tells its diffusion step, and varies by more
-    than its mean. In "quiet" only the draw of the levels is random.
-  - disturbance: none in "quiet" and "noise", otherwise see there. The batch of 16 is the paper's.
+  - base falls over the training as a power law, and is far larger at small timesteps, where there is little
+    noise to be found. Both roughly as in trainings of lab.arm.
+  - level and noise come from lab/levels.json, or --levels. --measure makes such a file from runs of lab.arm
+    without curriculum. In the learner "strong" the hardest level loses three times as much as the easiest,
+    whatever the file says: there the draw has a hold on the loss.
+  - disturbance: none in "noise"; in the others it makes the loss swing, see LEARNERS.
+
+All curricula see the same random numbers, so two of them differ by what they draw and by nothing else.
 """
 
+import json
 import math
+from pathlib import Path
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 
-from curriculum import (
-    DIFFICULTY,
-    HORIZON,
-    OUTPUT,
-    STATE,
-    balance,
-    difficulty_map,
-    feedback,
-    static_probabilities,
-)
+import curriculum
+from curriculum import DIFFICULTY, HORIZON, RANGES, SMOOTHING
 from masks import LENGTHS, TASKS
-from support.common import one_sentence
+from support.common import UserError, one_sentence, printable, replacing, table
 from support.flags import Parser
-from support.pictures import check_png
+from support.pictures import check_png, pyplot
 
-matplotlib.use("Agg")
+LEARNERS = {
+    "noise": "levels and noise,\nno disturbance",
+    "slow": "a disturbance of 10 %,\nremembered for a twentieth",
+    "steps": "+15 and -15 %,\na twentieth in turns",
+    "strong": "as slow, levels differ\nby a factor of three",
+}
+ARMS = ("linear", "reversed", "no feedback", "dcl", "yoked")
+LINEAR, REVERSED, NO_FEEDBACK, DCL, YOKED = range(5)
+MEMORY = 0.05  # of the training: of the slow disturbance, and the length of a turn
+FIFTHS = 0.55, 0.25, 0.14, 0.09, 0.075  # base in fifths of the timesteps, from little noise to much
+PACE, POWER = 0.025, 0.7  # of base: it falls as (1 + progress / PACE) ** -POWER
+EASY_TO_HARD = np.argsort(DIFFICULTY, axis=None, kind="stable")  # the levels
+LEVELS = Path(__file__).with_name("levels.json")
+NEEDED = f"{len(TASKS)} x {len(LENGTHS)} positive numbers of mean 1, noise of 0..3, and from, a sentence"
 
-PLANTS = ("quiet", "noise", "slow", "steps")  # the simulated learners
-ARMS = ("none", "linear", "dcl", "dcl, no feedback")  # the last, a control: target fixed at 0.5
-
-
-def disturbance(previous, innovation, step, phase):
-    """log factors on a step's loss, from those of the step before; equal for all arms: (plants, seeds)."""
-    # slow: a hard stretch of data. Autoregressive: 10 % standard deviation, remembered for 300 steps.
-    rho = math.exp(-1 / 300)
-    slow = 0.10 * innovation
-    if previous is not None:
-        slow = rho * previous[2] + math.sqrt(1 - rho**2) * slow
-    # steps: shards of data that are in turn 15 % harder and 15 % easier, 700 steps each.
-    steps = np.where((step + phase) // 700 % 2 == 0, 0.15, -0.15)
-    return np.stack([0 * slow, 0 * slow, slow, steps])
-
-
-def arm_probabilities(progress, target):
-    """P(task, k) of every arm: (plants, arms, seeds, 3, 6).
-
-    progress: 0..1 of the training. target: the target difficulty of dcl, (plants, seeds).
-    """
-    static = static_probabilities(progress)
-    plants, seeds = target.shape
-    P = np.empty((plants, len(ARMS), seeds, *DIFFICULTY.shape))
-    P[:, 0] = 1 / DIFFICULTY.size
-    P[:, 1] = static[:, None] / len(LENGTHS)
-    P[:, 2] = balance(static, difficulty_map(target))
-    P[:, 3] = balance(static, difficulty_map(0.5))
-    return P
+# ------------------------------------------------------------------------------------------------------------
+# Levels
 
 
-def batch_loss(P, level_draw, z):
-    """The undisturbed loss of a step, relative to base: (plants, arms, seeds).
+def levels_of(arms):
+    """A dict as in lab/levels.json. arms: arm.json dicts of networks trained without curriculum. The noise in
+    them is relative to the mean; here it becomes the deviation of the log loss that gives just that."""
 
-    P: (plants, arms, seeds, 3, 6). level_draw: uniform in 0..1, z: standard normal, both (seeds, batch) and
-    equal for all arms. Levels are drawn through the inverse of their cumulative probabilities, easy to hard.
-    """
-    order = np.argsort(DIFFICULTY, axis=None, kind="stable")
-    item_loss = 0.5 + DIFFICULTY.ravel()[order]  # (18,) = 1 + (D - 1/2)
-    edges = P.reshape(*P.shape[:3], -1)[..., order].cumsum(-1)[..., None, :-1]  # (plants, arms, seeds, 1, 17)
-    loss = item_loss[(level_draw[..., None] > edges).sum(-1)]  # (plants, arms, seeds, batch)
-    loss[1:] *= np.exp(z - 0.5)  # all plants but "quiet"
-    return loss.mean(-1)
+    def mean(name):
+        cells = [[[arm["cells"][f"{task}, {k}"][name] for k in LENGTHS] for task in TASKS] for arm in arms]
+        return np.mean(cells, axis=0)  # (3, 6)
 
-
-def simulate(seeds=range(8), total_steps=10_000, batch_size=16):
-    """Train every (plant, arm, seed) for `total_steps`; returns a dict of arrays, the step first.
-
-    "relative_loss" (steps, plants, arms, seeds) is the loss divided by "base" (steps,), its undisturbed
-    course. Of the first seed alone: "task" (steps, plants, arms, 3), "mean_k" (steps, plants, arms), and "p",
-    "i", "d", "target" (steps, plants). All arms and plants see the same random numbers: two arms differ by
-    their curriculum and nothing else.
-    """
-    shape = (len(PLANTS), len(ARMS), len(seeds))
-    phase = np.array([np.random.default_rng((seed, 0, 1)).integers(1400) for seed in seeds])  # of "steps"
-    initial = {name: np.full((len(PLANTS), len(seeds)), value) for name, value in (STATE | OUTPUT).items()}
-    state, output = {**initial, "count": 0}, initial
-    log = {name: np.empty((total_steps, len(PLANTS))) for name in ("p", "i", "d", "target")}
-    log["base"] = base = 0.05 + 0.95 / (1 + np.arange(total_steps) / 100)
-    log["relative_loss"] = np.empty((total_steps, *shape))
-    log["task"] = np.empty((total_steps, *shape[:2], 3))
-    log["mean_k"] = np.empty((total_steps, *shape[:2]))
-    log_factor = None
-    for step in range(total_steps):
-        draws = [np.random.default_rng((seed, step, 0)) for seed in seeds]
-        level_draw = np.stack([rng.random(batch_size) for rng in draws])  # (seeds, batch)
-        z = np.stack([rng.standard_normal(batch_size + 1) for rng in draws])
-        log_factor = disturbance(log_factor, z[:, -1], step, phase)  # (plants, seeds)
-        P = arm_probabilities(step / max(total_steps - 1, 1), output["target"])
-        loss = batch_loss(P, level_draw, z[:, :-1]) * np.exp(log_factor)[:, None]  # (plants, arms, seeds)
-
-        log["relative_loss"][step] = loss
-        log["task"][step] = P[:, :, 0].sum(-1)
-        log["mean_k"][step] = P[:, :, 0].sum(-2) @ LENGTHS
-        for name in ("p", "i", "d", "target"):
-            log[name][step] = output[name][:, 0]  # what this step was drawn with
-        state, output = feedback(state, base[step] * loss[:, 2])
-    return log
+    relative, noise = mean("relative"), math.sqrt(math.log1p(mean("noise").mean() ** 2))
+    source = f"held-out loss over unknown frames, mean of {len(arms)} trained networks"
+    return {"relative": (relative / relative.mean()).tolist(), "noise": noise, "from": source}
 
 
-def moving_mean(x, window):
-    """Mean over `window` neighbours along the first axis -> window - 1 fewer rows."""
-    total = np.cumsum(np.concatenate([np.zeros_like(x[:1]), x]), axis=0)
-    return (total[window:] - total[:-window]) / window
+def read_arms(folders):
+    """The arm.json of finished runs of lab.arm, dicts. Raises UserError."""
+    arms = []
+    for folder in folders:
+        try:
+            arms.append(json.loads((Path(folder) / "arm.json").read_text()))
+            levels_of(arms[-1:])
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            says = "has no arm.json with the losses of all levels: give finished runs of lab.arm."
+            raise UserError(f"--measure {printable(folder)} {says}") from error
+    return arms
 
 
-def detrend(relative_loss, window=2 * HORIZON + 1):
-    """log loss over its known undisturbed course, minus its centred moving mean: `window` - 1 fewer rows.
-
-    What moves slower than the window is trend: the static part's, and the feedback's own (its history looks
-    back one horizon, so it cannot hold the loss for longer, and should not).
-    """
-    log_loss = np.log(relative_loss)
-    return log_loss[window // 2 : len(log_loss) - window // 2] - moving_mean(log_loss, window)
-
-
-def measure(relative_loss):
-    """ "spread", "slow" and "straight" of each (plant, arm, seed), in units of log loss (0.01 = 1 %).
-
-    spread:   standard deviation of the detrended loss;
-    slow:     the same after a moving mean over 100 steps: the amplitude of its slow swings;
-    straight: as spread, but with a straight line as the only trend. The strictest view: it also blames the
-              feedback for the course of thousands of steps that the difficulty takes while the loss falls.
-    """
-    residual, log_loss = detrend(relative_loss), np.log(relative_loss)
-    time = np.linspace(-1, 1, len(log_loss))
-    slope = np.tensordot(time, log_loss, 1) / (time @ time)
-    return dict(
-        spread=residual.std(0),
-        slow=moving_mean(residual, 100).std(0),
-        straight=(log_loss - time[:, None, None, None] * slope).std(0),
-    )
-
-
-HEADER = """\
-       |              spread: every step                  |   slow swings: 100-step mean    |  straight line
-plant  |   none  linear     dcl  no fb.      dcl/linear   |  linear     dcl      dcl/linear   |    dcl/linear
-"""
-
-
-def print_table(measured):
-    """One line per plant: mean over the seeds, and dcl against linear (with the worst seed in brackets)."""
-
-    def ratio(name, plant):
-        _, linear, dcl, _ = measured[name][plant]
-        return f"{dcl.mean() / linear.mean():8.3f} ({(dcl / linear).max():.3f})"
-
-    seeds = measured["spread"].shape[-1]
-    print(f"standard deviation of the detrended log loss, mean over {seeds} seeds (worst seed in brackets);")
-    print("no fb.: dcl with its target fixed at 0.5; straight line: spread if nothing else counts as trend")
-    print(HEADER, end="")
-    for plant, name in enumerate(PLANTS):
-        spread, slow = measured["spread"][plant].mean(-1), measured["slow"][plant].mean(-1)
-        spreads = "".join(f"{value:8.4f}" for value in spread) + ratio("spread", plant)
-        swings = f"{slow[1]:8.4f}{slow[2]:8.4f}" + ratio("slow", plant)
-        print(f"{name:6s} |{spreads} |{swings} |{ratio('straight', plant)}")
+def read_levels(path):
+    """The dict of a file of levels, "relative" as an array (3, 6). Raises UserError."""
+    try:
+        levels = json.loads(Path(path).read_text())
+        relative, noise = np.array(levels["relative"], float), float(levels["noise"])
+        good = relative.shape == DIFFICULTY.shape and (relative > 0).all() and abs(relative.mean() - 1) < 1e-3
+        good = good and 0 <= noise <= 3 and isinstance(levels["from"], str)
+    except (ValueError, LookupError, TypeError, OverflowError):
+        good = False
+    if not good:
+        raise UserError(f"--levels {printable(path)} is no file of levels: it needs relative, {NEEDED}.")
+    return dict(levels, relative=relative, noise=noise)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The picture: a column per plant, a row of panels per function
-
-STYLES = (  # of none, linear, dcl
-    dict(color="#c4c4c4", label="none", linewidth=4),
-    dict(color="#e6801a", label="linear"),
-    dict(color="#1f5fa8", label="dcl"),
-)
-TASK_COLORS = ("#1b9e77", "#7570b3", "#d6337c")
-TERM_COLORS = dict(p="#1f5fa8", i="#1b9e77", d="#e6a700")
-TITLES = (
-    "quiet: only the draw\nof the levels is random",
-    "noise: independent noise\non every item",
-    "slow: and a disturbance\nremembered for 300 steps",
-    "steps: and ±15 %\nin turns of 700 steps",
-)
+# The learners
 
 
-def draw_loss(axes, log):
-    loss = moving_mean(
-        log["base"][:, None, None] * log["relative_loss"][..., 0], 100
-    )  # (steps, plants, arms)
-    steps = 50 + np.arange(len(loss))
-    for plant, axis in enumerate(axes):
-        axis.set_title(TITLES[plant], pad=10)
-        for arm, style in enumerate(STYLES):
-            axis.semilogy(steps, loss[:, plant, arm], **style)
-    axes[0].set(ylabel="loss\n(100-step mean)", xlim=(0, len(log["base"])), ylim=(0.04, 1))
-    ticks = (0.05, 0.1, 0.2, 0.5, 1)
-    axes[0].set(yticks=ticks, yticklabels=[f"{tick:g}" for tick in ticks])
-    axes[0].set_xticks(np.arange(len(log["base"]))[:: len(log["base"]) // 4])
-    axes[0].minorticks_off()
-    axes[0].legend()
+def base(total_steps):
+    """The loss of every step and range of timesteps, undisturbed: (steps, RANGES)"""
+    fifths, middles = ((np.arange(n) + 0.5) / n for n in (len(FIFTHS), RANGES))
+    by_range = np.exp(np.interp(middles, fifths, np.log(FIFTHS)))
+    return (1 + np.arange(total_steps) / total_steps / PACE)[:, None] ** -POWER * by_range
 
 
-def draw_swings(axes, log, slow):
-    """slow: measured, mean over seeds, (plants, arms)."""
-    swings = 100 * moving_mean(detrend(log["relative_loss"][..., :1])[..., 0], 100)  # (steps, plants, arms)
-    steps = HORIZON + 50 + np.arange(len(swings))
-    for plant, axis in enumerate(axes):
-        for arm in (1, 2):
-            label = f"{ARMS[arm]} {100 * slow[plant, arm]:.1f}"
-            axis.plot(steps, swings[:, plant, arm], color=STYLES[arm]["color"], label=label)
-        axis.legend(title="standard deviation", ncols=2, loc="upper center", columnspacing=1)
-    axes[0].set(ylabel="its slow swings, %\n(detrended)", ylim=(-30, 55))
+def draw(seeds, total_steps, batch):
+    """All random numbers, seed by seed: for the levels, uniform in 0..1, and standard normal ones, (steps,
+    seeds, batch) each; ranges of timesteps, the same; disturbances, (steps, learners, seeds)."""
+    memory = max(1, round(MEMORY * total_steps))
+    rho, steps, drawn = math.exp(-1 / memory), np.arange(total_steps), []
+    for seed in seeds:
+        rng = np.random.default_rng(seed)
+        level, z = rng.random((total_steps, batch)), rng.standard_normal((total_steps, batch))
+        timestep = (np.arange(batch) / batch + rng.random((total_steps, 1))) % 1  # as a share of all
+        slow = 0.1 * rng.standard_normal(total_steps)
+        for step in steps[1:]:
+            slow[step] = rho * slow[step - 1] + math.sqrt(1 - rho**2) * slow[step]
+        turns = (steps + rng.integers(2 * memory)) // memory % 2
+        disturbance = np.stack([0 * slow, slow, 0.15 - 0.3 * turns, slow], axis=1)
+        drawn.append((level, z, (RANGES * timestep).astype(int), disturbance))
+    level, z, ranges, disturbance = (np.stack(x, axis=1) for x in zip(*drawn))
+    return level, z, ranges, np.moveaxis(disturbance, 1, 2)
 
 
-def draw_tasks(axes, log):
-    for plant, axis in enumerate(axes):
-        for task, color in enumerate(TASK_COLORS):
-            axis.plot(log["task"][:, plant, 2, task], color=color, label=TASKS[task])
-            axis.plot(log["task"][:, plant, 1, task], color=color, linestyle="--")
-    axes[0].set(ylabel="P(task)", ylim=(0.1, 0.8))
-    axes[0].legend(title="solid: dcl, dashed: linear", loc="upper left", labelspacing=0.1)
+def probabilities(progress, P_star, usual):
+    """P(task, k) of every run, (learners, arms, seeds, 3, 6), and what its adaptive part aims at, (learners,
+    arms, seeds): the set point, but for dcl, which listens to P_star, and yoked. P_star, usual: the same
+    shape"""
+    point = curriculum.set_point(progress)
+    aims = np.full(P_star.shape, point)
+    aims[:, DCL] = curriculum.aim(P_star[:, DCL], usual[:, DCL], point)
+    aims[:, YOKED] = np.roll(aims[:, DCL], -1, axis=-1)  # the next seed's, as in lab.ablate
+    P = curriculum.balance(curriculum.static_probabilities(progress), curriculum.difficulty_map(aims))
+    for arm, share in ((LINEAR, progress), (REVERSED, 1 - progress)):
+        P[:, arm] = curriculum.static_probabilities(share)[:, None] / len(LENGTHS)
+    return P, aims
 
 
-def draw_mean_k(axes, log):
-    for plant, axis in enumerate(axes):
-        for arm, style in enumerate(STYLES):
-            axis.plot(log["mean_k"][:, plant, arm], **style)
-    axes[0].set_ylabel("mean k")
+def draw_levels(P, uniform):
+    """The levels of a batch, 0..17 from easy to hard: (learners, arms, seeds, batch). P: of `probabilities`.
+    uniform: (seeds, batch) in 0..1; the same number draws a harder level where P is harder."""
+    edges = P.reshape(*P.shape[:3], -1)[..., EASY_TO_HARD].cumsum(-1)[..., None, :-1]
+    return (uniform[..., None] > edges).sum(-1)
 
 
-def draw_terms(axes, log):
-    for plant, axis in enumerate(axes):
-        for name, color in TERM_COLORS.items():
-            axis.plot(log[name][:, plant], color=color, label=name.upper())
-    axes[0].set(ylabel="terms of Eq. 4", ylim=(-5, 2))
-    axes[0].legend(ncols=3, loc="lower right")
+def simulate(levels, seeds=range(16), total_steps=1200, batch=8):
+    """Trains every (learner, arm, seed). levels: of `read_levels`. Returns a dict of arrays, the step first:
+    "P" (steps, learners, arms, seeds, 3, 6), "aim" and "L_s" that the step was drawn with, (steps, learners,
+    arms, seeds), and its answer: "losses" (steps, learners, arms, seeds, RANGES), sums over the samples of
+    each range of timesteps, and "counts", (steps, seeds, RANGES). And "horizon", a number of steps."""
+    uniform, z, ranges, disturbance = draw(seeds, total_steps, batch)
+    factors = np.stack([*[levels["relative"]] * 3, 0.5 + DIFFICULTY])  # (learners, 3, 6)
+    factors = factors.reshape(len(LEARNERS), 1, 1, -1)[..., EASY_TO_HARD]  # (learners, 1, 1, 18)
+    course, horizon = base(total_steps), max(1, round(HORIZON * total_steps))
+    noise = np.exp(levels["noise"] * z - levels["noise"] ** 2 / 2)
+    state, log = curriculum.initial_state((len(LEARNERS), len(ARMS), len(uniform[0]))), []
+    for step in range(total_steps):
+        P_star = (state["p"] + state["i"] + state["d"]) * (step >= horizon)  # as Curriculum.aim
+        usual = state["usual"] * (step >= horizon)
+        P, aims = probabilities(step / max(total_steps - 1, 1), P_star, usual)
+        loss = np.take_along_axis(factors, draw_levels(P, uniform[step]), axis=-1)
+        loss *= course[step, ranges[step]] * noise[step]  # (learners, arms, seeds, batch)
+        loss *= np.exp(disturbance[step])[:, None, :, None]
+        in_range = ranges[step][..., None] == np.arange(RANGES)  # (seeds, batch, RANGES)
+        losses, counts = np.einsum("lasb,sbr->lasr", loss, in_range), in_range.sum(axis=1)
+        log.append(dict(P=P, aim=aims, L_s=state["L_s"], losses=losses, counts=counts))
+        state = curriculum.feedback(state, losses, counts, horizon)
+    return {name: np.stack([entry[name] for entry in log]) for name in log[0]} | dict(horizon=horizon)
 
 
-def draw_target(axes, log):
-    for plant, axis in enumerate(axes):
-        axis.plot(log["target"][:, plant], color=STYLES[2]["color"])
-        axis.axhline(0.5, color="black", linewidth=1, linestyle=":")
-        axis.set_xlabel("training step")
-    axes[0].set(ylabel="target\ndifficulty u", ylim=(0, 1))
-    axes[0].text(0.97, 0.9, "harder next", transform=axes[0].transAxes, ha="right")
-    axes[0].text(0.97, 0.06, "easier next", transform=axes[0].transAxes, ha="right")
+# ------------------------------------------------------------------------------------------------------------
+# The table
 
 
-def draw_plot(log, measured, path):
-    """Draw the first seed as a PNG: what the feedback sees and does. Numbers in it are means over seeds."""
-    slow = measured["slow"].mean(-1)  # (plants, arms)
-    damping = 100 * (1 - slow[:, 2] / slow[:, 1])  # (plants,)
-    font = {"font.size": 13, "axes.titlesize": 13, "legend.fontsize": 11.5, "legend.title_fontsize": 11.5}
+def swings(L_s, horizon):
+    """L_s less its running mean over a horizon, which takes the fall of the loss out of it. (steps, ...)"""
+    mean, out = np.zeros(L_s.shape[1:]), np.empty(L_s.shape)
+    for step, now in enumerate(L_s):
+        mean = mean + (now - mean) / min(step + 1, horizon)
+        out[step] = now - mean
+    return out
+
+
+def measure(log):
+    """{name: (learners, seeds)} of the steps after the first horizon: the standard deviation of the swings of
+    L_s of every arm, the ratios of dcl's to others', seed by seed, and how far its aim is off the set
+    point."""
+    late = slice(log["horizon"], None)
+    spread = swings(log["L_s"], log["horizon"])[late].std(axis=0)  # (learners, arms, seeds)
+    moved = log["aim"][late, :, DCL] - log["aim"][late, :, NO_FEEDBACK]
+    measured = {arm: spread[:, i] for i, arm in enumerate(ARMS)}
+    for other in (YOKED, NO_FEEDBACK, LINEAR):
+        measured[f"dcl / {ARMS[other]}"] = spread[:, DCL] / spread[:, other]
+    aims = {"mean of aim - set point": moved.mean(axis=0), "deviation of aim - set point": moved.std(axis=0)}
+    return measured | aims
+
+
+def table_of(measured):
+    """Means and standard errors over the seeds, as Markdown, a column per learner."""
+    lines = []
+    for name, values in measured.items():
+        se = values.std(axis=1, ddof=1) / values.shape[1] ** 0.5
+        lines.append([name, *(f"{m:.4f} ± {e:.4f}" for m, e in zip(values.mean(axis=1), se))])
+    return table(["swings of L_s", *LEARNERS], lines)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The picture: a column per learner, a row of panels per function
+
+
+COLOURS = {LINEAR: "#e6801a", YOKED: "#c4c4c4", DCL: "#1f5fa8"}
+TASK_COLOURS = "#1b9e77", "#7570b3", "#d6337c"
+
+
+def draw_arms(axes, values):
+    """values: (steps, learners, arms) of one seed"""
+    for learner, axis in enumerate(axes):
+        for arm, colour in COLOURS.items():
+            axis.plot(values[:, learner, arm], color=colour, label=ARMS[arm])
+
+
+def draw_tasks(axes, tasks):
+    """tasks: P(task) of one seed, (steps, learners, arms, 3)"""
+    for learner, axis in enumerate(axes):
+        for task, colour in enumerate(TASK_COLOURS):
+            axis.plot(tasks[:, learner, DCL, task], color=colour, label=TASKS[task])
+            axis.plot(tasks[:, learner, LINEAR, task], color=colour, linestyle="--")
+
+
+def plot(log, measured, path):
+    """Draws the first seed as a PNG: what the feedback reads and what it does. Its numbers are means over
+    all seeds."""
+    plt = pyplot()
+    loss = log["losses"][:, :, :, 0].sum(-1) / log["counts"][0, 0].sum()  # (steps, learners, arms)
+    smooth = loss.copy()  # as L_s is
+    for step in range(1, len(loss)):
+        smooth[step] = smooth[step - 1] + (loss[step] - smooth[step - 1]) / min(step + 1, SMOOTHING)
+    P, ratios = log["P"][:, :, :, 0], measured[f"dcl / {ARMS[YOKED]}"].mean(axis=1)
     look = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
-    with plt.rc_context({**font, **look, "lines.linewidth": 1.3, "legend.handlelength": 1.2}):
-        figure, axes = plt.subplots(6, 4, figsize=(14, 15), sharex=True, sharey="row", layout="constrained")
-        draw_loss(axes[0], log)
-        draw_swings(axes[1], log, slow)
-        draw_tasks(axes[2], log)
-        draw_mean_k(axes[3], log)
-        draw_terms(axes[4], log)
-        draw_target(axes[5], log)
-        figure.align_ylabels(axes[:, 0])
-        figure.suptitle(
-            "The curriculum's feedback draws easier samples when the loss runs above its course,\n"
-            "harder ones when below: slow swings of a disturbed loss shrink by "
-            f"{damping[2]:.0f} % (slow) and {damping[3]:.0f} % (steps)",
-            fontsize=16.5,
-        )
-        figure.savefig(path, dpi=100, format="png")
+    with plt.rc_context({**look, "lines.linewidth": 1.2, "legend.fontsize": 9}):
+        shape = dict(figsize=(13, 12), sharex=True, sharey="row", layout="constrained")
+        figure, axes = plt.subplots(5, len(LEARNERS), **shape)
+        draw_arms(axes[0], smooth)
+        draw_arms(axes[1], log["L_s"][..., 0])
+        draw_arms(axes[2], log["aim"][..., 0])
+        draw_tasks(axes[3], P.sum(-1))
+        draw_arms(axes[4], P.sum(-2) @ LENGTHS)
+        for learner, (name, about) in enumerate(LEARNERS.items()):
+            axes[0, learner].set_title(f"{name}: {about}")
+            axes[1, learner].set_title(f"deviation, dcl / yoked: {ratios[learner]:.3f}", fontsize=10)
+            axes[-1, learner].set_xlabel("step")
+        ticks = dict(yticks=(0.02, 0.05, 0.1, 0.2), yticklabels=("0.02", "0.05", "0.1", "0.2"))
+        axes[0, 0].set(ylabel=f"loss, mean of {SMOOTHING} steps", yscale="log", **ticks)
+        axes[0, 0].minorticks_off()
+        axes[1, 0].set_ylabel("L_s")
+        axes[2, 0].set(ylabel="aim (orange: the set point)", ylim=(0, 1))
+        axes[3, 0].set(ylabel="P(task), dashed: linear", ylim=(0, 1))
+        axes[4, 0].set_ylabel("mean k")
+        axes[0, 0].legend()
+        axes[3, 0].legend(loc="upper left", ncols=3, fontsize=8, columnspacing=1, handlelength=1)
+        with replacing(path) as writing:
+            figure.savefig(writing, dpi=90, format="png")
     plt.close(figure)
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Command line
+
+
 def parse_args():
-    parser = Parser(description="Simulate what the curriculum's feedback does to a loss.")
-    parser.add_argument("--plot", metavar="FILE.png", help="also draw the simulation to this PNG file")
+    about = "Simulate what the curriculum's feedback does to the loss that it reads."
+    parser = Parser("python -m lab.simulate_curriculum", description=about)
+    levels = "JSON file of levels to read, or to write with --measure (default: lab/levels.json)"
+    arms = "write --levels from these folders of lab.arm, trained without curriculum; nothing is simulated"
+    parser.add_argument("--levels", metavar="FILE", type=Path, default=LEVELS, help=levels)
+    parser.add_argument("--measure", metavar="RUN_DIR", type=Path, nargs="+", help=arms)
+    parser.add_argument("--plot", metavar="FILE.png", help="also draw the first seed to this PNG file")
     args = parser.parse_args()
     if args.plot:
         check_png("--plot", args.plot)
     return args
 
 
+@one_sentence("lab.simulate_curriculum")
 def main():
-    with one_sentence("lab.simulate_curriculum"):
-        args = parse_args()
-        log = simulate()
-        measured = measure(log["relative_loss"])
-        print_table(measured)
-        if args.plot:
-            draw_plot(log, measured, args.plot)
+    args = parse_args()
+    if args.measure:
+        levels = levels_of(read_arms(args.measure))
+        levels["from"] += ": " + ", ".join(folder.resolve().name for folder in args.measure)
+        with replacing(args.levels) as writing:
+            writing.write_text(json.dumps(levels) + "\n")
+        print(f"wrote {args.levels}")
+        return
+    levels = read_levels(args.levels)
+    log = simulate(levels)
+    measured = measure(log)
+    seeds = len(measured["dcl"][0])
+    print(f"levels: {printable(levels['from'])}. Mean ± standard error of {seeds} seeds.\n")
+    print(table_of(measured), end="")
+    if args.plot:
+        plot(log, measured, args.plot)
 
 
 if __name__ == "__main__":

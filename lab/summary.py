@@ -75,7 +75,7 @@ def by_timestep(loss, timestep):
 def summarize_view(loss, timestep):
     """One view of the losses {(task, k): (draws,)}: means, and which of the paper's inequalities hold."""
     entry = {"text only, k = 8": mean_se(loss["text", NUM_FRAMES])}
-    if len(loss) == 1:  # without dual masks
+    if not any(task in TASKS for task, _ in loss):  # without condition masks
         return entry
     tasks = {task: np.mean([loss[task, k] for k in LENGTHS], axis=0) for task in TASKS}
     entry["cells"] = {task: {str(k): mean_se(loss[task, k]) for k in LENGTHS} for task in TASKS}
@@ -96,7 +96,7 @@ def summarize_use(cells, latent_std):
     text, views = cells["text", NUM_FRAMES], {}
     for weighting, weight in weightings(text["timestep"], latent_std).items():
         views[weighting] = {}
-        for task in CONDITIONED:
+        for task in CONDITIONED if (TASKS[0], NUM_FRAMES) in cells else ["image"]:
             unknown = ~cells[task, NUM_FRAMES]["given"]  # (draws, 8)
             pair = (cells[task, NUM_FRAMES]["frames"], text["frames"])
             shown, alone = (weight * (x * unknown).sum(axis=1) / unknown.sum(axis=1) for x in pair)

@@ -93,7 +93,7 @@ def model_card(unet, args, sources, summary, global_batch, step):
         averaged_weights="yes" if args.use_ema else "no",
         curriculum=args.curriculum,
         temporal_layer=args.temporal,
-        dual_masks="on" if args.ddu else "off",
+        dual_masks=args.ddu,
         seed=args.seed,
         guidance=f"text {args.guidance_scale:g}, image {args.image_guidance_scale:g}",
     )

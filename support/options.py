@@ -17,7 +17,7 @@ from support.machine import native_bf16
 # A resumed run continues the saved one only if these are as they were.
 SCHEDULE_FLAGS = (
     "preset resolution max_train_steps learning_rate lr_scheduler lr_warmup_steps use_ema use_8bit_adam "
-    "low_memory mixed_precision curriculum temporal ddu seed"
+    "low_memory mixed_precision curriculum temporal ddu prior max_train_samples seed"
 ).split()
 
 
@@ -33,6 +33,8 @@ def make_parser(presets, recorded):
     add, default = parser.add_argument, "(default: %(default)s)"
     count, natural = number(int, 1), number(int, 0)
     add("--data", metavar="DIR", type=filled, help="folder of stickers (default: draws the built-in set)")
+    samples = "train on so many of its clips, evenly chosen (default: all but the held-out ones)"
+    add("--max_train_samples", type=count, metavar="N", help=samples)
     add("--output_dir", type=filled, help="where the run is written (default: runs/PRESET)")
     add("--resolution", type=number(int, 1, MAX_SIDE), help=f"side of the frames in pixels {default}")
     add("--max_train_steps", type=count, help=f"optimizer steps; the curriculum spans them {default}")
@@ -88,15 +90,23 @@ def make_parser(presets, recorded):
     )
     add(
         "--temporal",
-        choices=["sti", "conv3d"],
+        choices=["sti", "conv3d", "conv1d"],
         default="sti",
-        help=f"temporal layer; conv3d is the ablation of Table 3 {default}",
+        help="temporal layer; conv3d (3 x 3 x 3) and conv1d (along frames alone) are the ablation of Table 3 "
+        f"{default}",
     )
     add(
         "--ddu",
-        choices=["on", "off"],
+        choices=["on", "condition", "loss", "off"],
         default="on",
-        help=f"dual masks; off is the ablation of Table 3: text alone, always 8 frames {default}",
+        help="dual masks, one of them, or none, the ablation of Table 3: without condition masks first frame "
+        f"and text are given, without loss mask clips have 8 equally spaced frames {default}",
+    )
+    add(
+        "--prior",
+        action=argparse.BooleanOptionalAction,
+        help="precondition the network with a fitted Gaussian, which is not the paper's (default: yes, but "
+        "for full)",
     )
     add("--seed", type=SEED, default=0, help=f"every random draw follows from it {default}")
     add("--checkpointing_steps", type=count, default=500, help=f"save every so many steps {default}")
@@ -138,9 +148,8 @@ def parse_args(presets):
     args.cache_dir = args.cache_dir or default_cache()
     args.output_dir = Path(args.output_dir or f"runs/{args.preset}")
     args.mixed_precision = args.mixed_precision or ("bf16" if native_bf16() or args.low_memory else "no")
-    args.ddu = args.ddu == "on"
     check_together(args)
-    args.curriculum = args.curriculum or ("dcl" if args.ddu else "none")
+    args.curriculum = args.curriculum or ("dcl" if args.ddu == "on" else "none")
     if args.low_memory:
         args.gradient_checkpointing = args.ema_on_cpu = True
     # Folders are remembered, so that they are found from anywhere.
@@ -187,9 +196,9 @@ def check_together(args):
         raise UserError("--shard has no loss scaling for --mixed_precision fp16: use bf16.")
     if args.shard and "RANK" not in os.environ:
         raise UserError("--shard splits the weights over processes: start train.py with torchrun.")
-    if not args.ddu and args.curriculum not in (None, "none"):
+    if args.ddu != "on" and args.curriculum not in (None, "none"):
         raise UserError(
-            "--ddu off trains one task at one length: there is nothing for --curriculum to choose from."
+            f"--ddu {args.ddu} leaves no task or no length to choose: --curriculum needs both masks."
         )
 
 

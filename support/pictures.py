@@ -128,7 +128,8 @@ def preview(rows, captions, counts):
 
 
 def plot_progress(log_path, picture_path):
-    """Draws log.jsonl into progress.png: loss, task probabilities, mean k, and the three terms of Eq. 4."""
+    """Draws log.jsonl into progress.png: loss, task probabilities, mean k, the three terms of Eq. 4, and the
+    difficulty that the curriculum aimed at."""
     log = read_log(log_path)
     if not log:
         return
@@ -138,10 +139,11 @@ def plot_progress(log_path, picture_path):
         "P(task)": [
             name for name in dict.fromkeys(chain(*log)) if name.startswith("p_") and name not in terms
         ],
+        "difficulty": ["set_point", "aim", "difficulty"],
         "mean k of the batch": ["mean_k"],
         "feedback, Eq. 4": terms,
     }
-    figure, axes = plt.subplots(2, 2, figsize=(11, 6.5), dpi=100, sharex=True, layout="constrained")
+    figure, axes = plt.subplots(2, 3, figsize=(15, 6.5), dpi=100, sharex=True, layout="constrained")
     for axis, (title, names) in zip(axes.flat, panels.items()):
         for name in names:
             points = [(entry["step"], entry[name]) for entry in log if name in entry]
@@ -157,6 +159,7 @@ def plot_progress(log_path, picture_path):
     axes[0, 0].set_yscale("log")
     for axis in axes[1]:
         axis.set_xlabel("step")
+    axes[1, 2].set_axis_off()
     axes[1, 0].set_xlim(0, max(entry["step"] for entry in log) + 1)
     with replacing(picture_path) as temporary:
         figure.savefig(temporary, format="png")

@@ -221,41 +221,45 @@ def test_several_processes_read_what_one_does(folder):
 # Draws
 
 
-def draw(dataset, indices, step=0, seed=0, global_batch=8, ddu=True, probabilities=UNIFORM):
+@pytest.fixture(scope="module")
+def squares(tmp_path_factory):
+    """The data set of twelve clips that nothing is done to."""
+    root = tmp_path_factory.mktemp("squares")
+    return open_folder(square_folder(root / "stickers"), root / "cache")[0]
+
+
+def draw(dataset, indices, step=0, seed=0, global_batch=8, ddu="on", probabilities=UNIFORM):
     return data.draw_batch(dataset, dataset.clips, probabilities, seed, step, indices, global_batch, ddu)
 
 
-def test_two_halves_of_a_batch_are_the_whole(folder, tmp_path):
-    dataset, _ = open_folder(folder, tmp_path / "cache")
-    whole, first, second = draw(dataset, range(8)), draw(dataset, range(4)), draw(dataset, range(4, 8))
+def test_two_halves_of_a_batch_are_the_whole(squares):
+    whole, first, second = draw(squares, range(8)), draw(squares, range(4)), draw(squares, range(4, 8))
     for name in whole._fields:
         parts = getattr(first, name), getattr(second, name)
         if isinstance(parts[0], list):
             assert getattr(whole, name) == parts[0] + parts[1]
         else:
             assert torch.equal(getattr(whole, name), torch.cat(parts))
-    other_step, other_seed = draw(dataset, range(8), step=1), draw(dataset, range(8), seed=1)
+    other_step, other_seed = draw(squares, range(8), step=1), draw(squares, range(8), seed=1)
     assert not torch.equal(whole.noise, other_step.noise) and not torch.equal(whole.noise, other_seed.noise)
 
 
-def test_an_epoch_shows_every_clip_once(folder, tmp_path, monkeypatch):
-    dataset, _ = open_folder(folder, tmp_path / "cache")
+def test_an_epoch_shows_every_clip_once(squares, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        dataset, "read", lambda clip, k=None: seen.append(clip.name) or np.zeros((k, 6, 2, 2), np.float32)
+        squares, "read", lambda clip, k=None: seen.append(clip.name) or np.zeros((k, 6, 2, 2), np.float32)
     )
     for step in range(6):  # two epochs of twelve, four samples a step
-        draw(dataset, range(4), step=step, global_batch=4)
+        draw(squares, range(4), step=step, global_batch=4)
     assert set(Counter(seen[:12]).values()) == {1} and sorted(seen[:12]) == sorted(seen[12:])
     assert seen[:12] != seen[12:]
 
 
-def test_samples_obey_their_row(folder, tmp_path):
-    dataset, _ = open_folder(folder, tmp_path / "cache")
-    by_length = {clip.longest: clip for clip in dataset.clips}
+def test_samples_obey_their_row(squares):
+    by_length = {clip.longest: clip for clip in squares.clips}
     assert 3 in by_length
     for step in range(40):
-        batch = draw(dataset, range(8), step=step)
+        batch = draw(squares, range(8), step=step)
         for given, valid, latents, caption, task, k in zip(
             batch.given, batch.valid, batch.latents, batch.captions, batch.tasks, batch.lengths
         ):
@@ -264,36 +268,112 @@ def test_samples_obey_their_row(folder, tmp_path):
             assert (latents[k:] == 0).all() and latents[:k].abs().sum() > 0
             allowed = [masks.condition_mask(row, k)[:slots] for row in masks.admissible_rows(task, k)]
             assert not given.any() or any((given.numpy() == mask).all() for mask in allowed)
-    batch = draw(dataset, range(64), global_batch=64)
+    batch = draw(squares, range(64), global_batch=64)
     assert 0.6 < sum(bool(caption) for caption in batch.captions) / 64 < 0.95
 
 
-def test_timesteps_are_uniform_and_those_of_a_batch_spread_evenly(folder, tmp_path):
-    dataset, _ = open_folder(folder, tmp_path / "cache")
-    batch = draw(dataset, range(50), global_batch=50)
+def test_timesteps_are_uniform_and_those_of_a_batch_spread_evenly(squares):
+    batch = draw(squares, range(50), global_batch=50)
     assert sorted(t // 20 for t in batch.timesteps.tolist()) == list(range(50))  # one in each fiftieth
-    one = np.array([draw(dataset, [3], step=step, global_batch=8).timesteps[0].item() for step in range(200)])
+    one = np.array([draw(squares, [3], step=step, global_batch=8).timesteps[0].item() for step in range(200)])
     assert one.min() >= 0 and one.max() < 1000
     assert np.abs(np.histogram(one, 4, (0, 1000))[0] - 50).max() < 25  # whichever its place in the batch
 
 
-def test_k_shrinks_to_the_distinct_frames_before_the_row_is_drawn(folder, tmp_path):
-    dataset, _ = open_folder(folder, tmp_path / "cache")
-    short = [clip for clip in dataset.clips if clip.longest == 3]
+def test_k_shrinks_to_the_distinct_frames_before_the_row_is_drawn(squares):
+    short = [clip for clip in squares.clips if clip.longest == 3]
     only_prediction_at_8 = np.zeros_like(UNIFORM)
     only_prediction_at_8[1, -1] = 1.0
-    batch = data.draw_batch(dataset, short, only_prediction_at_8, 0, 0, range(30), 30)
+    batch = data.draw_batch(squares, short, only_prediction_at_8, 0, 0, range(30), 30)
     assert set(batch.lengths) == {3}
     given = {tuple(row) for row in batch.given.int().tolist()}
     assert given == {(0, 0, 1), (0, 0, 0)}  # P2 cut at 3, or dropped; never P1, which leaves nothing
 
 
-def test_without_dual_masks(folder, tmp_path):
-    dataset, _ = open_folder(folder, tmp_path / "cache")
-    clips = dataset.split("train", ddu=False)
-    assert clips and all(int(clip.caption.split()[-1]) + 3 >= NUM_FRAMES for clip in clips)
-    batch = data.draw_batch(dataset, clips, None, 0, 0, range(16), 16, ddu=False)
-    assert batch.valid.all() and not batch.given.any() and set(batch.lengths) == {NUM_FRAMES}
+FIRST_ALONE = (1, 0, 0, 0, 0, 0, 0, 0)
+NOTHING = (0,) * NUM_FRAMES
+
+
+@pytest.fixture
+def drawn(squares, monkeypatch):
+    """drawn("loss") draws 200 samples as with --ddu loss. Returns (Batch, [(clip, k) that was read])."""
+    reads, read = [], squares.read
+    monkeypatch.setattr(squares, "read", lambda clip, k=None: reads.append((clip, k)) or read(clip, k))
+
+    def drawn(ddu):
+        clips = data.usable(squares.split("train"), ddu)
+        batch = data.draw_batch(squares, clips, UNIFORM, 0, 0, range(200), 200, ddu)
+        for latents, k, (clip, asked) in zip(batch.latents, batch.lengths, reads, strict=True):
+            assert np.array_equal(latents[:k], read(clip, asked))
+        return batch, reads
+
+    return drawn
+
+
+def patterns(batch):
+    """The condition masks that occur in a batch of 8 slots."""
+    return {tuple(given) for given in batch.given.int().tolist()}
+
+
+def assert_captions_are_shown_but_for_dropout(batch):
+    assert sum(map(bool, batch.captions)) / len(batch.captions) == pytest.approx(0.85, abs=0.08)
+
+
+def test_both_masks_draw_all_tasks_at_all_lengths(drawn):
+    batch, reads = drawn("on")
+    assert set(batch.tasks) == set(masks.TASKS) and set(batch.lengths) == set(masks.LENGTHS)
+    assert [k for _, k in reads] == batch.lengths
+
+
+def test_condition_masks_alone_draw_all_tasks_on_eight_equally_spaced_frames(drawn):
+    batch, reads = drawn("condition")
+    assert {k for _, k in reads} == {None} and set(batch.lengths) == {NUM_FRAMES} and batch.valid.all()
+    shares = {task: batch.tasks.count(task) / 200 for task in masks.TASKS}
+    assert shares == pytest.approx(dict.fromkeys(masks.TASKS, 1 / 3), abs=0.12)
+    for task in masks.TASKS:
+        of_task = [tuple(x) for x, t in zip(batch.given.int().tolist(), batch.tasks) if t == task]
+        assert set(of_task) == {row.given for row in masks.TABLE7 if row.task == task} | {NOTHING}
+
+
+def test_a_loss_mask_alone_gives_first_frame_and_text_at_several_lengths(drawn):
+    batch, reads = drawn("loss")
+    assert [k for _, k in reads] == batch.lengths and set(batch.lengths) == set(masks.LENGTHS)
+    assert batch.valid.sum(1).tolist() == batch.lengths and set(batch.tasks) == {"generation"}
+    assert patterns(batch) == {FIRST_ALONE, NOTHING}
+    assert batch.given.any(1).float().mean().item() == pytest.approx(0.9, abs=0.06)  # but for dropout
+    assert_captions_are_shown_but_for_dropout(batch)
+
+
+def test_without_dual_masks_first_frame_and_text_are_given_to_eight_equally_spaced_frames(drawn):
+    batch, reads = drawn("off")
+    assert {k for _, k in reads} == {None} and set(batch.lengths) == {NUM_FRAMES} and batch.valid.all()
+    assert set(batch.tasks) == {"generation"} and patterns(batch) == {FIRST_ALONE, NOTHING}
+    assert batch.given.any(1).float().mean().item() == pytest.approx(0.9, abs=0.06)
+    assert_captions_are_shown_but_for_dropout(batch)
+
+
+def test_the_probabilities_choose_the_length_with_a_loss_mask_and_the_task_with_condition_masks(squares):
+    prediction_at_3 = np.zeros_like(UNIFORM)
+    prediction_at_3[1, 0] = 1.0
+    seen = {}
+    for ddu in ("on", "condition", "loss", "off"):
+        clips = data.usable(squares.clips, ddu)
+        batch = data.draw_batch(squares, clips, prediction_at_3, 0, 0, range(20), 20, ddu)
+        seen[ddu] = set(zip(batch.tasks, batch.lengths))
+    assert seen == dict(
+        on={("prediction", 3)},
+        condition={("prediction", 8)},
+        loss={("generation", 3)},
+        off={("generation", 8)},
+    )
+
+
+@pytest.mark.parametrize("ddu, shortest", dict(on=3, loss=3, condition=8, off=8).items())
+def test_clips_of_fewer_than_eight_frames_are_usable_with_a_loss_mask_alone(squares, ddu, shortest):
+    usable = data.usable(squares.clips, ddu)
+    frames = [int(clip.caption.split()[-1]) + 3 for clip in usable]  # as square_folder numbers them
+    assert sorted(frames) == list(range(shortest, 15))
+    assert usable == [clip for clip in squares.clips if clip in usable]  # in the order of the data set
 
 
 def test_hashed_words():

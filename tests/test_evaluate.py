@@ -141,10 +141,10 @@ def test_samples_of_other_settings_are_refused(call, flags, unbroken, tmp_path):
         call(tmp_path, *flags, "--loss_draws", 7)
 
 
-def test_a_model_without_dual_masks_is_asked_for_text_alone(call, tmp_path):
+def test_a_model_without_condition_masks_is_asked_for_text_and_image(call, tmp_path):
     report = call(tmp_path, "--ddu", "off")
-    assert list(report["about"]["sampler"]) == list(report["rivals"]) == ["text"]
-    assert report["quality"] == report["given frames"] == {}
+    assert list(report["about"]["sampler"]) == list(report["rivals"]) == ["text", "image"]
+    assert set(report["quality"]) == set(report["given frames"]["loss"]["Eq. 1"]) == {"image"}
     assert "cells" not in report["loss"]["Eq. 1"]
 
 
@@ -152,7 +152,7 @@ def test_a_model_without_dual_masks_is_asked_for_text_alone(call, tmp_path):
 # Refusals
 
 
-EVALUATE, ABLATE = [evaluate, "--checkpoint"], [ablate, "--output_dir", "x"]
+EVALUATE, ABLATE = [evaluate, "--checkpoint"], [ablate, "--table", "3", "--output_dir", "x"]
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ PRECISIONS = pytest.mark.parametrize("mixed_precision, tolerance", [("no", 5e-5)
 
 @pytest.mark.parametrize("valid_frames", [NUM_FRAMES, 5])
 @PRECISIONS
-@pytest.mark.parametrize("temporal", ["sti", "conv3d"])
+@pytest.mark.parametrize("temporal", ["sti", "conv3d", "conv1d"])
 def test_weights_channels_last(temporal, mixed_precision, tolerance, valid_frames):
     """The network brings its input to that layout in any case; contiguous weights let go of it at every
     convolution that prefers the other one."""
@@ -179,6 +179,7 @@ LAYERS = {
     "transformer": (Transformer2DModel, dict(in_channels=32, **HEADS, **TEXT), some_text),
     "STI": (STI, dict(width=32, heads=2, head_width=8, groups=4), some_frames),
     "Conv3D": (Conv3D, dict(width=32, groups=4), some_frames),
+    "Conv3D, factorized": (Conv3D, dict(width=32, groups=4, factorized=True), some_frames),
 }
 
 

@@ -41,6 +41,13 @@ def test_resumed_it_is_the_unbroken_run_and_remembers_its_start(trained, run, as
     assert state(tmp_path / "a", 3)["init_from"] == str(trained)
 
 
+def test_a_model_without_prior_starts_a_run_without_one(run):
+    bare = run("bare", prior=False, max_train_steps=1)
+    out = run("more", init_from=bare, max_train_steps=1, **AS_THE_MODEL)
+    assert not (out / "prior").exists()
+    assert same(weights(bare), weights(out))  # the learning rate of the first step is zero
+
+
 def test_more_steps_than_the_schedule_has_name_the_way_out(trained, run, refused):
     more = dict(max_train_steps=9, resume_from_checkpoint="latest")
     refused(f"--init_from {trained}/checkpoint-6", run, trained, **more)
@@ -51,6 +58,7 @@ def test_more_steps_than_the_schedule_has_name_the_way_out(trained, run, refused
     [
         ("--preset is tiny, but the model of --init_from", dict(preset="tiny")),
         ("--temporal is conv3d, but the model of --init_from", dict(temporal="conv3d")),
+        ("--temporal is conv1d, but the model of --init_from", dict(temporal="conv1d")),
         ("--resolution is 32, but the model of --init_from", dict(resolution=32)),
         ("--init_unet its spatial part: choose one", dict(init_unet="anything")),
         ("another VAE than the model was trained with", dict(vae="{vae}")),

@@ -68,7 +68,7 @@ class RulesOfCuda(TorchFunctionMode):
             return function(*args, **kwargs)
 
 
-@pytest.mark.parametrize("temporal", ["sti", "conv3d"])
+@pytest.mark.parametrize("temporal", ["sti", "conv3d", "conv1d"])
 def test_under_a_gpus_autocast_every_layer_gets_and_gives_half_precision(temporal):
     """Between layers, what is added up and kept for the backward pass; and into each convolution and linear
     layer, but for the first ones, which see what comes from outside."""
@@ -83,8 +83,9 @@ def test_under_a_gpus_autocast_every_layer_gets_and_gives_half_precision(tempora
         return hook
 
     kinds = (ResnetBlock2D, Transformer2DModel, STI, Conv3D, Downsample2D, Upsample2D)
+    kinds += (torch.nn.Conv2d, torch.nn.Conv3d, torch.nn.Linear)
     for name, module in unet.named_modules():
-        if isinstance(module, (*kinds, torch.nn.Conv2d, torch.nn.Linear)) and not name.startswith(outside):
+        if isinstance(module, kinds) and not name.startswith(outside):
             module.register_forward_hook(note(name))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), RulesOfCuda():
         unet(*toy_inputs(unet))

@@ -54,8 +54,13 @@ def test_table7_row_by_row():
         assert (row.task, "".join(map(str, row.given))) == (task, given)
         assert row.text == (row.name not in ("G3", "G4"))
     assert {row.task for row in TABLE7} == set(TASKS)
-    assert masks.TEXT_ONLY.name == "G0"
     assert list(masks.ROWS.values()) == list(TABLE7)
+
+
+def test_without_condition_masks_image_and_text_are_given():
+    assert masks.FIRST_FRAME is masks.ROWS["G1"] and masks.FIRST_FRAME.text
+    assert condition_mask(masks.FIRST_FRAME, 3).tolist() == [True] + [False] * 7
+    assert set(masks.CONDITION_MASK_ON) == {"on", "condition"} and set(masks.LOSS_MASK_ON) == {"on", "loss"}
 
 
 def test_text_alone_is_half_of_generation():

@@ -2,20 +2,25 @@
 
 import re
 import sys
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 import model
 from masks import NUM_FRAMES
-from model import DFGN, SIZES, STI, Conv3D, Frames
+from model import DFGN, SIZES, STI, Conv3D, FrameConv, Frames
 from support.layers import print_layers, print_sizes
 from support.machine import precision, prepare, recompute
 from tests.toys import SMALLER, first_frames, toy_inputs, toy_unet
 
-TEMPORAL = pytest.mark.parametrize("temporal", ["sti", "conv3d"])
+TEMPORAL = pytest.mark.parametrize("temporal", ["sti", "conv3d", "conv1d"])
+LAYERS = pytest.mark.parametrize(
+    "layer", [STI, Conv3D, partial(Conv3D, factorized=True)], ids=["sti", "conv3d", "conv1d"]
+)
 
 
 def small_unet(temporal="sti", alpha=1.0):
@@ -58,12 +63,13 @@ def test_spatial_part_has_the_names_of_stable_diffusion(full):
     assert ours == {name: p.shape for name, p in theirs.named_parameters()}
 
 
-def test_save_and_load(tmp_path):
-    unet = small_unet("conv3d")
+@TEMPORAL
+def test_save_and_load(tmp_path, temporal):
+    unet = small_unet(temporal)
     unet.save_pretrained(tmp_path)
     again = DFGN.from_pretrained(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
-    assert again.config.temporal == "conv3d"
+    assert again.config.temporal == temporal
     inputs = toy_inputs(unet, slots=3)
     with torch.no_grad():
         assert torch.equal(unet(*inputs), again(*inputs))
@@ -158,7 +164,7 @@ def test_frames_are_packed_and_come_back_to_their_places():
 # Temporal layers
 
 
-@pytest.mark.parametrize("layer", [STI, Conv3D])
+@LAYERS
 @pytest.mark.parametrize("slots", [3, 4, 5, 6, 7, 8])
 @pytest.mark.parametrize("size", [(5, 7), (1, 1), (4, 6)])
 def test_temporal_layers_at_any_length_and_size(layer, slots, size):
@@ -176,7 +182,7 @@ def test_unet_at_odd_sizes(size):
     assert unet(noisy, *rest).shape == noisy.shape
 
 
-@pytest.mark.parametrize("layer", [STI, Conv3D])
+@LAYERS
 def test_frames_see_each_other_and_order_matters(layer):
     torch.manual_seed(0)
     temporal = layer(32, groups=8)
@@ -188,6 +194,76 @@ def test_frames_see_each_other_and_order_matters(layer):
     out, other = temporal(h, frames), temporal(changed, frames)
     assert not torch.allclose(out[2], other[2], atol=1e-3)
     assert not torch.allclose(temporal(h.flip(0), frames).flip(0), out, atol=1e-3)
+
+
+def random_clips(valid, size=(5, 6), seed=0):
+    """(Frames, h (N, 32, *size)) of the valid frames of some clips; valid: bool (B, F)"""
+    frames = Frames(valid, *valid.shape, "cpu")
+    return frames, torch.randn(len(frames.index), 32, *size, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("lengths", [(4,), (5, 3)])
+def test_conv3d_is_a_three_dimensional_convolution(lengths):
+    """Each clip by itself, over its valid frames alone: forwards and backwards."""
+    torch.manual_seed(0)
+    layer = FrameConv(32, groups=8, spatial=True)
+    frames, h = random_clips(torch.arange(max(lengths)) < torch.tensor(lengths)[:, None])
+    h.requires_grad_()
+    ours, theirs = layer(h, frames), []
+    assert layer.conv.weight.shape == (32, 32, 3, 3, 3) and ours.shape == h.shape
+    for clip in h.split(lengths):
+        x = F.silu(layer.norm(clip)).transpose(0, 1)[None]  # (1, d, k, H, W)
+        theirs.append(F.conv3d(x, layer.conv.weight, layer.conv.bias, padding=1)[0].transpose(0, 1))
+    theirs = torch.cat(theirs)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    for a, b in zip(
+        *(torch.autograd.grad(y.square().sum(), [h, *layer.parameters()]) for y in (ours, theirs))
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+
+
+def test_conv3d_has_two_real_convolutions_and_conv1d_four_along_frames():
+    for factorized, count, shape in ((False, 2, (32, 32, 3, 3, 3)), (True, 4, (32, 32, 3, 1))):
+        weights = [conv.conv.weight for conv in Conv3D(32, groups=8, factorized=factorized).convs]
+        assert [tuple(weight.shape) for weight in weights] == count * [shape]
+    layers = {
+        temporal: [layer for *_, layer in small_unet(temporal).layers() if layer is not None]
+        for temporal in ("conv3d", "conv1d")
+    }
+    for temporal, count in (("conv3d", 2), ("conv1d", 4)):
+        assert all(isinstance(layer, Conv3D) for layer in layers[temporal])
+        assert {len(layer.convs) for layer in layers[temporal]} == {count}
+
+
+@pytest.mark.parametrize("spatial", [True, False])
+def test_a_convolution_reaches_one_frame_on_and_neighbouring_locations_if_spatial(spatial):
+    """Where the gradient of one output location goes, behind the norm, which mixes a whole frame."""
+    torch.manual_seed(0)
+    layer = FrameConv(32, groups=8, spatial=spatial)
+    layer.norm = torch.nn.Identity()
+    frames, h = random_clips(torch.ones(1, 5, dtype=torch.bool))
+    h.requires_grad_()
+    layer(h, frames)[2, :, 2, 3].sum().backward()
+    expected = torch.zeros(5, 5, 6, dtype=torch.bool)  # (F, H, W)
+    if spatial:
+        expected[1:4, 1:4, 2:5] = True
+    else:
+        expected[1:4, 2, 3] = True
+    assert torch.equal(h.grad.abs().sum(dim=1) > 0, expected)
+
+
+@LAYERS
+@torch.no_grad()
+def test_beside_a_longer_clip_a_short_one_is_what_it_is_alone(layer):
+    torch.manual_seed(0)
+    temporal = layer(32, groups=8)
+    torch.nn.init.ones_(temporal.alpha)
+    frames, h = random_clips(torch.arange(6) < torch.tensor([[3], [6]]))
+    together = temporal(h, frames)
+    alone = [temporal(clip, Frames(None, 1, len(clip), "cpu")) for clip in h.split((3, 6))]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
+    other = temporal(torch.cat([h[:3], -h[3:]]), frames)  # neither does the neighbour matter
+    torch.testing.assert_close(other[:3], together[:3])
 
 
 def test_semantic_branch_reaches_every_region_of_every_frame():
@@ -247,7 +323,9 @@ def test_padding_tokens_change_nothing():
     assert not torch.allclose(out, seen, atol=1e-2)
 
 
-@pytest.mark.parametrize("temporal, mixed_precision", [("sti", "no"), ("sti", "bf16"), ("conv3d", "no")])
+@pytest.mark.parametrize(
+    "temporal, mixed_precision", [("sti", "no"), ("sti", "bf16"), ("conv3d", "no"), ("conv1d", "no")]
+)
 def test_gradient_checkpointing_changes_no_gradient(temporal, mixed_precision):
     unet = prepare(small_unet(temporal), "cpu")
     inputs, gradients, calls = toy_inputs(unet), [], []

@@ -340,13 +340,16 @@ def test_both_go_through_sampling_and_training_by_the_same_calls(bare):
     args, weights = SimpleNamespace(mixed_precision="no"), loss_weights(denoiser, ALPHA)
     run = SimpleNamespace(args=args, world=World(), scheduler=make_scheduler(), encoders=encoders)
     run.loss_weight = weights
-    loss = train.noise_loss(run, denoiser, batch)
-    assert loss.shape == (2,) and loss.isfinite().all() and (loss > 0).all()
+    loss, unknown = train.noise_loss(run, denoiser, batch)
+    assert loss.requires_grad and not unknown.requires_grad
+    for of_frames in (loss, unknown):
+        assert of_frames.shape == (2,) and of_frames.isfinite().all() and (of_frames > 0).all()
 
     noisy = make_scheduler().add_noise(latents, noise, batch.timesteps)
     out = denoiser(noisy, latents, given, batch.timesteps, encoders.text(captions), batch.valid)
-    error = (out - noise)[:, :5].square().mean(dim=(1, 2, 3, 4))
-    torch.testing.assert_close(loss, weights[batch.timesteps] * error)
+    error = (out - noise)[:, :5].square().mean(dim=(2, 3, 4))  # (B, 5)
+    torch.testing.assert_close(loss, weights[batch.timesteps] * error.mean(dim=1))
+    torch.testing.assert_close(unknown, error[:, 1:].mean(dim=1))  # without the given frame, and unweighted
 
 
 # On a GPU

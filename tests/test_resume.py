@@ -281,7 +281,10 @@ def test_a_checkpoint_that_does_not_name_its_stickers_takes_no_others(
     refused("name them with --data", run, data=None, resume_from_checkpoint="latest")
 
 
-@pytest.mark.parametrize("flag, value", dict(seed=5, temporal="conv3d", ddu=False, use_ema=False).items())
+OTHER_FLAGS = dict(seed=5, temporal="conv3d", ddu="off", use_ema=False, prior=False, max_train_samples=5)
+
+
+@pytest.mark.parametrize("flag, value", OTHER_FLAGS.items())
 def test_other_flags_of_the_run_that_are_left_out_are_asked_for(copied, run, refused, flag, value):
     rewrite_state(copied / "checkpoint-6", lambda state: state["schedule"].update({flag: value}))
     refused(f"was trained with {value}: a resumed run keeps", run, resume_from_checkpoint="latest")

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -323,6 +324,25 @@ def test_command_line(checkpoint, tmp_path, monkeypatch, capsys):
     for i in range(2):
         frames, durations = media.read_clip(tmp_path / "new" / f"x-{i}.gif", 16)
         assert durations.sum() == pytest.approx(1000, abs=50)  # 8 frames, 8 a second
+
+
+@pytest.mark.parametrize("ddu", ["on", "condition", "loss", "off"])
+def test_the_validation_sheet_shows_the_tasks_that_are_trained(model, monkeypatch, ddu):
+    """Without condition masks that is image and text to video alone."""
+    sheets = []
+    monkeypatch.setattr("sample.sheet", lambda rows, labels, marks: sheets.append((rows, labels, marks)))
+    monkeypatch.setattr("sample.SHEET_STEPS", 1)
+    settings = dict(seed=0, mixed_precision="no", guidance_scale=2.0, image_guidance_scale=2.0)
+    clip = SimpleNamespace(longest=8, caption="a cat", name="a.gif")
+    dataset = SimpleNamespace(read=lambda clip, k: np.ones((k, CHANNELS, SIDE, SIDE), np.float32))
+    args = SimpleNamespace(**settings, resolution=4 * SIDE, ddu=ddu)
+    sample.validation_sheet(*model, dataset, [clip], ["a red heart"], args)
+    ((rows, labels, marks),) = sheets
+    tasks = ["interpolation (I3)", "prediction (P1)", "image and text to video (G1)"]
+    tasks = tasks if ddu in ("on", "condition") else tasks[2:]
+    assert labels == [label for task in tasks for label in ("real: a cat", task)] + ["a red heart"]
+    assert marks[-2] == [True] + [False] * 7 and marks[-1] == [False] * 8
+    assert len(rows) == len(marks) == len(labels) and {row.shape for row in rows} == {(8, 16, 16, 3)}
 
 
 def test_several_samples_become_rows_of_a_sheet(tmp_path):

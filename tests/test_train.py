@@ -8,8 +8,12 @@ import sys
 import numpy as np
 import pytest
 
+import curriculum
+import data
 import masks
 import sample
+import train
+from model import DFGN
 from support import media
 from tests.clips import fill, scan
 from tests.runs import FEW_STEPS, FLAGS, NO_PICTURES, ROOT, log, run_here, same, weights, words
@@ -32,8 +36,21 @@ def test_the_log_says_what_was_trained(trained):
     shares = {f"p_{task}" for task in masks.TASKS}
     for entry in entries:
         assert entry.keys() >= {"loss", "learning_rate", "grad_norm", "skipped", "mean_k"}
-        assert entry.keys() >= {"p_term", "i_term", "d_term"}
+        assert entry.keys() >= {"p_term", "i_term", "d_term", "set_point", "aim", "difficulty"}
+        assert all(0 < entry[name] < 1 for name in ("set_point", "aim", "difficulty"))
         assert sum(entry[name] for name in shares) == pytest.approx(1)
+    assert [entry["set_point"] for entry in entries] == pytest.approx(np.linspace(0.05, 0.95, 6).tolist())
+
+
+def test_the_log_says_what_the_curriculum_drew_from(trained):
+    """In each entry the terms that led to the probabilities of that very step."""
+    for entry in log(trained):
+        P_star = sum(entry[f"{name}_term"] for name in "pid")
+        assert entry["aim"] == pytest.approx(curriculum.aim(P_star, entry["set_point"]))
+        static = curriculum.static_probabilities((entry["step"] - 1) / 5)
+        P = curriculum.balance(static, curriculum.difficulty_map(entry["aim"]))
+        assert entry["difficulty"] == pytest.approx((P * curriculum.DIFFICULTY).sum())
+        assert [entry[f"p_{task}"] for task in masks.TASKS] == pytest.approx(P.sum(axis=1).tolist())
 
 
 def test_the_sticker_of_the_sheet_is_a_clip(trained):
@@ -62,13 +79,51 @@ def test_accumulation_is_the_larger_batch(trained, run):
 
 
 @pytest.mark.parametrize(
-    "flags", [dict(temporal="conv3d"), dict(ddu="off"), dict(curriculum="linear")], ids=str
+    "flags",
+    [
+        dict(temporal="conv3d"),
+        dict(temporal="conv1d"),
+        dict(ddu="off"),
+        dict(ddu="loss"),
+        dict(ddu="condition"),
+        dict(curriculum="linear"),
+    ],
+    ids=str,
 )
 def test_the_ablations_run(run, flags):
-    entry = log(run(max_train_steps=2, **flags))[-1]
-    assert np.isfinite(entry["loss"])
-    if "ddu" in flags:
-        assert entry["mean_k"] == masks.NUM_FRAMES
+    out = run(max_train_steps=2, **flags)
+    entries = log(out)
+    assert all(np.isfinite(entry["loss"]) for entry in entries)
+    eight = [entry["mean_k"] == masks.NUM_FRAMES for entry in entries]
+    assert all(eight) if flags.get("ddu") in ("off", "condition") else not any(eight)
+    if "ddu" in flags:  # and no curriculum: all levels alike
+        assert entries[-1]["difficulty"] == pytest.approx(0.5)
+    if "temporal" in flags:
+        assert sample.load(out)[0].unet.config.temporal == flags["temporal"]
+
+
+def test_without_prior_the_network_is_the_papers_alone(run):
+    out = run(max_train_steps=2, prior=False)
+    assert np.isfinite(log(out)[-1]["loss"])
+    assert not (out / "prior").exists() and not (out / "checkpoint-2" / "prior").exists()
+    denoiser, encoders, _ = sample.load(out)
+    assert encoders.prior is None and isinstance(denoiser, DFGN)
+    assert denoiser.config.condition_channels == encoders.codec.latent_channels
+
+
+@pytest.mark.parametrize("ddu", ["on", "off"])
+def test_it_trains_on_as_many_clips_as_are_asked_for(run, monkeypatch, capsys, ddu):
+    """Evenly chosen of those that are not held out, which stay; without loss mask some may be too short."""
+    seen, real = [], train.train
+    monkeypatch.setattr(train, "train", lambda fixed, *rest: (seen.append(fixed), real(fixed, *rest)))
+    run(max_train_steps=1, max_train_samples=5, ddu=ddu)
+    (fixed,) = seen
+    every, held_out = fixed.dataset.split("train"), fixed.dataset.split("validation")
+    chosen = [every[i] for i in np.linspace(0, len(every) - 1, 5).astype(int)]
+    assert len(every) > 15 and held_out and len(data.usable(chosen, "on")) == 5
+    assert fixed.clips == data.usable(chosen, ddu) and fixed.held_out == data.usable(held_out, ddu)
+    printed = f"{len(fixed.clips)} clips to train on, {len(fixed.held_out)} held out"
+    assert printed in capsys.readouterr().out
 
 
 def test_a_folder_without_captions_trains_without_text(run, folder, tmp_path, capsys):
@@ -128,7 +183,9 @@ def test_latest_without_a_checkpoint_starts_fresh_and_says_so(run, capsys):
         ("--max_train_steps: 0 must", dict(max_train_steps=0)),
         ("--seed: -1 must", dict(seed=-1)),
         ("--seed: 99999999999999999999 must", dict(seed=99999999999999999999)),
-        ("--ddu off", dict(ddu="off", curriculum="dcl")),
+        ("--ddu off leaves no task", dict(ddu="off", curriculum="dcl")),
+        ("--ddu loss leaves no task", dict(ddu="loss", curriculum="dcl")),
+        ("--ddu condition leaves no task", dict(ddu="condition", curriculum="linear")),
         ("is not a folder", dict(data="absent")),
         ("is no checkpoint", dict(resume_from_checkpoint="nowhere")),
         ("--data: must not be empty", dict(data="")),  # a variable of the shell that is not set

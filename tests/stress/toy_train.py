@@ -23,7 +23,6 @@ from pathlib import Path
 import torch
 
 import data
-import masks
 import sample
 import train
 from support import checkpoint
@@ -71,15 +70,17 @@ def kill_at_call(number, name):
 
 
 def at_each_loss(patch, change):
-    """Multiplies each computed loss by what change(call) returns; the first call is 1. patch: setattr, or
-    what undoes it in the end."""
-    real, calls = masks.masked_loss, []
+    """Multiplies both losses of each batch by what change(call) returns; the first call is 1. patch: setattr,
+    or what undoes it in the end."""
+    real, calls = train.noise_loss, []
 
     def changed(*args):
         calls.append(1)
-        return real(*args) * change(len(calls))
+        losses = real(*args)  # the one to train with, and the one that the curriculum reads
+        factor = change(len(calls))
+        return tuple(loss * factor for loss in losses)
 
-    patch(masks, "masked_loss", changed)
+    patch(train, "noise_loss", changed)
 
 
 def die_at_step(step):

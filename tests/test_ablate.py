@@ -1,103 +1,236 @@
-"""The ablation's tables by hand, and its runs with stand-ins for the programs."""
+"""The ablation's numbers by hand, its runs with a stand-in for the program, and one arm at toy size."""
 
 import json
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from lab import ablate
+import curriculum
+from curriculum import Curriculum
+from lab import ablate, ablation_tables, arm
+from masks import LENGTHS, TASKS
 from support.common import UserError
 
-
-def fake_report(value, dual=True):
-    report = dict(about=dict(dual_masks=dual, loss_draws=6, sampler={}))
-    report["loss"] = {"balanced": {"text only, k = 8": dict(mean=value)}}
-    if dual:
-        report["quality"] = {"prediction": {"unknown": {"model": {"psnr": dict(mean=10 * value)}}}}
-    return report
+LEVELS = [f"{task}, {k}" for task in TASKS for k in LENGTHS]
 
 
-def test_ablation_table_by_hand():
-    reports = {
-        ("none", 0): fake_report(1.0),
-        ("none", 1): fake_report(3.0),
-        ("dcl", 0): fake_report(2.0),
-        ("dcl", 1): fake_report(5.0),
-        ("sti", 0): fake_report(9.0, dual=False),
-    }
-    result = ablate.summarize(reports, {key: [] for key in reports})
-    none = result["rows"]["none"]["metrics"]
-    assert none["loss, text only"] == dict(mean=2.0, std=pytest.approx(2**0.5), count=2)
-    assert result["rows"]["sti"]["metrics"]["prediction, dB"] is None
-    pair = result["differences"]["dcl - none"]["loss, text only"]  # 1 and 2, seed by seed
-    assert pair == dict(mean=1.5, se=pytest.approx(0.5), seeds=2)
-    text = ablate.markdown(result, "about", ["end"])
-    assert "| DFGN w/ DDU, no curriculum | 2 | 2.0000 ± 1.4142 |" in text and "20.00" in text
-    assert "| DFGN | 1 | 9.0000 | - |" in text  # one seed, no given frames
-    assert "+1.5000 ± 0.5000" in text
+def fake_log(losses, every=10):
+    """An entry per step, of which every tenth has looked at the fixed batch, and at held-out clips."""
+    log = []
+    for step in range(1, every * len(losses) + 1):
+        terms = dict(mean_k=5.0, p_term=0.1, aim=0.4, set_point=0.5, difficulty=0.45, loss=1 / step)
+        log.append(dict(step=step, **terms))
+        if step % every == 0:
+            G1 = losses[step // every - 1]
+            log[-1] |= dict(probe=1 / step, G1=G1, G1_ranges=[G1] * 5)
+    return log
 
 
-def fake_log(steps):
-    terms = dict(p_term=0.1, i_term=0.0, d_term=-0.1)
-    tasks = dict(p_interpolation=0.3, p_prediction=0.3, p_generation=0.4)
-    return [dict(step=step, loss=1 / step, **terms, **tasks) for step in range(1, steps + 1)]
+def write_arm(folder, losses, condition_masks=True, cells=True):
+    folder.mkdir(parents=True)
+    (folder / "log.jsonl").write_text("\n".join(map(json.dumps, fake_log(losses))))
+    scores = {"image": {"network": dict(frechet=2.0, psnr=15.0), "cross-fade": dict(frechet=9.0, psnr=12.0)}}
+    if condition_masks:
+        scores["interpolation"] = {"network": dict(frechet=3.0, psnr=16.0)}
+    result = dict(about=dict(clips=300), scores=scores)
+    if cells:
+        result["cells"] = {level: dict(mean=1.0, relative=float(i)) for i, level in enumerate(LEVELS)}
+        result["drawn"] = {"no frame given": 0.25, **dict.fromkeys(LEVELS, 1 / 24)}
+    (folder / "arm.json").write_text(json.dumps(result))
+
+
+def read(tmp_path, losses):
+    """losses: {(row, clips, seed): G1 at each look} -> {the same: of read_arm}"""
+    arms = {}
+    for (row, clips, seed), values in losses.items():
+        folder = tmp_path / f"{row}-{clips}-{seed}"
+        write_arm(folder, values, condition_masks=row != "sti", cells=row == "ddu")
+        arms[row, clips, seed] = ablation_tables.read_arm(folder)
+    return arms
+
+
+# Numbers
+
+
+def test_rows_and_differences_by_hand(tmp_path):
+    losses = {("sti", 300, 0): [9, 6, 5, 6], ("sti", 300, 1): [9, 6, 5, 8]}
+    losses |= {("ddu", 300, 0): [9, 8, 6, 4], ("ddu", 300, 1): [9, 8, 6, 5], ("ddu", "all", 0): [9, 8, 6, 1]}
+    result = ablation_tables.summarize(read(tmp_path, losses), [("ddu", "sti")])
+    row = result["rows"]["sti, 300"]
+    assert row["loss"] == dict(mean=7.0, se=pytest.approx(1.0), seeds=2)
+    assert row["lowest loss"]["mean"] == 5.0 and row["loss at 1/4"]["mean"] == 9.0
+    assert result["rows"]["ddu, all"]["loss"] == dict(mean=1.0, se=None, seeds=1)
+    difference = result["pairs"]["ddu - sti, 300"]["loss"]  # -2 and -3
+    assert (difference["mean"], difference["se"]) == (-2.5, pytest.approx(0.5))
+    assert difference["could be seen"] == pytest.approx(12.71 * 0.5)
+    assert "ddu - sti, all" not in result["pairs"]  # there is no sti on all clips
+
+
+def test_jumps_are_no_part_of_the_course():
+    rng, steps = np.random.default_rng(0), np.arange(4000)
+    assert ablation_tables.jumps(np.exp(-steps / 400)) < 1e-6
+    noisy = np.exp(-steps / 400 + 0.03 * rng.standard_normal(4000))
+    assert ablation_tables.jumps(noisy) == pytest.approx(0.03, rel=0.1)
+
+
+def test_the_measured_order_is_that_of_the_losses(tmp_path):
+    read(tmp_path, {("ddu", "all", 0): [1, 1, 1, 1]})
+    order = ablate.measured_order([tmp_path / "ddu-all-0"])
+    assert order.shape == (3, 6) and order.flatten().tolist() == pytest.approx(np.linspace(0, 1, 18).tolist())
+
+
+# Courses
+
+
+def test_the_controls_of_the_curriculum():
+    linear = arm.course_of("linear", 50)
+    constant, backwards = arm.make_course("constant", 50), arm.make_course("reversed", 50)
+    np.testing.assert_allclose(constant[7], linear.mean(axis=0))
+    np.testing.assert_allclose(backwards[0], linear[-1])
+    for course in (linear, constant, backwards):  # equal shares of all levels, in another order
+        np.testing.assert_allclose(course.sum(axis=(1, 2)), 1)
+        np.testing.assert_allclose(course.mean(axis=0), linear.mean(axis=0))
+
+
+def test_a_yoked_course_is_what_the_other_run_drew(tmp_path):
+    this, log, drawn = Curriculum("dcl", 60), [], []
+    rng = np.random.default_rng(0)
+    for step in range(60):
+        drawn.append(this.probabilities(step))
+        log.append(json.dumps(dict(step=step + 1, **this.terms(step))))
+        this.update(rng.uniform(0.5, 1.5, curriculum.RANGES), np.ones(curriculum.RANGES))
+    (tmp_path / "log.jsonl").write_text("\n".join(log))
+    course = arm.make_course(tmp_path, 60)
+    assert (course == np.stack(drawn)).all() and not np.allclose(course, arm.make_course("constant", 60))
+    follower = arm.Course(course)
+    follower.update(np.full(curriculum.RANGES, 1e6), np.ones(curriculum.RANGES))  # whatever its own loss
+    assert (follower.probabilities(33) == drawn[33]).all()
+    with pytest.raises(UserError, match="has 60 steps of 61"):
+        arm.make_course(tmp_path, 61)
+
+
+# Runs
 
 
 @pytest.fixture
-def programs(monkeypatch):
-    """Stand-ins for train.py and lab.evaluate: [(program, flags)] of the calls, and what they leave
-    behind."""
-    called = []
+def called(monkeypatch):
+    """A stand-in for lab.arm: the words of its calls, and what it leaves behind."""
+    calls = []
 
-    def run(words, log, quiet):
-        training = words[0].endswith("train.py")
-        called.append(("train.py" if training else words[1], words))
-        folder = Path(words[words.index("--output_dir" if training else "--checkpoint") + 1])
-        if training:
-            folder.mkdir()
-            (folder / "model_index.json").write_text("{}")
-            (folder / "log.jsonl").write_text("\n".join(map(json.dumps, fake_log(40))))
-        else:
-            (folder / "evaluation").mkdir()
-            dual = words[words.index("--ddu") + 1] == "on"
-            (folder / "evaluation" / "report.json").write_text(json.dumps(fake_report(1.0, dual)))
+    def run(words, log, quiet, threads):
+        calls.append(words)
+        folder = Path(words[words.index("--output_dir") + 1])
+        write_arm(folder, [4, 3, 2, 1], "off" not in words, cells="--ddu" not in words)
 
     monkeypatch.setattr(ablate, "run", run)
-    return called
+    for name, runs in (("plot_table3", 32), ("plot_table4", 21)):  # only of all runs, for the sake of time
+        plot = getattr(ablation_tables, name)
+        monkeypatch.setattr(
+            ablation_tables,
+            name,
+            lambda arms, plot=plot, runs=runs: plot(arms) if len(arms) == runs else None,
+        )
+    return calls
 
 
-def test_finished_runs_of_an_ablation_are_not_repeated(tmp_path, programs, monkeypatch):
-    """train.py and lab.evaluate are called once per run, with the flags of its row, and never again."""
-    monkeypatch.setattr(ablate, "plot_ablation", lambda logs: None)
-    words = ["--output_dir", str(tmp_path / "a"), "--rows", "conv3d", "dcl", "--seeds", "0", "1"]
+def call(*words):
+    ablate.ablate(ablate.parse_args(list(map(str, words))))
+
+
+def test_finished_runs_are_not_repeated_and_settings_stay(tmp_path, called):
+    words = [
+        "--table",
+        3,
+        "--output_dir",
+        tmp_path,
+        "--rows",
+        "conv3d",
+        "ddu",
+        "--seeds",
+        0,
+        1,
+        "--clips",
+        100,
+    ]
     for _ in range(2):
-        ablate.ablate(ablate.parse_args(words))
-        assert [name for name, _ in programs] == 4 * ["train.py", "lab.evaluate"]
-    assert "conv3d" in programs[0][1] and "dcl" in programs[2][1] and "conv3d" not in programs[2][1]
-    assert all("latest" in flags for name, flags in programs if name == "train.py")
+        call(*words)
+        assert len(called) == 4
+    assert sum("conv3d" in words for words in called) == 2
+    assert all("latest" in words and "--no-prior" in words and "100" in words for words in called)
     with pytest.raises(UserError, match="--max_train_steps is 7"):
-        ablate.ablate(ablate.parse_args([*words, "--max_train_steps", "7"]))
+        call(*words, "--max_train_steps", 7)
 
 
-def test_what_an_ablation_leaves(tmp_path, programs):
-    ablate.ablate(ablate.parse_args(["--output_dir", str(tmp_path), "--rows", "none", "dcl", "--seeds", "0"]))
-    assert "| DFGN w/ DDU & DCL | 1 | 1.0000 |" in (tmp_path / "ablation.md").read_text()
-    assert set(json.loads((tmp_path / "ablation.json").read_text())["rows"]) == {"none", "dcl"}
-    assert Image.open(tmp_path / "ablation.png").format == "PNG"
+def test_what_table_3_leaves(tmp_path, called):
+    call("--table", 3, "--output_dir", tmp_path, "--seeds", 0, 1, "--clips", 100, "all")
+    page = (tmp_path / "table3.md").read_text()
+    assert "| 100 | DFGN w/ DDU, no curriculum | 2 | 1.0000 ± 0.0000 |" in page and "cross-fade" in page
+    rows = json.loads((tmp_path / "table3.json").read_text())["rows"]
+    every = {f"{row}, {clips}" for row in ablate.TABLES[3] for clips in (100, "all")}
+    assert set(rows) == every - {"sti-prior, all", "ddu-prior, all"}
+    assert Image.open(tmp_path / "table3.png").format == "PNG"
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_failed_run_is_named_and_the_others_are_made(tmp_path, programs, monkeypatch):
+def test_what_table_4_leaves(tmp_path, called):
+    call("--table", 4, "--output_dir", tmp_path, "--seeds", 0, 1, 2, "--jobs", 1)
+    last = [
+        words for words in called if "--course" in words and "dcl-all" in words[words.index("--course") + 1]
+    ]
+    assert (
+        len(last) == 3 and called[-6:].count(last[0]) == 1
+    )  # the yoked ones wait for those that they follow
+    assert last[0][last[0].index("--course") + 1].endswith("dcl-all-1")
+    assert np.ptp(json.loads((tmp_path / "order-all.json").read_text())) == 1
+    page = (tmp_path / "table4.md").read_text()
+    assert "| all | DCL, yoked: the course of another seed | 3 |" in page and "| generation |" in page
+    assert Image.open(tmp_path / "table4.png").format == "PNG"
+
+
+def test_a_failed_run_is_named_and_the_others_are_made(tmp_path, called, monkeypatch):
     run = ablate.run
 
-    def fails(words, log, quiet):
+    def fails(words, *more):
         if "conv3d" in words:
-            raise RuntimeError("train.py for conv3d-0 ended with status 1")
-        run(words, log, quiet)
+            raise RuntimeError("lab.arm for conv3d-100-0 ended with status 1")
+        run(words, *more)
 
     monkeypatch.setattr(ablate, "run", fails)
-    words = ["--output_dir", str(tmp_path), "--rows", "conv3d", "dcl", "--seeds", "0"]
-    with pytest.raises(UserError, match="1 of 2 runs failed, the first: train.py for conv3d-0"):
-        ablate.ablate(ablate.parse_args(words))
-    assert (tmp_path / "dcl-0" / "evaluation" / "report.json").is_file()
+    with pytest.raises(UserError, match="1 of 2 runs failed, the first: lab.arm for conv3d-100-0"):
+        call("--table", 3, "--output_dir", tmp_path, "--rows", "conv3d", "dcl", "--seeds", 0, "--clips", 100)
+    assert (tmp_path / "dcl-100-0" / "arm.json").is_file()
+
+
+def test_a_yoked_row_needs_two_seeds(tmp_path):
+    with pytest.raises(UserError, match="at least two --seeds"):
+        call("--table", 4, "--output_dir", tmp_path, "--seeds", 0)
+
+
+# An arm
+
+
+def test_an_arm_trains_looks_and_measures(tmp_path, folder, cache, monkeypatch):
+    """The real program at toy size, with a control in the place of the curriculum."""
+    monkeypatch.setattr("support.stickers.default_folder", lambda **_: folder)
+    monkeypatch.setattr("support.stickers.draw_stickers", lambda _: folder)
+    monkeypatch.setattr("lab.eight_frames.COUNT", 4)
+    monkeypatch.setattr(arm, "G1_DRAWS", 6)
+    monkeypatch.setattr(arm, "CELL_DRAWS", 10)
+    monkeypatch.setattr(arm, "NUM_CLIPS", 3)
+    monkeypatch.setattr(arm, "SAMPLING_STEPS", 2)
+    monkeypatch.setattr(arm, "REAL_CLIPS", 4)
+    out = tmp_path / "arm"
+    words = ["--course", "reversed", "--preset", "toy", "--resolution", "16", "--output_dir", str(out)]
+    words += ["--max_train_steps", "6", "--validation_steps", "2", "--no-prior", "--mixed_precision", "no"]
+    words += ["--num_workers", "0", "--resume_from_checkpoint", "latest", "--cache_dir", str(cache)]
+    monkeypatch.setattr(sys, "argv", ["lab.arm", *words])
+    arm.main()
+    found = ablation_tables.read_arm(out)
+    assert [entry["step"] for entry in found["log"] if "probe" in entry] == [2, 4, 6]
+    assert [entry["step"] for entry in found["log"] if "G1" in entry] == [6]  # every fourth time, and last
+    assert len(found["log"]) == 6 and found["log"][0]["p_interpolation"] == pytest.approx(0.2)
+    assert set(found["cells"]) == set(LEVELS) and found["scores"].keys() >= {"image", "prediction"}
+    assert sum(share for name, share in found["drawn"].items() if name in LEVELS) == pytest.approx(1)

@@ -1,0 +1,195 @@
+"""
+The pictures of ablate.py: for Table 3 what the masks are worth with how many clips, for Table 4 what the
+curricula drew and how the network learned, the counterpart of the paper's Figure 7.
+"""
+
+import numpy as np
+
+from lab.summary import RANGES
+from masks import LENGTHS, TASKS
+from support.pictures import pyplot
+
+plt = pyplot()
+COLOURS = {
+    "conv3d": "#c4c4c4", "conv1d": "#8a8a8a", "sti": "#1a1a1a", "condition": "#e6801a", "loss": "#1b9e77",
+    "ddu": "#1f5fa8", "dcl": "#d6337c", "constant": "#8a8a8a", "linear": "#e6801a", "reversed": "#7570b3",
+    "yoked": "#1b9e77", "measured": "#e6a700",
+}  # fmt: skip
+BASELINE = "sti"
+
+
+def curve(arm, name):
+    """(steps, values) of a number in the log."""
+    points = [(entry["step"], entry[name]) for entry in arm["log"] if name in entry]
+    return np.array(points, float).T
+
+
+def by_row(arms):
+    """{(row, clips): [arm of every seed]}, in the order of COLOURS."""
+    groups = {}
+    for (row, clips, _), arm in sorted(arms.items(), key=lambda item: str(item[0])):
+        groups.setdefault((row, clips), []).append(arm)
+    rows = list(COLOURS)
+    return dict(sorted(groups.items(), key=lambda item: rows.index(item[0][0]) if item[0][0] in rows else 99))
+
+
+def draw_curves(axis, groups, clips, name):
+    """The mean over seeds of a logged number over steps, and the range of the seeds as a band."""
+    for (row, count), runs in groups.items():
+        if count != clips or row not in COLOURS:
+            continue
+        steps = curve(runs[0], name)[0]
+        values = np.stack([curve(run, name)[1] for run in runs])
+        axis.plot(steps, values.mean(axis=0), color=COLOURS[row], linewidth=1.4, label=f"{row} ({len(runs)})")
+        if len(runs) > 1:
+            axis.fill_between(steps, values.min(axis=0), values.max(axis=0), color=COLOURS[row], alpha=0.15)
+    axis.set(xlabel="step")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+
+
+def zoom(axis, groups, clips, name):
+    """Leaves out the first quarter, where all curves fall alike."""
+    values = [curve(run, name) for (_, count), runs in groups.items() if count == clips for run in runs]
+    late = np.concatenate([v[steps >= steps[-1] / 4] for steps, v in values])
+    margin = 0.1 * (late.max() - late.min()) + 1e-6
+    axis.set_ylim(late.min() - margin, late.max() + margin)
+
+
+def gain(run, base):
+    """How much lower the loss is than the baseline's, in percent."""
+    return 100 * (1 - run["numbers"]["loss"] / base["numbers"]["loss"])
+
+
+def plot_table3(arms):
+    """matplotlib figure, or None without arms. arms: {(row, clips, seed): of ablate.read_arm}"""
+    arms = {key: arm for key, arm in arms.items() if key[0] in COLOURS}
+    groups = by_row(arms)
+    counts = sorted({clips for _, clips, _ in arms}, key=lambda clips: (clips == "all", clips))
+    if not counts:
+        return None
+    figure, axes = plt.subplots(2, max(2, len(counts)), figsize=(4.6 * max(2, len(counts)), 7.6), dpi=100)
+    for axis, clips in zip(axes[0], counts):
+        trained = max(arm["about"]["clips"] for (_, c, _), arm in arms.items() if c == clips)
+        draw_curves(axis, groups, clips, "G1")
+        zoom(axis, groups, clips, "G1")
+        axis.set_title(f"loss, image + text to video: {trained} clips", fontsize=10)
+    draw_gains(axes[1, 0], arms, counts)
+    draw_ranges(axes[1, 1], arms, counts[-1] if len(counts) < 2 else counts[1])
+    for axis in axes.flat:
+        if not axis.has_data():
+            axis.set_axis_off()
+    figure.tight_layout()
+    return figure
+
+
+def draw_gains(axis, arms, counts):
+    """The gain of each row over the baseline against the number of clips, a point per seed."""
+    for row in ("condition", "loss", "ddu", "dcl"):
+        means, places = [], []
+        for place, clips in enumerate(counts):
+            seeds = [
+                seed for r, c, seed in arms if (r, c) == (row, clips) and (BASELINE, clips, seed) in arms
+            ]
+            gains = [gain(arms[row, clips, seed], arms[BASELINE, clips, seed]) for seed in seeds]
+            if gains:
+                axis.plot([place] * len(gains), gains, ".", color=COLOURS[row], alpha=0.6)
+                places, means = [*places, place], [*means, np.mean(gains)]
+        if means:
+            axis.plot(places, means, color=COLOURS[row], label=row)
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.set_xticks(range(len(counts)), [f"{clips} clips" for clips in counts])
+    axis.set_title(f"loss lower than {BASELINE}'s, %; a point per seed", fontsize=10)
+    axis.grid(alpha=0.3)
+    if axis.lines[:-1]:
+        axis.legend(fontsize=8)
+
+
+def draw_ranges(axis, arms, clips):
+    """The same by range of timesteps, a mean over seeds."""
+    rows = [
+        r for r in ("conv3d", "conv1d", "condition", "loss", "ddu", "dcl") if any(k[0] == r for k in arms)
+    ]
+    for i, row in enumerate(rows):
+        gains = []
+        for (r, c, seed), arm in arms.items():
+            base = arms.get((BASELINE, clips, seed))
+            if (r, c) == (row, clips) and base:
+                mine, theirs = (
+                    np.array([e for e in x["log"] if "G1" in e][-1]["G1_ranges"]) for x in (arm, base)
+                )
+                gains.append(100 * (1 - mine / theirs))
+        if gains:
+            places = np.arange(len(RANGES)) + 0.8 * (i / len(rows) - 0.5)
+            look = dict(color=COLOURS[row], label=row, align="edge")
+            axis.bar(places, np.mean(gains, axis=0), 0.8 / len(rows), **look)
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.set_xticks(range(len(RANGES)), [f"{low}-{high - 1}" for low, high in RANGES], fontsize=8)
+    axis.set_title(f"the same by timestep, {clips} clips", fontsize=10)
+    axis.grid(alpha=0.3, axis="y")
+    if axis.patches:
+        axis.legend(fontsize=8)
+
+
+def plot_table4(arms):
+    """matplotlib figure, or None without arms. arms: {(row, clips, seed): of ablate.read_arm}"""
+    groups = by_row(arms)
+    if not groups:
+        return None
+    clips = next(iter(groups))[1]
+    figure, axes = plt.subplots(2, 3, figsize=(14, 7.6), dpi=100)
+    for axis, name, title in (
+        (axes[0, 0], "G1", "held-out loss, image + text to video"),
+        (axes[0, 1], "probe", "loss of a fixed batch, weights as they are"),
+    ):
+        draw_curves(axis, groups, clips, name)
+        zoom(axis, groups, clips, name)
+        axis.set_title(title, fontsize=10)
+    draw_curves(axes[0, 2], groups, clips, "mean_k")
+    axes[0, 2].set_title("mean k of a batch", fontsize=10)
+    draw_course(axes[1, 0], arms)
+    draw_jumps(axes[1, 1], groups)
+    draw_order(axes[1, 2], arms)
+    figure.tight_layout()
+    return figure
+
+
+def draw_course(axis, arms):
+    """What the controller did: its set point, its aim, and the expected difficulty of the samples."""
+    runs = {seed: arm for (row, _, seed), arm in arms.items() if row == "dcl"}
+    for seed, arm in runs.items():
+        steps, aims = curve(arm, "aim")
+        axis.plot(steps, aims, linewidth=0.6, alpha=0.8, label=f"aim, seed {seed}")
+        axis.plot(*curve(arm, "difficulty"), linewidth=0.8, color=COLOURS["dcl"])
+    if runs:
+        axis.plot(*curve(arm, "set_point"), "--", color="black", linewidth=1, label="set point")
+        axis.plot([], [], color=COLOURS["dcl"], label="expected difficulty")
+        axis.legend(fontsize=8)
+    axis.set(title="dcl: what the feedback added", xlabel="step", ylim=(0, 1))
+    axis.grid(alpha=0.3)
+
+
+def draw_jumps(axis, groups):
+    """The jumps of the fixed batch's loss, a point per seed."""
+    names = [row for row, _ in groups]
+    for i, ((row, _), runs) in enumerate(groups.items()):
+        values = [100 * run["numbers"]["jumps"] for run in runs if run["numbers"]["jumps"]]
+        axis.plot([i] * len(values), values, "o", color=COLOURS.get(row, "black"), alpha=0.7)
+    axis.set_xticks(range(len(names)), names, rotation=30, fontsize=8)
+    axis.set_title("jumps of the fixed batch's loss, %", fontsize=10)
+    axis.grid(alpha=0.3)
+
+
+def draw_order(axis, arms):
+    """The measured loss of every level, relative to their mean, without a curriculum."""
+    cells = [arm["cells"] for (row, _, _), arm in arms.items() if row == "ddu" and "cells" in arm]
+    axis.set_title("loss over unknown frames by level, no curriculum", fontsize=10)
+    if not cells:
+        return
+    loss = np.array([[np.mean([c[f"{t}, {k}"]["relative"] for c in cells]) for k in LENGTHS] for t in TASKS])
+    axis.imshow(loss, cmap="viridis", aspect="auto")
+    for (row, column), value in np.ndenumerate(loss):
+        dark = value < (loss.min() + loss.max()) / 2
+        axis.text(column, row, f"{value:.3f}", ha="center", va="center", color="white" if dark else "black")
+    axis.set_xticks(range(len(LENGTHS)), [f"k = {k}" for k in LENGTHS], fontsize=8)
+    axis.set_yticks(range(len(TASKS)), TASKS, fontsize=8)

@@ -1,0 +1,226 @@
+"""
+From finished arms to the tables of an ablation: tableN.json, tableN.md and tableN.png.
+"""
+
+import json
+
+import numpy as np
+
+from curriculum import HORIZON, K_P
+from lab.ablation_pictures import plot_table3, plot_table4
+from lab.pictures import save
+from lab.simulate_curriculum import swings
+from masks import LENGTHS, TASKS
+from support.common import replacing, table
+from support.log import read_log
+
+NAMES = {
+    "conv3d": "DFGN (3D-Conv), two of 3 x 3 x 3",
+    "conv1d": "DFGN (3D-Conv), four of 3 x 1 x 1",
+    "sti": "DFGN",
+    "condition": "DFGN w/ condition masks",
+    "loss": "DFGN w/ loss mask",
+    "ddu": "DFGN w/ DDU, no curriculum",
+    "dcl": "DFGN w/ DDU & DCL",
+    "sti-prior": "DFGN, beside the Gaussian",
+    "ddu-prior": "DFGN w/ DDU, beside the Gaussian",
+    "constant": "the linear curriculum's average, always",
+    "linear": "linear (LCL)",
+    "reversed": "linear, backwards",
+    "yoked": "DCL, yoked: the course of another seed",
+    "measured": "DCL with the measured order",
+}
+PAIRS = {
+    3: [("sti", "conv3d"), ("sti", "conv1d"), ("condition", "sti"), ("loss", "sti"), ("ddu", "sti"),
+        ("ddu", "loss"), ("dcl", "ddu"), ("dcl", "sti"), ("ddu-prior", "sti-prior")],
+    4: [("linear", "constant"), ("linear", "reversed"), ("dcl", "ddu"), ("dcl", "linear"), ("dcl", "yoked"),
+        ("measured", "dcl")],
+}  # fmt: skip
+T_975 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # Student's t for so many seeds
+
+# ------------------------------------------------------------------------------------------------------------
+# Numbers
+
+
+def read_arm(folder):
+    """What the tables and pictures need of a finished arm."""
+    arm, log = json.loads((folder / "arm.json").read_text()), read_log(folder / "log.jsonl")
+    seen = [entry for entry in log if "G1" in entry]
+    probe = np.array([entry["probe"] for entry in log if "probe" in entry])
+    scores = {task: rivals["network"] for task, rivals in arm["scores"].items()}
+    numbers = {
+        "loss": seen[-1]["G1"],
+        "lowest loss": min(entry["G1"] for entry in seen),
+        "jumps": jumps(probe),
+        "swings": signal_swings(log),
+    }
+    if "G1_equal" in seen[-1]:
+        numbers["loss, equal frames"] = seen[-1]["G1_equal"]
+    for task, score in scores.items():
+        numbers[f"{task}, Frechet"] = score["frechet"]
+        numbers[f"{task}, dB"] = score["psnr"]
+    for quarter in (1, 2, 3):
+        step = seen[-1]["step"] * quarter / 4
+        numbers[f"loss at {quarter}/4"] = min(seen, key=lambda entry: abs(entry["step"] - step))["G1"]
+    return dict(arm, log=log, numbers=numbers)
+
+
+def signal_swings(log):
+    """How much the loss that the controller reads swings: as simulate_curriculum.measure, of the L_s in the
+    log, which every curriculum keeps, whether it acts on it or not."""
+    L_s, horizon = np.array([entry["p_term"] for entry in log]) / K_P, round(HORIZON * len(log))
+    return float(swings(L_s, horizon)[horizon:].std())
+
+
+def jumps(probe):
+    """How far the loss of the fixed batch jumps about its own course, as a share of it: the standard
+    deviation of the log loss against the mean of its two neighbours in time, divided by that of white noise
+    of unit deviation. Of the second half of a run, where the course is smooth."""
+    x = np.log(np.maximum(probe[len(probe) // 2 :], 1e-12))
+    return float((x[1:-1] - (x[:-2] + x[2:]) / 2).std() / 1.5**0.5) if len(x) > 3 else None
+
+
+def spread(values):
+    """{"mean", "se", "seeds"} of the numbers of runs; None without any."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return None
+    se = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
+    return dict(mean=float(np.mean(values)), se=se, seeds=len(values))
+
+
+def summarize(arms, pairs):
+    """arms: {(row, clips, seed): of read_arm}. Returns {"rows": {"row, clips": {number: spread}}, "pairs":
+    {"a - b, clips": {number: spread of a - b, seed by seed, and the smallest that could be seen}}}."""
+    groups = {}
+    for (row, clips, seed), arm in arms.items():
+        groups.setdefault((row, clips), {})[seed] = arm["numbers"]
+    rows, compared = {}, {}
+    for (row, clips), runs in groups.items():
+        names = dict.fromkeys(name for numbers in runs.values() for name in numbers)
+        rows[f"{row}, {clips}"] = {name: spread([n.get(name) for n in runs.values()]) for name in names}
+        for b in [b for a, b in pairs if a == row and (b, clips) in groups]:
+            other = groups[b, clips]
+            seeds = sorted(runs.keys() & other.keys())
+            entry = {}
+            for name in names:
+                both = [(runs[s].get(name), other[s].get(name)) for s in seeds]
+                difference = spread([x - y for x, y in both if x is not None and y is not None])
+                if difference:
+                    if difference["seeds"] > 1:
+                        t = T_975.get(difference["seeds"], 2.0)
+                        difference["could be seen"] = t * difference["se"]
+                    entry[name] = difference
+            compared[f"{row} - {b}, {clips}"] = entry
+    return dict(rows=rows, pairs=compared)
+
+
+def summarize_order(arms):
+    """{(task, k): spread of the loss over unknown frames relative to the mean level}, of rows without a
+    curriculum, and the shares that these and dcl drew."""
+    with_cells = {key: arm for key, arm in arms.items() if key[0] == "ddu" and "cells" in arm}
+    cells = {}
+    for task in TASKS:
+        for k in LENGTHS:
+            name = f"{task}, {k}"
+            cells[name] = spread([arm["cells"][name]["relative"] for arm in with_cells.values()])
+    drawn = {}
+    for row in ("ddu", "linear", "dcl"):
+        shares = [arm["drawn"] for key, arm in arms.items() if key[0] == row]
+        names = dict.fromkeys(name for share in shares for name in share)
+        drawn[row] = {name: spread([share.get(name, 0.0) for share in shares]) for name in names}
+    return dict(cells=cells, drawn=drawn)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Pages
+
+COLUMNS = {  # number -> digits
+    3: {"loss": 4, "lowest loss": 4, "loss, equal frames": 4, "image, Frechet": 2, "interpolation, dB": 2,
+        "interpolation, Frechet": 2, "prediction, dB": 2, "prediction, Frechet": 2},
+    4: {"loss at 1/4": 4, "loss at 2/4": 4, "loss at 3/4": 4, "loss": 4, "jumps": 4, "swings": 4,
+        "image, Frechet": 2, "interpolation, dB": 2, "prediction, dB": 2},
+}  # fmt: skip
+
+
+def cell(entry, digits, sign=""):
+    if entry is None:
+        return "-"
+    se = "" if entry["se"] is None else f" ± {entry['se']:.{digits}f}"
+    return f"{entry['mean']:{sign}.{digits}f}{se}"
+
+
+def number_table(number, result):
+    """The rows of a table and their differences, as Markdown."""
+    have = {name for row in result["rows"].values() for name in row}
+    columns = {name: digits for name, digits in COLUMNS[number].items() if name in have}
+    lines, differences = [], []
+    for key, row in result["rows"].items():
+        name, clips = key.rsplit(", ", 1)
+        cells = [cell(row.get(column), digits) for column, digits in columns.items()]
+        lines.append([clips, NAMES[name], row["loss"]["seeds"], *cells])
+    for key, row in result["pairs"].items():
+        cells = []
+        for column, digits in columns.items():
+            entry = row.get(column)
+            seen = entry and entry.get("could be seen")
+            cells.append(cell(entry, digits, "+") + (f" ({seen:.{digits}f})" if seen else ""))
+        pair, clips = key.rsplit(", ", 1)
+        differences.append([clips, pair, *cells])
+    return [
+        table(["clips", "row", "seeds", *columns], lines),
+        "Differences, seed by seed: mean ± standard error, in brackets the smallest that so many seeds could "
+        "tell from none (Student's t, 95 %):",
+        table(["clips", "", *columns], differences),
+    ]
+
+
+def order_table(order):
+    """The measured order of the levels, and what was drawn."""
+    rows = [[task, *(cell(order["cells"][f"{task}, {k}"], 3) for k in LENGTHS)] for task in TASKS]
+    names = dict.fromkeys(name for shares in order["drawn"].values() for name in shares)
+    special = [name for name in names if not name.split(", ")[-1].isdigit()]
+    shares = []
+    for row, drawn in order["drawn"].items():
+        if drawn:
+            percent = (f"{100 * drawn[name]['mean']:.1f} %" if name in drawn else "-" for name in special)
+            shares.append([NAMES[row], *percent])
+    return [
+        "Loss over unknown frames of every level, relative to the mean of all, after training without a "
+        "curriculum; the same clips, noise and timesteps for each:",
+        table(["", *(f"k = {k}" for k in LENGTHS)], rows),
+        "Shares of the samples that were drawn:",
+        table(["row", *special], shares),
+    ]
+
+
+def rivals_line(arm):
+    """What needs no network, from the scores of one arm."""
+    parts = []
+    for task, rivals in arm["scores"].items():
+        for name, score in rivals.items():
+            if name != "network":
+                parts.append(f"{task}, {name}: Frechet {score['frechet']:.2f}, {score['psnr']:.2f} dB")
+    return "Without a network: " + "; ".join(parts) + "."
+
+
+def write_tables(number, arms, args):
+    """Writes tableN.json, tableN.md and tableN.png of what is finished. arms: {(row, clips, seed): of
+    read_arm}"""
+    result = summarize(arms, PAIRS[number])
+    about = (
+        f"Table {number}: `{args.preset}` at {args.resolution} pixels, {args.max_train_steps} steps, "
+        f"{args.data or 'the built-in stickers'}. Loss: Eq. 1 over the unknown frames of image + text to "
+        "video, k = 8, of held-out clips, after the last step."
+    )
+    parts = [about, *number_table(number, result)]
+    parts.append(rivals_line(max(arms.values(), key=lambda arm: len(arm["scores"]))))
+    if number == 4 and any("cells" in arm for key, arm in arms.items() if key[0] == "ddu"):
+        result["order"] = summarize_order(arms)
+        parts += order_table(result["order"])
+    for name, text in (("json", json.dumps(result, indent=1)), ("md", "\n\n".join(parts) + "\n")):
+        with replacing(args.output_dir / f"table{number}.{name}") as writing:
+            writing.write_text(text, encoding="utf-8")
+    figure = plot_table3(arms) if number == 3 else plot_table4(arms)
+    if figure:
+        save(figure, args.output_dir / f"table{number}.png")

@@ -1,0 +1,322 @@
+"""
+One arm of the ablations: trains as train.py does, looks at held-out clips on the way, and samples at the end.
+`python -m lab.ablate` calls it once for every row, number of clips and seed.
+
+    python -m lab.arm --output_dir runs/a --ddu off --no-prior --max_train_steps 1200
+    python -m lab.arm --output_dir runs/b --course reversed --no-prior      # and the other flags of train.py
+
+Held out are built-in stickers of exactly 8 frames, of combinations of words that are not trained on: key
+frames, equal frames and all frames are the same there, so no arm is measured on frames of another kind than
+those it was trained on. A folder of yours has few such clips: its held-out ones are measured twice.
+
+    log.jsonl    G1: Eq. 1 over the unknown frames of row G1 at k = 8 (first frame and text given), under
+                 averaged weights, on the same draws for every arm; G1_ranges: by range of timesteps;
+                 G1_equal: of equally spaced frames in the place of key frames, for a folder of yours;
+                 probe: the loss of the weights as they are, on one fixed batch of all levels
+    arm.json     written last: the loss of every (task, k), Frechet distances and PSNR, what was drawn
+"""
+
+import json
+import sys
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import curriculum
+import data
+import masks
+import train
+from curriculum import Curriculum
+from lab import heldout, metrics
+from lab.eight_frames import draw_test_stickers
+from lab.evaluate import REAL_CLIPS, real_clips
+from lab.items import CONDITIONED, Item, given_frames
+from lab.rivals import line_up, vectors
+from lab.sampling import sample_items
+from lab.summary import RANGES, Clips, mean_se
+from masks import LENGTHS, NUM_FRAMES, ROWS, TASKS
+from model import NUM_TIMESTEPS
+from sample import SAMPLING
+from support.common import UserError, evenly, one_sentence, replacing
+from support.flags import Parser, filled
+from support.folder import scan_folder
+from support.log import read_log
+from support.machine import stop_requests
+from support.optim import averaged
+from support.prior import precondition
+
+G1_DRAWS, PROBE_DRAWS, CELL_DRAWS = 192, 36, 96  # held-out samples behind each loss
+G1_EVERY = 4  # of the times that the probe is looked at, which is every --validation_steps
+NUM_CLIPS = 48  # of each task, sampled at the end
+SAMPLING_STEPS = 12  # of DDIM; half of them for interpolation and prediction
+SEED = 0  # of what is held out, drawn and sampled: the same for all arms
+
+# ------------------------------------------------------------------------------------------------------------
+# Courses: what a curriculum drew, or what a control draws in its place
+
+
+class Course(Curriculum):
+    """Draws from given probabilities, (steps, 3, 6), whatever the loss."""
+
+    def __init__(self, course, strategy="none"):
+        super().__init__(strategy, len(course))
+        self.course = course
+
+    def probabilities(self, step):
+        return self.course[step]
+
+
+def course_of(strategy, total_steps, log=()):
+    """P(task, k) at every step of a curriculum, (steps, 3, 6); of "dcl" from its log, an entry per step."""
+    if strategy != "dcl":
+        return np.stack(
+            [Curriculum(strategy, total_steps).probabilities(step) for step in range(total_steps)]
+        )
+    aims = {entry["step"]: entry["aim"] for entry in log}
+    if set(aims) != set(range(1, total_steps + 1)):
+        raise UserError(
+            f"the log of the course has {len(aims)} steps of {total_steps}: finish that run first."
+        )
+    static = [curriculum.static_probabilities(step / max(total_steps - 1, 1)) for step in range(total_steps)]
+    adaptive = [curriculum.difficulty_map(aims[step + 1]) for step in range(total_steps)]
+    return np.stack([curriculum.balance(*pair) for pair in zip(static, adaptive)])
+
+
+def make_course(name, total_steps):
+    """ "constant": the mean of the linear curriculum over a training; "reversed": the linear one, backwards;
+    else the folder of an arm whose course is replayed."""
+    linear = course_of("linear", total_steps)
+    if name == "constant":
+        return np.broadcast_to(linear.mean(axis=0), linear.shape)
+    if name == "reversed":
+        return linear[::-1]
+    return course_of("dcl", total_steps, read_log(Path(name) / "log.jsonl"))
+
+
+def set_order(path):
+    """The levels take the difficulties of a JSON file, 3 x 6 numbers of 0..1, in the place of the paper's."""
+    order = np.array(json.loads(Path(path).read_text()), float)
+    curriculum.DIFFICULTY = order.reshape(len(TASKS), len(LENGTHS))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Losses of held-out clips
+
+
+def fixed_batches(dataset, clips, cells, size, equal=False):
+    """Fixed draws of held-out `clips` as Batches of `size`: draw i of cells[i], a (task, k) as of
+    heldout.draw. equal: of their equally spaced frames, in the place of key frames."""
+    order, batches = np.random.default_rng((SEED, 77)).permutation(len(cells)), []
+    for start in range(0, len(cells), size):
+        draws = []
+        for i, (task, k) in enumerate(cells[start : start + size], start):
+            draws.append(heldout.draw(dataset, clips, task, k, i, order, SEED, equal))
+        *arrays, captions = zip(*draws)
+        latents, noise, timesteps, given, valid = (torch.from_numpy(np.stack(a)) for a in arrays)
+        named = zip(*cells[start : start + size])
+        batches.append(data.Batch(latents, noise, timesteps, given, valid, list(captions), *map(list, named)))
+    return batches
+
+
+@torch.no_grad()
+def unknown_loss(run, denoiser, batches):
+    """Eq. 1 over the frames that are not given, without weights: float64 (draws,)"""
+    losses = [train.noise_loss(run, denoiser, batch)[1].cpu() for batch in batches]
+    return torch.cat(losses).double().numpy()
+
+
+def by_range(losses, timesteps):
+    """Means over summary.RANGES of timesteps."""
+    return [float(losses[(timesteps >= low) & (timesteps < high)].mean()) for low, high in RANGES]
+
+
+class HeldOut:
+    """What the training loop looks at in the place of its sheet."""
+
+    def __init__(self, run, dataset, clips):
+        size = run.args.train_batch_size
+        self.calls = 0
+        image, equal = [("image", NUM_FRAMES)] * G1_DRAWS, run.args.data is not None
+        self.batches = {"G1": fixed_batches(dataset, clips, image, size)}
+        if equal:
+            self.batches["G1_equal"] = fixed_batches(dataset, clips, image, size, equal)
+        levels = [(task, k) for task in TASKS for k in LENGTHS]
+        self.probe = fixed_batches(dataset, clips, levels * (PROBE_DRAWS // len(levels)), size)
+        self.timesteps = torch.cat([batch.timesteps for batch in self.batches["G1"]]).numpy()
+
+    def __call__(self, run, training):
+        """As train.validate: what the log gets."""
+        denoiser = precondition(training.unet, run.encoders.prior, run.scheduler.alphas_cumprod)
+        training.unet.eval()
+        entry = dict(probe=float(unknown_loss(run, denoiser, self.probe).mean()))
+        every = G1_EVERY * run.args.validation_steps
+        if training.step % every == 0 or training.step == run.args.max_train_steps:
+            with averaged(training.unet, training.average):
+                for name, batches in self.batches.items():
+                    losses = unknown_loss(run, denoiser, batches)
+                    entry |= {name: float(losses.mean()), f"{name}_ranges": by_range(losses, self.timesteps)}
+        training.unet.train()
+        return entry
+
+
+def cell_losses(run, denoiser, dataset, clips):
+    """The loss over unknown frames of every (task, k), equal draws: {"task, k": {"mean", "se", "noise"}}, and
+    paired differences to the paper's easiest. noise: the standard deviation of a single draw's loss, relative
+    to the mean of its range of timesteps."""
+    table, losses = {}, {}
+    for task in tqdm(TASKS, "held-out loss of every (task, k)", unit="task"):
+        for k in LENGTHS:
+            batches = fixed_batches(dataset, clips, [(task, k)] * CELL_DRAWS, run.args.train_batch_size)
+            losses[task, k] = unknown_loss(run, denoiser, batches)
+    timesteps = torch.cat([batch.timesteps for batch in batches]).numpy()
+    ranges = timesteps * curriculum.RANGES // NUM_TIMESTEPS
+    usual = np.array(
+        [np.mean([x[ranges == r].mean() for x in losses.values()]) for r in range(ranges.max() + 1)]
+    )
+    for (task, k), x in losses.items():
+        relative = x / usual[ranges]
+        table[f"{task}, {k}"] = dict(
+            mean_se(x), relative=float(relative.mean()), noise=float(relative.std(ddof=1) / relative.mean())
+        )
+    return table
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Samples, and what was drawn
+
+
+def sample_scores(run, denoiser, dataset, clips, folder):
+    """{task: {rival: {"frechet", "psnr"}}} of samples of held-out clips: image and text to video, and with
+    condition masks interpolation and prediction."""
+    trained = run.args.ddu in masks.CONDITION_MASK_ON
+    items = []
+    for task, rows in CONDITIONED.items():
+        for i, clip in enumerate(evenly(clips, NUM_CLIPS) if trained or task == "image" else ()):
+            items.append(Item(task, rows[i % len(rows)], clip.caption, clip.name, (), True))
+    recorded = {name: getattr(run.args, name) for name in ("resolution", "mixed_precision", *SAMPLING)}
+    model = denoiser, run.encoders, recorded
+    flags = dict(num_inference_steps=SAMPLING_STEPS, eta=None, guidance_scale=None, image_guidance_scale=None)
+    settings = SimpleNamespace(**flags, seed=SEED, batch_size=16, num_samples=1)
+    made = sample_items(model, dataset, items, settings, folder)
+    codec = run.encoders.codec
+    long = [
+        clip for clip in run.dataset.split("train") if clip.longest == NUM_FRAMES
+    ]  # whatever was trained on
+    train_set = real_clips(codec, run.dataset, evenly(long, REAL_CLIPS))
+    held_out = real_clips(codec, dataset, clips)
+    seen = Clips(items, made, held_out | train_set, list(held_out), list(train_set))
+    scores = {}
+    for task in CONDITIONED:
+        mine = [i for i, item in enumerate(items) if item.task == task]
+        if not mine:
+            continue
+        given = [given_frames(items[i]) for i in mine]
+        rows = line_up(mine, seen)
+        reference, truth = vectors(list(train_set.values()), given), rows["real clips"]
+        scores[task] = {}
+        for name, clips_made in rows.items():
+            psnr = [metrics.psnr(a[~g], b[~g]).mean() for a, b, g in zip(clips_made, truth, given)]
+            frechet = metrics.standardized_frechet(vectors(clips_made, given), reference)
+            scores[task][name] = dict(frechet=frechet, psnr=float(np.mean(psnr)))
+    return scores
+
+
+def shares_drawn(run, course):
+    """What the training drew, found by drawing it once more: shares of all samples."""
+    args, counts = run.args, Counter()
+    for step, probabilities in enumerate(course):
+        where = args.seed, step, range(run.global_batch), run.global_batch
+        batch = data.draw_batch(run.dataset, run.clips, probabilities, *where, args.ddu)
+        for given, caption, task, k in zip(batch.given, batch.captions, batch.tasks, batch.lengths):
+            given = given.numpy()[:k]
+            counts[f"{task}, {k}"] += 1
+            counts["no frame given"] += not given.any()
+            counts["prediction that shows one frame"] += task == "prediction" and given.sum() == 1
+            first = np.array(ROWS["G1"].given[:k], bool)
+            whole = bool(caption) and k == NUM_FRAMES and np.array_equal(given, first)
+            counts["row G1 with text, k = 8"] += whole and task == "generation"
+    return {name: count / (len(course) * run.global_batch) for name, count in sorted(counts.items())}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The arm
+
+
+def open_test_clips(run):
+    """(LatentDataset, its clips that are measured): those drawn for it, or the held-out ones of --data."""
+    if run.args.data is None:
+        folder = draw_test_stickers(root=run.args.cache_dir)
+        where = run.args.resolution, run.args.cache_dir
+        dataset = data.open_dataset(folder, scan_folder(folder)[0], run.encoders.codec, *where)
+        return dataset, dataset.clips
+    clips = [c for c in run.dataset.split("validation") if c.longest == NUM_FRAMES and c.has_equal]
+    if len(clips) < 2:
+        raise UserError(
+            f"--data {run.args.data} has {len(clips)} held-out clips of 8 distinct frames: too few."
+        )
+    return run.dataset, clips
+
+
+def finish(run, training, dataset, clips, arm):
+    """Measures the trained network, and writes arm.json."""
+    args = run.args
+    denoiser = precondition(training.unet.eval(), run.encoders.prior, run.scheduler.alphas_cumprod)
+    folder = args.output_dir / "items"
+    folder.mkdir(exist_ok=True)
+    log = read_log(args.output_dir / "log.jsonl")
+    about = dict(
+        clips=len(run.clips), test_clips=len(clips), global_batch=run.global_batch, latents=dataset.identity
+    )
+    with averaged(training.unet, training.average):
+        result = dict(about=about, scores=sample_scores(run, denoiser, dataset, clips, folder))
+        if args.ddu == "on":
+            result["cells"] = cell_losses(run, denoiser, dataset, clips)
+    if args.ddu == "on":
+        if arm.course:
+            course = make_course(arm.course, args.max_train_steps)
+        else:
+            course = course_of(args.curriculum, args.max_train_steps, log)
+        result["drawn"] = shares_drawn(run, course)
+    with replacing(args.output_dir / "arm.json") as writing:
+        writing.write_text(json.dumps(result, indent=1))
+
+
+def parse_args():
+    """This program's flags, and those of train.py as train.py reads them."""
+    parser = Parser("python -m lab.arm", description="Train and measure one arm; other flags are train.py's.")
+    course = "constant, reversed, or the folder of a dcl arm: the curriculum that is followed"
+    parser.add_argument("--course", metavar="NAME|DIR", type=filled, help=course)
+    order = "JSON file of 3 x 6 difficulties in the place of the paper's"
+    parser.add_argument("--order", metavar="FILE", type=filled, help=order)
+    arm, rest = parser.parse_known_args()
+    sys.argv = [sys.argv[0], *rest]
+    return arm, train.parse_args(train.PRESETS)
+
+
+@one_sentence("lab.arm")
+def main():
+    arm, args = parse_args()
+    if arm.order:
+        set_order(arm.order)
+    train.LOG_EVERY = 1  # a course is read from the log
+    with ExitStack() as on_exit:
+        world = train.World()
+        run, training = train.set_up(args, world, on_exit)
+        dataset, clips = open_test_clips(run)
+        run = run._replace(validate=HeldOut(run, dataset, clips))
+        if arm.course:
+            course = Course(make_course(arm.course, args.max_train_steps), args.curriculum)
+            course.load_state_dict(training.curriculum.state_dict())
+            training.curriculum = course
+        train.train(run, training, on_exit.enter_context(stop_requests()))
+        finish(run, training, dataset, clips, arm)
+        print(f"wrote {args.output_dir}/arm.json")
+
+
+if __name__ == "__main__":
+    main()

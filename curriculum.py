@@ -2,7 +2,7 @@
 The difficulty-adaptive curriculum: which task and how many frames the next training step draws.
 No network in here.
 
-$ python curriculum.py                  # Eq. 2 to 4 on forty steps of a loss that can be followed by hand
+$ python curriculum.py                  # Eq. 2 to 4 on thirty steps of a loss that can be followed by hand
 $ python -m lab.simulate_curriculum     # what the feedback does to the loss of simulated learners
 
 A sample's difficulty has two sides: its task (interpolation < prediction < generation) and its number of

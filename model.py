@@ -389,7 +389,7 @@ def main():
         unets = {name: DFGN(**config) for name, config in SIZES.items()}
         latents, tokens = torch.zeros(1, 8, 4, 32, 32), torch.zeros(1, 77, 1024)
         given, text_mask = torch.zeros(1, 8, dtype=torch.bool), torch.ones(1, 77, dtype=torch.bool)
-    inputs = (latents, latents, given, torch.zeros(1), (tokens, text_mask, tokens, text_mask))
+        inputs = (latents, latents, given, torch.zeros(1), (tokens, text_mask, tokens, text_mask))
     parts = dict(text="_projection", residual=".resnets.", transformers=".attentions.", STI=".temporal.")
     print_sizes(unets, parts)
     print(f"\n{size}: one clip of 8 frames, latents of 4 x 32 x 32, 77 + 77 tokens\n")

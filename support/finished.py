@@ -163,8 +163,9 @@ def recorded_flags(checkpoint):
         settings = read_settings(folder)
         flags = dict(preset=str(settings["preset"]), resolution=settings["resolution"])
         flags["temporal"] = json.loads((folder / "unet" / "config.json").read_text())["temporal"]
-    fixed = {"preset", "temporal"}
-    return flags, fixed | {"resolution"} if (folder / "prior").is_dir() else fixed
+    flags["prior"] = (folder / "prior").is_dir()
+    fixed = {"preset", "temporal", "prior"}
+    return flags, fixed | {"resolution"} if flags["prior"] else fixed
 
 
 def start_from_model(unet, checkpoint):

@@ -122,9 +122,11 @@ def hook_norms(unet):
 def prepare(unet, device, channels_last=True):
     """Moves a network to where it computes, in the layout that convolutions want, with norms as `hook_norms`
     has them. channels_last: False for weights that have to stay contiguous. Returns it."""
-    hook_norms(unet)
-    unet.to(device)
-    return unet.to(memory_format=torch.channels_last) if channels_last else unet
+    hook_norms(unet).to(device)
+    for module in unet.modules() if channels_last else ():
+        if isinstance(module, torch.nn.Conv2d):
+            module.to(memory_format=torch.channels_last)
+    return unet
 
 
 def compile_layers(unet, **options):

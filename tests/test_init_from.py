@@ -59,6 +59,7 @@ def test_more_steps_than_the_schedule_has_name_the_way_out(trained, run, refused
         ("--preset is tiny, but the model of --init_from", dict(preset="tiny")),
         ("--temporal is conv3d, but the model of --init_from", dict(temporal="conv3d")),
         ("--temporal is conv1d, but the model of --init_from", dict(temporal="conv1d")),
+        ("--prior is False, but the model of --init_from", dict(prior=False)),
         ("--resolution is 32, but the model of --init_from", dict(resolution=32)),
         ("--init_unet its spatial part: choose one", dict(init_unet="anything")),
         ("another VAE than the model was trained with", dict(vae="{vae}")),

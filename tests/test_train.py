@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 import curriculum
 import data
@@ -43,10 +44,9 @@ def test_the_log_says_what_was_trained(trained):
 
 
 def test_the_log_says_what_the_curriculum_drew_from(trained):
-    """In each entry the terms that led to the probabilities of that very step."""
+    """In each entry what led to the probabilities of that very step."""
     for entry in log(trained):
-        P_star = sum(entry[f"{name}_term"] for name in "pid")
-        assert entry["aim"] == pytest.approx(curriculum.aim(P_star, entry["set_point"]))
+        assert entry["aim"] == pytest.approx(entry["set_point"])  # a horizon of one step: P* is its mean
         static = curriculum.static_probabilities((entry["step"] - 1) / 5)
         P = curriculum.balance(static, curriculum.difficulty_map(entry["aim"]))
         assert entry["difficulty"] == pytest.approx((P * curriculum.DIFFICULTY).sum())
@@ -71,11 +71,14 @@ def test_old_checkpoints_go(run):
 
 
 def test_accumulation_is_the_larger_batch(trained, run):
+    """Equal but for the order of summation. Adam turns a gradient that is all rounding into a step of full
+    size, so a few weights may differ by a step."""
     halves = run(train_batch_size=2, gradient_accumulation_steps=2)
     for a, b in zip(log(trained), log(halves), strict=True):
         assert a["mean_k"] == b["mean_k"] and a["loss"] == pytest.approx(b["loss"], rel=1e-4)
-    a, b = weights(trained), weights(halves)
-    assert all(np.allclose(a[name], b[name], rtol=1e-3, atol=1e-3) for name in a | b)
+    assert weights(trained).keys() == weights(halves).keys()
+    a, b = (torch.cat([w.flatten() for _, w in sorted(weights(out).items())]) for out in (trained, halves))
+    assert (a - b).norm() < 1e-3 * a.norm() and ((a - b).abs() > 1e-3).float().mean() < 1e-4
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,6 @@ class HeldOut:
 
     def __init__(self, run, dataset, clips):
         size = run.args.train_batch_size
-        self.calls = 0
         image, equal = [("image", NUM_FRAMES)] * G1_DRAWS, run.args.data is not None
         self.batches = {"G1": fixed_batches(dataset, clips, image, size)}
         if equal:
@@ -165,9 +164,9 @@ class HeldOut:
 
 
 def cell_losses(run, denoiser, dataset, clips):
-    """The loss over unknown frames of every (task, k), equal draws: {"task, k": {"mean", "se", "noise"}}, and
-    paired differences to the paper's easiest. noise: the standard deviation of a single draw's loss, relative
-    to the mean of its range of timesteps."""
+    """The loss over unknown frames of every (task, k), equal draws: {"task, k": {"mean", "se", "relative",
+    "noise"}}. relative: to the mean of all cells; noise: the standard deviation of a single draw's loss,
+    relative to what is usual in its range of timesteps."""
     table, losses = {}, {}
     for task in tqdm(TASKS, "held-out loss of every (task, k)", unit="task"):
         for k in LENGTHS:
@@ -178,11 +177,11 @@ def cell_losses(run, denoiser, dataset, clips):
     usual = np.array(
         [np.mean([x[ranges == r].mean() for x in losses.values()]) for r in range(ranges.max() + 1)]
     )
+    everywhere = np.mean([x.mean() for x in losses.values()])
     for (task, k), x in losses.items():
-        relative = x / usual[ranges]
-        table[f"{task}, {k}"] = dict(
-            mean_se(x), relative=float(relative.mean()), noise=float(relative.std(ddof=1) / relative.mean())
-        )
+        draw = x / usual[ranges]
+        spread = dict(relative=float(x.mean() / everywhere), noise=float(draw.std(ddof=1) / draw.mean()))
+        table[f"{task}, {k}"] = mean_se(x) | spread
     return table
 
 
@@ -204,9 +203,8 @@ def sample_scores(run, denoiser, dataset, clips, folder):
     settings = SimpleNamespace(**flags, seed=SEED, batch_size=16, num_samples=1)
     made = sample_items(model, dataset, items, settings, folder)
     codec = run.encoders.codec
-    long = [
-        clip for clip in run.dataset.split("train") if clip.longest == NUM_FRAMES
-    ]  # whatever was trained on
+    # Whatever was trained on, all arms are compared with the same clips.
+    long = [clip for clip in run.dataset.split("train") if clip.longest == NUM_FRAMES]
     train_set = real_clips(codec, run.dataset, evenly(long, REAL_CLIPS))
     held_out = real_clips(codec, dataset, clips)
     seen = Clips(items, made, held_out | train_set, list(held_out), list(train_set))

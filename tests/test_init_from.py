@@ -68,7 +68,8 @@ def test_more_steps_than_the_schedule_has_name_the_way_out(trained, run, refused
     ids=str,
 )
 def test_what_contradicts_the_model_is_refused(trained, run, refused, parts, words, flags):
-    refused(words, run, init_from=trained, **{name: str(x).format(**parts) for name, x in flags.items()})
+    flags = {name: x.format(**parts) if isinstance(x, str) else x for name, x in flags.items()}
+    refused(words, run, init_from=trained, **flags)
 
 
 def test_what_is_no_model_is_refused(run, refused, trained, tmp_path):

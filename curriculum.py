@@ -9,8 +9,9 @@ A sample's difficulty has two sides: its task (interpolation < prediction < gene
 valid frames k (3 < ... < 8), together 18 levels. The curriculum gives each level a probability, half from
   - a static part (Eq. 2): the share of interpolation falls over the training, the others rise; k is uniform;
   - an adaptive part (Eqs. 3-4): a bell over the levels around an aim. The aim follows a set point that rises
-    over the training, easy to hard, and a feedback loop that reads the loss moves it around that: loss above
-    its history -> easier samples next, below -> harder ones. So it damps swings, as a PID controller does.
+    over the training, easy to hard, and a feedback loop that reads the loss moves it around that: loss
+    further above its history than usual -> easier samples next, further below -> harder ones. So it damps
+    swings, as a PID controller does.
 """
 
 import numpy as np

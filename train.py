@@ -136,8 +136,7 @@ def accumulate_gradients(run, training, probabilities, stop_signals):
     for each range of timesteps the sum of the losses over unknown frames and how many they are."""
     args, world, step = run.args, run.world, training.step
     size, micro_steps = args.train_batch_size, args.gradient_accumulation_steps
-    totals = torch.zeros(3, device=world.device)
-    by_range = torch.zeros(2, RANGES, device=world.device)  # sums of losses, counts
+    totals, by_range = (torch.zeros(*shape, device=world.device) for shape in ((3,), (2, RANGES)))
     for micro in range(micro_steps):
         first = (micro * world.size + world.rank) * size  # index of the sample in the global batch
         indices = range(first, first + size)
@@ -152,8 +151,9 @@ def accumulate_gradients(run, training, probabilities, stop_signals):
         ranges = to_device(batch.timesteps * RANGES // NUM_TIMESTEPS, world.device)
         by_range.index_add_(1, ranges, torch.stack([unknown, torch.ones_like(unknown)]))
     totals[2] = len(stop_signals)
-    loss, mean_k, stop = (world.sum(totals) / world.size).tolist()
-    return loss, mean_k, stop > 0, world.sum(by_range).tolist()
+    totals = world.sum(torch.cat([totals, by_range.flatten()])).tolist()
+    loss, mean_k, stop = (total / world.size for total in totals[:3])
+    return loss, mean_k, stop > 0, np.reshape(totals[3:], (2, RANGES))
 
 
 def update(training, loss, by_range):

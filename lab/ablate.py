@@ -26,7 +26,7 @@ from threading import Lock
 import numpy as np
 from tqdm import tqdm
 
-from lab.ablation_tables import NAMES, read_arm, write_tables
+from lab.ablation_tables import NAMES, read_arm, student_t, write_tables
 from masks import LENGTHS, TASKS
 from model import SIZES
 from support.common import UserError, default_cache, one_sentence, replacing
@@ -83,11 +83,8 @@ def run(words, log, quiet, threads):
 
 
 def measured_order(folders):
-    """The difficulty of every (task, k) as the rank of its measured loss, 0..1 (3, 6), a mean over runs; None
-    where no run has measured it."""
+    """The difficulty of every (task, k) as the rank of its measured loss, 0..1 (3, 6), a mean over runs."""
     cells = [json.loads((folder / "arm.json").read_text())["cells"] for folder in folders]
-    if not cells:
-        return None
     loss = [[np.mean([c[f"{task}, {k}"]["relative"] for c in cells]) for k in LENGTHS] for task in TASKS]
     ranks = np.argsort(np.argsort(loss, axis=None)).reshape(len(TASKS), len(LENGTHS))
     return ranks / (ranks.size - 1)
@@ -192,6 +189,7 @@ def check_settings(args):
 
 def ablate(args):
     """Every run that is not finished, and the table. Raises UserError at the end if some failed."""
+    student_t()  # what is missing is said before hours of training
     check_settings(args)
     waves = list_jobs(args)
     jobs = [*waves[0], *waves[1]]

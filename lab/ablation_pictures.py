@@ -62,7 +62,7 @@ def gain(run, base):
 
 
 def plot_table3(arms):
-    """matplotlib figure, or None without arms. arms: {(row, clips, seed): of ablate.read_arm}"""
+    """matplotlib figure, or None without arms. arms: {(row, clips, seed): of ablation_tables.read_arm}"""
     arms = {key: arm for key, arm in arms.items() if key[0] in COLOURS}
     groups = by_row(arms)
     counts = sorted({clips for _, clips, _ in arms}, key=lambda clips: (clips == "all", clips))
@@ -132,7 +132,7 @@ def draw_ranges(axis, arms, clips):
 
 
 def plot_table4(arms):
-    """matplotlib figure, or None without arms. arms: {(row, clips, seed): of ablate.read_arm}"""
+    """matplotlib figure, or None without arms. arms: {(row, clips, seed): of ablation_tables.read_arm}"""
     groups = by_row(arms)
     if not groups:
         return None

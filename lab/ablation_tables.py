@@ -11,7 +11,7 @@ from lab.ablation_pictures import plot_table3, plot_table4
 from lab.pictures import save
 from lab.simulate_curriculum import swings
 from masks import LENGTHS, TASKS
-from support.common import replacing, table
+from support.common import UserError, replacing, table
 from support.log import read_log
 
 NAMES = {
@@ -36,7 +36,6 @@ PAIRS = {
     4: [("linear", "constant"), ("linear", "reversed"), ("dcl", "ddu"), ("dcl", "linear"), ("dcl", "yoked"),
         ("measured", "dcl")],
 }  # fmt: skip
-T_975 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # Student's t for so many seeds
 
 # ------------------------------------------------------------------------------------------------------------
 # Numbers
@@ -80,6 +79,15 @@ def jumps(probe):
     return float((x[1:-1] - (x[:-2] + x[2:]) / 2).std() / 1.5**0.5) if len(x) > 3 else None
 
 
+def student_t():
+    """The distribution of scipy. Raises UserError without that package."""
+    try:
+        from scipy.stats import t
+    except ImportError as error:
+        raise UserError("standard errors need a package: pip install scipy") from error
+    return t
+
+
 def spread(values):
     """{"mean", "se", "seeds"} of the numbers of runs; None without any."""
     values = [value for value in values if value is not None]
@@ -108,8 +116,8 @@ def summarize(arms, pairs):
                 difference = spread([x - y for x, y in both if x is not None and y is not None])
                 if difference:
                     if difference["seeds"] > 1:
-                        t = T_975.get(difference["seeds"], 2.0)
-                        difference["could be seen"] = t * difference["se"]
+                        t = student_t().ppf(0.975, difference["seeds"] - 1)
+                        difference["could be seen"] = float(t * difference["se"])
                     entry[name] = difference
             compared[f"{row} - {b}, {clips}"] = entry
     return dict(rows=rows, pairs=compared)
@@ -169,8 +177,8 @@ def number_table(number, result):
         differences.append([clips, pair, *cells])
     return [
         table(["clips", "row", "seeds", *columns], lines),
-        "Differences, seed by seed: mean ± standard error, in brackets the smallest that so many seeds could "
-        "tell from none (Student's t, 95 %):",
+        "Differences, seed by seed: mean ± standard error, in brackets the smallest that so many seeds "
+        "could tell from none (Student's t, 95 %):",
         table(["clips", "", *columns], differences),
     ]
 

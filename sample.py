@@ -12,6 +12,10 @@ of weights.
     python sample.py --checkpoint runs/mine --image 0:a.png 3:b.png --num_frames 4 --output b.gif
     # prediction
     python sample.py --checkpoint runs/mine --image 0:a.png 1:b.png 2:c.png 3:d.png 4:e.png --output c.mp4
+    # longer, smoother, without an end, without its ground, for a messenger
+    python sample.py --prompt "a red heart bouncing" --num_frames 20
+    python sample.py --prompt "a red heart bouncing" --interpolate 2 --loop --transparent --output heart.webp
+    python sample.py --prompt "a red heart bouncing" --for telegram
 """
 
 import argparse
@@ -24,17 +28,21 @@ from tqdm import tqdm
 
 import masks
 from model import DFGN, make_scheduler
-from support import machine, media
-from support.common import UserError, check_output, one_sentence
+from support import machine, outputs
+from support.common import UserError, one_sentence
 from support.finished import MAX_SCALE, MAX_STEPS, CheckpointError, find_model, read_model
 from support.flags import SEED, Parser, number, part_flags
 from support.machine import native_precision, precision, prepare, to_device
+from support.messenger import PLATFORMS
 from support.pictures import sheet
 from support.prior import first_latents, for_sampling, precondition
 from support.workers import read_picture
 
 SAMPLING = "guidance_scale", "image_guidance_scale", "num_inference_steps"  # a model records its own
 SHEET_STEPS = 25  # of DDIM, for the sheets of a training
+BEHIND, AHEAD = 5, 3  # frames that row P1 gives, and predicts
+MAX_FRAMES = 200
+FPS = 8
 
 # ------------------------------------------------------------------------------------------------------------
 # Diffusion
@@ -76,7 +84,7 @@ def guided_noise(denoiser, noisy, latents, given, timestep, text, null_text, wei
 
 
 @torch.no_grad()
-def generate(
+def generate_latents(
     denoiser,
     encoders,
     prompts,  # B strings; "" leaves the text out
@@ -90,9 +98,10 @@ def generate(
     seed=0,
     mixed_precision="no",
     progress=False,
+    window=0,  # of a longer sticker: other noise
 ):
-    """Samples B clips of F frames, 3 <= F <= 8. Returns frames uint8 (B, F, R, R, 3), given frames as the
-    network redrew them.
+    """Samples B clips of F frames, 3 <= F <= 8. Returns float32 (B, F, C, h, w), given frames as the network
+    redrew them.
 
     Every task of Table 7 is a choice of `given`. Sample b of a seed is the same whatever the batch.
     """
@@ -104,8 +113,8 @@ def generate(
     has_text = any(prompt != negative_prompt for prompt in prompts)
     weights = guidance_weights(bool(given.any()), has_text, image_guidance_scale, guidance_scale)
 
-    def draw_noise(step):  # for each sample by itself: (seed, step, index)
-        draws = [np.random.default_rng((seed, step, b)) for b in range(batch)]
+    def draw_noise(step):  # for each sample by itself: (seed, step, index), and the window
+        draws = [np.random.default_rng((seed, step, b, window)) for b in range(batch)]
         noise = np.stack([rng.standard_normal(shape, dtype=np.float32) for rng in draws])
         return to_device(torch.from_numpy(noise), device)
 
@@ -119,8 +128,59 @@ def generate(
         fresh = draw_noise(step) if eta > 0 else None
         stepped = scheduler.step(noise, t, x, eta=eta, variance_noise=fresh)
         x = stepped.prev_sample
-    clean = stepped.pred_original_sample  # prev_sample ends at alpha_1 and still holds some noise
-    return encoders.codec.decode(clean.flatten(0, 1)).unflatten(0, clean.shape[:2]).cpu().numpy()
+    return stepped.pred_original_sample  # prev_sample ends at alpha_1 and still holds some noise
+
+
+def generate(denoiser, encoders, prompts, latents, given, interpolate=1, loop=False, **settings):
+    """Samples B stickers of any number of frames from 3 on: window after window of at most 8, each with the
+    frames that those before it drew given.
+
+    latents, given: as generate_latents takes them, F frames; interpolate: 2 or 3 fill in that many less one
+    between each two; loop: the last frame runs into the first; settings: other arguments of generate_latents.
+    Returns frames uint8 (B, T, R, R, 3) with T of count_frames(F, interpolate, loop).
+    """
+    batch, num_frames = given.shape
+    total = count_frames(num_frames, interpolate, loop)
+    clip = torch.zeros(batch, total, *latents.shape[2:])
+    shown = torch.zeros(batch, total, dtype=torch.bool)
+    clip[:, : num_frames * interpolate : interpolate] = latents.cpu()
+    shown[:, : num_frames * interpolate : interpolate] = given.cpu()
+    done = torch.zeros(total, dtype=torch.bool)
+    for window, (frames, redrawn) in enumerate(windows(num_frames, interpolate, loop)):
+        done[redrawn] = False
+        where = clip[:, frames], shown[:, frames] | done[frames]
+        drawn = generate_latents(denoiser, encoders, prompts, *where, window=window, **settings).cpu()
+        new = ~done[frames]
+        clip[:, torch.tensor(frames)[new]] = drawn[:, new]
+        done[frames] = True
+    frames = encoders.codec.decode(clip.flatten(0, 1).to(denoiser.device))
+    return frames.unflatten(0, clip.shape[:2]).cpu().numpy()
+
+
+def count_frames(num_frames, interpolate=1, loop=False):
+    """Frames of a sticker of `num_frames` after interpolation; a loop has some after the last one, too."""
+    return num_frames * interpolate if loop else (num_frames - 1) * interpolate + 1
+
+
+def windows(num_frames, interpolate=1, loop=False):
+    """What the network draws together, one after another: [(numbers of frames, those drawn anew)].
+
+    First the row that the user gives, then P1, which sees five frames and predicts three, as often as needed.
+    loop: two frames between the last and the first ones. interpolate: I2 or I3, cut at 7, between given ones.
+    """
+    n, plan = num_frames, [(list(range(min(num_frames, masks.NUM_FRAMES))), [])]
+    for start in range(masks.NUM_FRAMES, n, AHEAD):
+        plan.append((list(range(start - BEHIND, min(start + AHEAD, n))), []))
+    if loop:
+        gap = [n - 2, n - 1]
+        plan.append(([*range(max(0, n - 5), n - 2), *gap, *range(min(3, n - 2))], gap))
+    plan = [([f * interpolate for f in frames], [f * interpolate for f in again]) for frames, again in plan]
+    total = count_frames(n, interpolate, loop)
+    if interpolate > 1:
+        last = total if loop else total - 1
+        for start in range(0, last, 6):
+            plan.append(([f % total for f in range(start, min(start + 6, last) + 1)], []))
+    return plan
 
 
 def nothing_given(encoders, resolution, batch, num_frames=masks.NUM_FRAMES):
@@ -128,6 +188,15 @@ def nothing_given(encoders, resolution, batch, num_frames=masks.NUM_FRAMES):
     side = resolution // encoders.codec.factor
     latents = torch.zeros(batch, num_frames, encoders.codec.latent_channels, side, side)
     return latents, torch.zeros(batch, num_frames, dtype=torch.bool)
+
+
+def given_pictures(encoders, resolution, pictures, batch, num_frames=masks.NUM_FRAMES):
+    """The same of clips that show pictures, {slot: uint8 (R, R, 3)}."""
+    latents, given = nothing_given(encoders, resolution, batch, num_frames)
+    for slot, picture in pictures.items():
+        latents[:, slot] = encoders.codec.encode(torch.from_numpy(picture)[None])[0].cpu()
+        given[:, slot] = True
+    return latents, given
 
 
 def load(checkpoint, device="cpu", vae=None, clip=None, t5=None):
@@ -194,7 +263,7 @@ def parse_image(text):
 def parse_args():
     parser = Parser(description="Generate, interpolate and extend animated stickers.")
     add, default = parser.add_argument, "(default: %(default)s)"
-    scale, frames = number(float, -MAX_SCALE, MAX_SCALE), number(int, masks.LENGTHS[0], masks.NUM_FRAMES)
+    scale, frames = number(float, -MAX_SCALE, MAX_SCALE), number(int, masks.LENGTHS[0], MAX_FRAMES)
     add(
         "--checkpoint",
         metavar="DIR_OR_ID",
@@ -213,7 +282,11 @@ def parse_args():
         metavar="SLOT:FILE",
         help="given frames: picture files and the frames, counted from 0, where they stand",
     )
-    add("--num_frames", type=frames, default=masks.NUM_FRAMES, help=f"frames of the sticker {default}")
+    more = f"frames of the sticker; those beyond {masks.NUM_FRAMES} are predicted {default}"
+    add("--num_frames", type=frames, default=masks.NUM_FRAMES, help=more)
+    between = "times as many frames in the same time: the network draws those between"
+    add("--interpolate", type=int, choices=(2, 3), default=1, help=between)
+    add("--loop", action="store_true", help="let the end run into the beginning")
     add("--eta", type=number(float, 0, 1), default=1.0, help=f"0: deterministic, 1: as DDPM {default}")
     add(
         "--num_inference_steps",
@@ -224,15 +297,20 @@ def parse_args():
     add("--image_guidance_scale", type=scale, help="guidance by given frames; 1 = none (default: the same)")
     add("--seed", type=SEED, default=0, help=f"another seed, another sticker {default}")
     add("--num_samples", type=number(int, 1, 1000), default=1, help=f"stickers to make {default}")
-    add("--fps", type=number(float, 0.1, 1000), default=8.0, help=f"frames per second of the file {default}")
+    per_second = f"frames per second of the file (default: {FPS}, times --interpolate)"
+    add("--fps", type=number(float, 0.1, 1000), help=per_second)
+    add("--transparent", action="store_true", help="the figure alone, without the white ground around it")
+    demands = "a file as this messenger demands it, transparent"
+    add("--for", dest="messenger", choices=PLATFORMS, help=demands)
     add(
         "--output",
-        default="sticker.gif",
         type=Path,
-        help=f".gif, .webp, .mp4, or .png for a sheet {default}; several samples get numbered names, or a "
-        "row each of the sheet",
+        help=".gif, .webp, .apng, .mp4, .webm, or .png for a sheet (default: sticker.gif, or what --for "
+        "demands); several samples get numbered names, or a row each of the sheet",
     )
     args = parser.parse_args()
+    args.fps = args.fps or FPS * args.interpolate
+    args.output = args.output or outputs.default_name(args.messenger)
     check_args(args)
     return args
 
@@ -252,29 +330,7 @@ def check_args(args):
         )
     if not args.prompt and not args.image:
         raise UserError("nothing to start from: give --prompt, --image, or both.")
-    media.check_suffix(args.output)
-    for name in output_names(args.output, args.num_samples):
-        check_output("--output", name)
-
-
-def output_names(output, count):
-    """The files of `count` samples: numbered names, or one PNG."""
-    if count == 1 or output.suffix.lower() == ".png":
-        return [output]
-    return [output.with_stem(f"{output.stem}-{i}") for i in range(count)]
-
-
-def write(output, clips, given, fps):
-    """Writes clips (num_samples, F, R, R, 3) to `output`, several to numbered names, or as a PNG to the
-    rows of a sheet. Returns the paths."""
-    names = output_names(output, len(clips))
-    if len(names) < len(clips):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        sheet(list(clips), marks=[given.tolist()] * len(clips)).save(output)
-        return names
-    for name, clip in zip(names, clips):
-        media.write_clip(name, clip, fps)
-    return names
+    outputs.check(args)
 
 
 @one_sentence("sample.py")
@@ -285,27 +341,24 @@ def main():
         print(f"{which}: {args.checkpoint}")
     denoiser, encoders, settings = load(args.checkpoint, machine.device(), args.vae, args.clip, args.t5)
     pictures = {slot: read_picture(file, settings["resolution"]) for slot, file in args.image}
-    if pictures and not masks.is_trained(pictures, args.num_frames):
+    if pictures and not masks.is_trained(pictures, min(args.num_frames, masks.NUM_FRAMES)):
         print(
             f"sample.py: warning: no row of Table 7 shows frames {sorted(pictures)} of {args.num_frames}: "
             "the model was not trained on this pattern and may do worse.",
             file=sys.stderr,
         )
 
-    latents, given = nothing_given(encoders, settings["resolution"], 1, args.num_frames)
-    for slot, picture in pictures.items():
-        latents[0, slot] = encoders.codec.encode(torch.from_numpy(picture)[None])[0].cpu()
-        given[0, slot] = True
     chosen = dict(seed=args.seed, mixed_precision=settings["mixed_precision"], eta=args.eta)
     for name in SAMPLING:
         chosen[name] = settings[name] if getattr(args, name) is None else getattr(args, name)
 
-    n = args.num_samples
-    latents, given = latents.expand(n, -1, -1, -1, -1), given.expand(n, -1)
-    prompts = [args.prompt] * n
-    chosen |= dict(negative_prompt=args.negative_prompt, progress=True)
-    clips = generate(denoiser, encoders, prompts, latents, given, **chosen)  # (n, F, R, R, 3)
-    print("wrote " + ", ".join(map(str, write(args.output, clips, given[0], args.fps))))
+    prompts = [args.prompt] * args.num_samples
+    latents, given = given_pictures(encoders, settings["resolution"], pictures, len(prompts), args.num_frames)
+    chosen |= dict(negative_prompt=args.negative_prompt, interpolate=args.interpolate, loop=args.loop)
+    clips = generate(denoiser, encoders, prompts, latents, given, **chosen, progress=True)  # (n, T, R, R, 3)
+    marks = torch.zeros(clips.shape[1], dtype=torch.bool)
+    marks[:: args.interpolate] = given[0]
+    outputs.write(args, clips, marks)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import masks
 from curriculum import RANGES, Curriculum
 from model import DFGN, NUM_TIMESTEPS, SIZES, make_scheduler
 from sample import SAMPLING, validation_sheet
-from support import checkpoint, log, media, setup, stickers
+from support import checkpoint, hub, log, media, setup, stickers
 from support.common import UserError, evenly, one_sentence
 from support.encoders import Encoders, load_prior
 from support.finished import start_from_model
@@ -373,10 +373,9 @@ def set_up(args, world, on_exit):
     fixed = dict(network=network, denoiser=denoiser, loss_weight=weight, global_batch=global_batch)
     told = dict(about=about, report=report, validate=validate)
     run = Run(args, world, encoders, scheduler, **fixed, **opened, **told)
-    parameters = sum(weight.numel() for weight in unet.parameters())
     machine = f"{world.size} x {world.device.type}, {args.mixed_precision}"
     steps = f"{global_batch} clips per step, {args.max_train_steps} steps"
-    world.print0(f"{args.preset}: {parameters / 1e6:.1f}M parameters on {machine}, {steps}")
+    world.print0(f"{args.preset}: {unet.num_parameters() / 1e6:.1f}M parameters on {machine}, {steps}")
     return run, training
 
 
@@ -394,6 +393,7 @@ def main():
         world.print0(f"wrote {args.output_dir}: the model, {pictures}")
         world.barrier()
         world.close()
+        hub.push(args, world.main)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ The metrics that need no weights: numbers from frames, uint8 (..., R, R, 3) of 0
     psnr, ssim                      of one frame against its ground truth
     repeat_nearest, cross_fade,
     copy_first                      what unknown frames would be without a model: the baselines
-    motion, distinct_frames         how much happens in a clip
+    motion, distinct_frames, seam   how much happens in a clip, and whether it does at some places alone
     features, frechet_distance      how far one set of clips is from another, in features of a fixed network
 
 The Frechet distance is over OUR OWN features, of a network with fixed random weights: it tells a better run
@@ -105,6 +105,16 @@ def motion(clip, block=1):
     x = clip[:, : side * block, : side * block].astype(np.float32)
     x = x.reshape(count, side, block, side, block, 3).mean(axis=(2, 4))
     return float(np.abs(np.diff(x, axis=0)).mean())
+
+
+def seam(clip, places=(0,)):
+    """How much larger the change into the frames `places` is than into the others, as a ratio of means: 1 is
+    no seam. Frame 0 follows the last one: by default, how well a clip loops. clip: (F, R, R, 3)"""
+    x = clip.astype(np.float32)
+    changes = np.abs(x - np.roll(x, 1, axis=0)).mean(axis=(1, 2, 3))  # (F,)
+    here = np.isin(np.arange(len(clip)), places)
+    ordinary = ~here & (np.arange(len(clip)) > 0)  # the wrap is a place or left out
+    return float(changes[here].mean() / max(changes[ordinary].mean(), 1e-6))
 
 
 def distinct_frames(clip):

@@ -25,7 +25,8 @@ given frames. Unknown frames are the others; given ones are compared as the mode
     "motion": """
 Motion: mean absolute difference of consecutive frames; grain that flickers counts too, and hardly in the
 means of 8 x 8 pixels (without grain). Distinct: differs by 1 of 255 or more from all before. Still: motion
-without grain below a tenth of the real mean. {samplers}.""",
+without grain below a tenth of the real mean. Wrap: change from the last frame to the first one, divided by
+the mean of the other changes, median; about 1 in a loop. {samplers}.""",
     "rivals": """
 Samples of the network beside what needs no network. Gaussian: a sample of the fitted one that the network
 starts from; its mean: its best guess. Real clips say what is right. All but "read" is of unknown frames
@@ -119,7 +120,7 @@ def value_rows(section, digits):
 
 
 def motion_section(report):
-    header = ("", "motion, of 255", "without grain", "distinct frames of 8", "still clips")
+    header = ("", "motion, of 255", "without grain", "distinct frames of 8", "still clips", "wrap")
     note = TEXTS["motion"].format(samplers=sampler_text(report["about"]))
     return ["## Motion", table(header, value_rows(report["motion"], 2)), note]
 

@@ -153,14 +153,16 @@ def summarize_quality(pairs):
 
 
 def summarize_motion(clips, real_motion):
-    """Motion, also without grain, distinct frames, and the share of clips that hardly move: those whose
-    motion without grain is below a tenth of `real_motion`."""
+    """Motion, also without grain, distinct frames, the share of clips that hardly move: those whose motion
+    without grain is below a tenth of `real_motion`; and the median seam between the last frame and the first.
+    """
     coarse = [metrics.motion(clip, BLOCK) for clip in clips]
     return dict(
         motion=mean_se([metrics.motion(clip) for clip in clips]),
         without_grain=mean_se(coarse),
         distinct_frames=mean_se([metrics.distinct_frames(clip) for clip in clips]),
         still=share([m < 0.1 * real_motion for m in coarse]),
+        wrap=float(np.median([metrics.seam(clip) for clip in clips])),
     )
 
 

@@ -98,7 +98,7 @@ def model_card(unet, args, sources, summary, global_batch, step):
         guidance=f"text {args.guidance_scale:g}, image {args.image_guidance_scale:g}",
     )
     settings = table(["setting", "value"], [(name.replace("_", " "), value) for name, value in rows.items()])
-    prompt = "a red heart bouncing"
+    prompt, where = "a red heart bouncing", args.hub_model_id or str(args.output_dir)
     return f"""---
 library_name: diffusers
 tags: [rdtf, animated-stickers, text-to-video]
@@ -108,7 +108,7 @@ tags: [rdtf, animated-stickers, text-to-video]
 An animated-sticker generator of the RDTF kind, trained with `train.py`.
 
 ```bash
-python sample.py --checkpoint {shlex.quote(str(args.output_dir))} --prompt "{prompt}" --output sticker.gif
+python sample.py --checkpoint {shlex.quote(where)} --prompt "{prompt}" --output sticker.gif
 ```
 
 {settings}

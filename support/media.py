@@ -3,7 +3,7 @@ The one place where sticker files come in and go out.
 
     frames, durations = read_clip("stickers/heart.gif", 256)    # (N, 256, 256, 3) uint8, (N,) milliseconds
     picture = read_image("first.png", 256)                      # (256, 256, 3) uint8
-    write_clip("out/heart.webp", frames, fps=8)                 # .gif .webp .mp4, or .png for a sheet
+    write_clip("out/heart.webp", frames, fps=8)                 # by its suffix, .png is a sheet
 
 On its way in, the bytes of a file tell its format (the suffix is not believed), its header is held against
 limits (decode.py) before a pixel is decoded, and of every frame only the resized result is kept: memory is
@@ -12,6 +12,7 @@ bounded by a few canvases, however long the animation; the clock is looked at be
 
 import time
 import warnings
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -28,7 +29,7 @@ from support.pictures import sheet
 SUFFIXES = (".gif", ".webp", ".png", ".apng", ".mp4", ".webm")  # what a sticker folder is searched for
 # How files of the kind of HEIC name themselves.
 HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"avci", b"avcs", b"jpeg")
-OUTPUTS = (".gif", ".webp", ".mp4", ".png")  # what write_clip knows
+OPAQUE = 128  # alpha from which on a pixel of a GIF, which knows no half ones, is there
 
 MAX_BYTES = 64 * 2**20  # of a file; the other limits stand in decode.py
 WHITE = (255, 255, 255)
@@ -177,8 +178,10 @@ def read_image(path, resolution):
 # Out
 
 
-def check_suffix(path):
-    """Raises MediaError unless write_clip knows the suffix of path."""
+def check_suffix(path, alpha=False):
+    """Raises MediaError unless write_clip knows the suffix of path and, with `alpha`, can write that."""
+    if alpha and Path(path).suffix.lower() == ".mp4":
+        raise MediaError(f"{printable(path)} cannot be transparent; let the output end in .webm or .webp.")
     if Path(path).suffix.lower() not in OUTPUTS:
         raise MediaError(
             f"{printable(path)} has no known suffix; let the output end in {', '.join(OUTPUTS)}."
@@ -202,21 +205,40 @@ def save_strip(file, strip, durations, **options):
 
 
 def save_gif(file, frames, fps):
-    """One palette for all frames and no dithering: flat areas stay flat and still.
+    """One palette for all frames and no dithering: flat areas stay flat and still. A pixel is there or not.
 
     Of Pillow's ways to choose colours this one keeps small areas of a rare colour best: on real stickers its
     largest error is half of median cut's, its mean error the same.
     """
-    count, height, width, _ = frames.shape
-    tall = Image.fromarray(frames.reshape(count * height, width, 3))
-    tall = tall.quantize(255, method=Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
-    save_strip(file, tall, [10 * delay for delay in delays(count, fps, 100, least=2)])
+    count, height, width, channels = frames.shape
+    tall, options = frames.reshape(count * height, width, channels), {}
+    clear = tall[..., 3] < OPAQUE if channels == 4 else np.zeros(tall.shape[:2], bool)
+    picture = Image.fromarray(np.where(clear[..., None], 255, tall[..., :3]).astype(np.uint8))
+    picture = picture.quantize(255, method=Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
+    if clear.any():
+        picture.paste(255, mask=Image.fromarray(clear))
+        options = dict(transparency=255, disposal=2)
+    save_strip(file, picture, [10 * delay for delay in delays(count, fps, 100, least=2)], **options)
 
 
-def save_webp(file, frames, fps):
+def save_webp(file, frames, fps, **options):
     """Lossless: the lossy kind halves the resolution of colour, which shows on a sticker's hard edges."""
-    options = dict(lossless=True, loop=0, duration=delays(len(frames), fps, 1000, least=1))
+    options = dict(lossless=True, loop=0, duration=delays(len(frames), fps, 1000, least=1)) | options
+    if frames.shape[-1] == 4 and np.isin(frames[..., 3], (0, 255)).all():
+        options["kmax"] = 1  # whole frames: of parts, if all are opaque, libwebp notes that nothing is clear
     imageio.imwrite(file, frames, extension=".webp", plugin="pillow", **options)
+
+
+def save_apng(file, frames, fps, colours=None, loop=0):
+    """colours: of one palette for all frames, at most 256, None = all; loop: times it plays, 0 = for ever."""
+    count, height, width, channels = frames.shape
+    tall = Image.fromarray(frames.reshape(count * height, width, channels))
+    if colours:
+        tall = tall.quantize(colours, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    first, *rest = (tall.crop((0, top, width, top + height)) for top in range(0, tall.height, height))
+    durations = delays(len(frames), fps, 1000, least=1)
+    options = dict(duration=durations, loop=loop, blend=0)  # blend=0: what changes is replaced, alpha too
+    first.save(file, "PNG", save_all=True, append_images=rest, **options)
 
 
 def save_mp4(file, frames, fps):
@@ -233,25 +255,66 @@ def save_mp4(file, frames, fps):
         video.write(frames)
 
 
+def save_webm(file, frames, fps, quality=18):
+    """VP9, with alpha if the frames have it. quality: 0 (best) to 63, FFmpeg's crf."""
+    _, height, width, channels = frames.shape
+    with av.open(file, "w", format="webm") as video:
+        stream = video.add_stream("libvpx-vp9", rate=Fraction(fps).limit_denominator(1000))
+        stream.width, stream.height = width, height
+        stream.pix_fmt = "yuva420p" if channels == 4 else "yuv420p"
+        stream.options = {"crf": str(quality), "b": "0", "cpu-used": "4"}
+        stream.codec_context.colorspace = 6  # BT.601, as above
+        if channels == 4:
+            stream.metadata["alpha_mode"] = "1"  # else players take no notice of it
+        for frame in frames:
+            picture = av.VideoFrame.from_ndarray(frame, "rgba" if channels == 4 else "rgb24")
+            video.mux(stream.encode(picture))
+        video.mux(stream.encode(None))
+
+
 def save_png(file, frames, fps):
     """A sheet: the frames side by side."""
     sheet([frames]).save(file, "PNG")
 
 
-def write_clip(path, frames, fps):
-    """Writes frames (N, H, W, 3) uint8 at fps frames a second; the suffix says how.
+SAVERS = {  # by suffix
+    ".gif": save_gif,
+    ".webp": save_webp,
+    ".apng": save_apng,
+    ".mp4": save_mp4,
+    ".webm": save_webm,
+    ".png": save_png,
+}
+OUTPUTS = tuple(SAVERS)
 
-    .gif, .webp and .mp4 are animations (the first two loop for ever), .png is a sheet of the frames side by
-    side. GIF has delays in steps of 10 ms, at least 20, WebP of 1 ms: single ones are rounded, their sum is
-    right. Missing folders are made; an old file is replaced only by a complete new one. Raises MediaError.
+
+def write_file(path, data):
+    """Writes bytes: makes missing folders, and replaces an old file only by a complete new one. Raises
+    MediaError."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with replacing(Path(path)) as temporary:
+            temporary.write_bytes(data)
+    except OSError as error:
+        reason = error.strerror or error
+        raise MediaError(f"{printable(path)} cannot be written ({reason}); choose another output.") from error
+
+
+def write_clip(path, frames, fps):
+    """Writes frames, (N, H, W, 3) uint8 or with alpha (N, H, W, 4), at fps frames a second; the suffix says
+    how.
+
+    .gif, .webp, .apng, .mp4 and .webm are animations (the first three loop for ever), .png is a sheet of the
+    frames side by side. A GIF's alpha is all or nothing; an .mp4 has none. GIF has delays in steps of 10 ms,
+    at least 20, WebP and APNG of 1 ms: single ones are rounded, their sum is right. Missing folders are made;
+    an old file is replaced only by a complete new one. Raises MediaError.
     """
-    check_suffix(path)
+    check_suffix(path, alpha=frames.shape[-1] == 4)
     path = Path(path)
-    save = {".gif": save_gif, ".webp": save_webp, ".mp4": save_mp4, ".png": save_png}[path.suffix.lower()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary, open(temporary, "wb") as file:
-            save(file, np.ascontiguousarray(frames), fps)
+            SAVERS[path.suffix.lower()](file, np.ascontiguousarray(frames), fps)
     except (OSError, av.error.FFmpegError) as error:
         reason = error.strerror or error
         raise MediaError(f"{printable(path)} cannot be written ({reason}); choose another output.") from error

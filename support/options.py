@@ -12,6 +12,7 @@ from support.common import UserError, default_cache
 from support.decode import MAX_SIDE
 from support.finished import recorded_flags
 from support.flags import SEED, Parser, filled, number, part_flags, work_flags
+from support.hub import check_login
 from support.machine import native_bf16
 
 # A resumed run continues the saved one only if these are as they were.
@@ -134,6 +135,8 @@ def make_parser(presets, recorded):
         default="none",
         help=f"log there too {default}",
     )
+    add("--push_to_hub", action="store_true", help="upload the finished model to the Hugging Face hub")
+    add("--hub_model_id", metavar="NAME/MODEL", type=filled, help="as this (default: --output_dir's name)")
     work_flags(add)
     parser.set_defaults(**presets[first.parse_known_args()[0].preset] | recorded)
     return parser
@@ -149,6 +152,8 @@ def parse_args(presets):
     args.output_dir = Path(args.output_dir or f"runs/{args.preset}")
     args.mixed_precision = args.mixed_precision or ("bf16" if native_bf16() or args.low_memory else "no")
     check_together(args)
+    if args.push_to_hub:
+        check_login()
     args.curriculum = args.curriculum or ("dcl" if args.ddu == "on" else "none")
     if args.low_memory:
         args.gradient_checkpointing = args.ema_on_cpu = True

@@ -83,14 +83,16 @@ def wrap(text, font, width):
 def sheet(rows, labels=None, scale=1, marks=None):
     """Clips under one another, frames side by side -> PIL.Image.
 
-    rows: list of (N_i, H_i, W_i, 3) uint8; labels: a text per row, drawn above it; scale: integer factor of
-    nearest enlargement; marks: a list of bools per row, True draws a border around a given frame (Figure 6).
+    rows: list of (N_i, H_i, W_i, 3) uint8, or all of 4 channels with alpha: then the ground is clear, too;
+    labels: a text per row, drawn above it; scale: integer factor of nearest enlargement; marks: a list of
+    bools per row, True draws a border around a given frame (Figure 6).
     """
     width = GAP + max(len(row) * (row.shape[2] * scale + GAP) for row in rows)
     lettered = [lettering(label) for label in labels or [""] * len(rows)]
     texts = [(font, wrap(text, font, width - GAP)) for font, text in lettered]
     heights = [GAP + LINE * len(lines) + row.shape[1] * scale for row, (_, lines) in zip(rows, texts)]
-    page = Image.new("RGB", (width, sum(heights) + GAP), "white")
+    mode, ground = ("RGBA", (255, 255, 255, 0)) if rows[0].shape[-1] == 4 else ("RGB", "white")
+    page = Image.new(mode, (width, sum(heights) + GAP), ground)
     draw, top = ImageDraw.Draw(page), 0
     for row, (font, lines), height, given in zip(rows, texts, heights, marks or [()] * len(rows)):
         for i, line in enumerate(lines):

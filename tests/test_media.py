@@ -3,6 +3,7 @@ by numpy, from the rules of its format."""
 
 import os
 import struct
+import time
 
 import av
 import numpy as np
@@ -257,7 +258,9 @@ def test_transparent_pixels_do_not_bleed_their_colour_when_resized(tmp_path):
 # Out: files, and sheets for the eye
 
 
-@pytest.mark.parametrize("suffix, least", [(".gif", 60), (".webp", 90), (".mp4", 28)])
+@pytest.mark.parametrize(
+    "suffix, least", [(".gif", 60), (".webp", 90), (".apng", 90), (".mp4", 28), (".webm", 28)]
+)
 @pytest.mark.parametrize("fps", [8, 12.5])
 def test_round_trip(tmp_path, suffix, least, fps):
     frames = clip()
@@ -267,6 +270,31 @@ def test_round_trip(tmp_path, suffix, least, fps):
     assert again.shape == frames.shape and psnr(again, frames) > least
     assert abs(durations.sum() - 8000 / fps) < 6 and np.ptp(durations) <= 10
     assert os.listdir(path.parent) == [path.name]
+
+
+@pytest.mark.parametrize("suffix, least", [(".gif", 60), (".webp", 90), (".apng", 90), (".webm", 28)])
+def test_alpha_goes_out_with_the_frames(tmp_path, suffix, least):
+    """Read back on white, each frame is itself there alone where it is opaque: none of the one before."""
+    frames = np.zeros((4, 64, 64, 4), np.uint8)
+    for i, (colour, at) in enumerate(zip((RED, GREEN, BLUE, RED), (4, 20, 36, 40))):
+        frames[i, at : at + 16, at : at + 16] = (*colour, 255)
+    media.write_clip(tmp_path / ("a" + suffix), frames, 8)
+    seen, _ = media.read_clip(tmp_path / ("a" + suffix), 64)
+    assert psnr(seen, np.where(frames[..., 3:] > 0, frames[..., :3], 255)) > least
+    pictures = [np.array(p) for p, _ in media.pictures(tmp_path / ("a" + suffix), False, time.thread_time())]
+    assert np.abs(np.stack(pictures)[..., 3] - frames[..., 3].astype(int)).mean() < 3
+
+
+def test_half_transparent_pixels_are_kept_but_in_a_gif(tmp_path):
+    frames = np.full((2, 16, 16, 4), 255, np.uint8)
+    frames[0, :8, :, 3], frames[1, :8, :, 3] = 90, 200
+    frames[1, :, :, 0] = 0  # else GIF and APNG merge what looks alike
+    for suffix, expected in ((".webp", [90, 200]), (".apng", [90, 200]), (".gif", [0, 255])):
+        media.write_clip(tmp_path / ("a" + suffix), frames, 8)
+        pictures = media.pictures(tmp_path / ("a" + suffix), False, time.thread_time())
+        assert [np.asarray(picture)[2, 2, 3] for picture, _ in pictures] == expected
+    with pytest.raises(media.MediaError, match="cannot be transparent"):
+        media.write_clip(tmp_path / "a.mp4", frames, 8)
 
 
 def test_gif_of_noisy_frames_keeps_small_areas_of_a_rare_colour(tmp_path):
@@ -297,7 +325,7 @@ def test_odd_sides_in_mp4_are_padded_with_white(tmp_path):
 
 def test_an_unknown_suffix_names_the_known_ones(tmp_path):
     for call in (media.check_suffix, lambda path: media.write_clip(path, clip(), 8)):
-        with pytest.raises(media.MediaError, match=r"\.gif, \.webp, \.mp4, \.png"):
+        with pytest.raises(media.MediaError, match=r"\.gif, \.webp, \.apng, \.mp4, \.webm, \.png"):
             call(tmp_path / "a.avi")
     media.check_suffix("A.GIF")
     assert os.listdir(tmp_path) == []
@@ -311,7 +339,7 @@ def test_a_failure_while_writing_keeps_the_old_file(tmp_path, monkeypatch):
         file.write(b"GIF89a")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(media, "save_gif", disk_full)
+    monkeypatch.setitem(media.SAVERS, ".gif", disk_full)
     with pytest.raises(media.MediaError, match="a.gif cannot be written .No space left"):
         media.write_clip(tmp_path / "a.gif", clip(3), 8)
     assert (tmp_path / "a.gif").read_bytes() == old and os.listdir(tmp_path) == ["a.gif"]

@@ -12,7 +12,7 @@ from PIL import Image
 
 import sample
 from model import make_scheduler
-from support import media
+from support import media, outputs
 from support.checkpoint import write_unet
 from support.encoders import Encoders
 from support.finished import SHIPPED_MODEL, CheckpointError, find_model
@@ -347,9 +347,10 @@ def test_the_validation_sheet_shows_the_tasks_that_are_trained(model, monkeypatc
 
 def test_several_samples_become_rows_of_a_sheet(tmp_path):
     clips, none = np.zeros((2, 3, 16, 16, 3), np.uint8), torch.zeros(3, dtype=torch.bool)
-    assert sample.write(tmp_path / "new" / "x.png", clips, none, fps=8) == [tmp_path / "new" / "x.png"]
-    one, two = (Image.open(tmp_path / "new" / "x.png") for _ in range(2))
-    assert one.width >= 3 * 16 and two.height >= 2 * 16
+    flags = dict(output=tmp_path / "new" / "x.png", num_samples=2, transparent=False, messenger=None, fps=8)
+    outputs.write(SimpleNamespace(**flags), clips, none)
+    with Image.open(tmp_path / "new" / "x.png") as picture:
+        assert picture.width >= 3 * 16 and picture.height >= 2 * 16
 
 
 @pytest.mark.parametrize(
@@ -361,6 +362,10 @@ def test_several_samples_become_rows_of_a_sheet(tmp_path):
         ("--image 0:a.png 0:a.png", "more than once"),
         ("--prompt x --output x.bmp", ".bmp"),
         ("--prompt x --num_frames 2", "--num_frames: 2 must"),
+        ("--prompt x --interpolate 4", "--interpolate"),
+        ("--prompt x --transparent --output a.mp4", "a.mp4 cannot be transparent"),
+        ("--prompt x --for telegram --output a.gif", "makes a .webm file"),
+        ("--prompt x --for line --num_frames 4", "--for line wants 5 frames"),
         ("--prompt x --num_inference_steps 0", "--num_inference_steps: 0 must"),
         ("--prompt x --fps inf", "--fps: inf must"),
         ("--prompt x --fps 1e-6", "--fps: 1e-6 must"),

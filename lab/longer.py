@@ -1,0 +1,123 @@
+"""
+Longer than 8 frames, and without an end: does one see where the network started anew?
+
+    python -m lab.longer --checkpoint pretrained --output_dir runs/longer
+    python -m lab.longer --checkpoint pretrained --output_dir runs/longer --picture docs/longer.webp
+
+Twelve prompts and two seeds give 24 stickers of each kind. A seam is the change of the picture where a window
+begins, the wrap that from the last frame to the first; both are divided by the mean of the other changes of
+the same sticker, so 1 is an ordinary change. `motion` says whether it goes on: the change between frames
+beyond the eighth, divided by that among the first eight. Their rivals need no network.
+
+    report.json    the table below, with every sticker's values
+    longer.png     a row of 20 frames for each prompt, seed 0
+    loops.png      loops of 8 frames; the frames that were drawn again are framed
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import sample
+from lab import metrics
+from masks import NUM_FRAMES
+from support import media, stickers
+from support.common import check_output, one_sentence, replacing, table
+from support.flags import Parser
+from support.machine import device
+from support.pictures import sheet
+
+LENGTH = 20
+SEEDS = (0, 1)
+
+
+def cut_in(clips, length):
+    """The trivial rival of a longer sticker: the same frames again. (B, F, ...) -> (B, length, ...)"""
+    return clips[:, np.arange(length) % clips.shape[1]]
+
+
+def cross_fade(clips):
+    """The trivial rival of a loop: the last two frames fade into the first. uint8 (B, F, R, R, 3)"""
+    faded = clips.astype(np.float32)
+    for frame, share in ((-2, 1 / 3), (-1, 2 / 3)):
+        faded[:, frame] = (1 - share) * clips[:, frame] + share * clips[:, 0]
+    return faded.round().astype(np.uint8)
+
+
+def scores(clips, places):
+    """Medians over clips, and all values: {"seam", "motion", "wrap"}; places: where windows begin."""
+    values = dict(wrap=[metrics.seam(clip) for clip in clips])
+    if places:
+        values["seam"] = [metrics.seam(clip, places) for clip in clips]
+        parts = [(clip[NUM_FRAMES - 1 :], clip[:NUM_FRAMES]) for clip in clips]
+        values["motion"] = [
+            metrics.motion(later) / max(metrics.motion(first), 1e-6) for later, first in parts
+        ]
+    return {name: dict(median=float(np.median(x)), values=x) for name, x in values.items()}
+
+
+def parse_args():
+    parser = Parser("python -m lab.longer", description="Look for seams in longer stickers and in loops.")
+    add = parser.add_argument
+    add(
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        help="a finished run, a checkpoint-N folder, or a hub id",
+    )
+    add("--output_dir", required=True, type=Path, help="where the report and its sheets go")
+    add("--picture", metavar="FILE", help="twelve endless stickers of 20 frames: .webp, .gif or .mp4")
+    args = parser.parse_args()
+    if args.picture:
+        media.check_suffix(args.picture)
+        check_output("--picture", args.picture)
+    return args
+
+
+def main():
+    with one_sentence("lab.longer"):
+        args = parse_args()
+        denoiser, encoders, settings = sample.load(args.checkpoint, device())
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        chosen = {name: settings[name] for name in (*sample.SAMPLING, "mixed_precision")}
+        prompts, made = list(stickers.PROMPTS), {}
+        kinds = {"8 frames": (NUM_FRAMES, False), "20 frames": (LENGTH, False)}
+        kinds |= {f"{name}, loop": (count, True) for name, (count, _) in kinds.items()}
+        for name, (count, loop) in tqdm(kinds.items(), "sampling", unit="kind"):
+            inputs = sample.nothing_given(encoders, settings["resolution"], len(prompts), count)
+            parts = [
+                sample.generate(denoiser, encoders, prompts, *inputs, loop=loop, seed=seed, **chosen)
+                for seed in SEEDS
+            ]
+            made[name] = np.concatenate(parts)
+        made["20 frames: the 8 again"] = cut_in(made["8 frames"], LENGTH)
+        made["8 frames, loop: cross-fade"] = cross_fade(made["8 frames"])
+
+        windows = [frames[-sample.AHEAD] for frames, _ in sample.windows(LENGTH)[1:]]
+        again = list(range(NUM_FRAMES, LENGTH, NUM_FRAMES))
+        report = {}
+        for name, clips in made.items():
+            places = [] if clips.shape[1] == NUM_FRAMES else again if name.endswith("again") else windows
+            report[name] = scores(clips, places)
+        header = ("median of 24", "seam", "motion", "wrap")
+        rows = []
+        for name, entry in report.items():
+            medians = [f"{entry[x]['median']:.2f}" if x in entry else "-" for x in header[1:]]
+            rows.append((name, *medians))
+        print(table(header, rows))
+        with replacing(args.output_dir / "report.json") as writing:
+            writing.write_text(json.dumps(report, indent=1))
+        n = len(prompts)
+        sheet(list(made["20 frames"][:n]), prompts).save(args.output_dir / "longer.png")
+        marks = [[f < NUM_FRAMES - 2 for f in range(NUM_FRAMES)]] * n
+        sheet(list(made["8 frames, loop"][:n]), prompts, marks=marks).save(args.output_dir / "loops.png")
+        if args.picture:
+            page = made["20 frames, loop"][:n].repeat(2, axis=2).repeat(2, axis=3)  # (12, 20, 2R, 2R, 3)
+            rows = [np.concatenate(page[start : start + 6], axis=2) for start in range(0, n, 6)]
+            media.write_clip(args.picture, np.concatenate(rows, axis=1), sample.FPS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Stickers of any length, between frames, without an end: what the windows show the network."""
+
+import numpy as np
+import pytest
+import torch
+
+import sample
+from lab import metrics
+from masks import ROWS, condition_mask, loss_mask
+from tests.checkpoints import CHANNELS, SIDE, toy_model
+from tests.toys import given_frames
+
+STEPS = dict(num_inference_steps=2)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return toy_model()
+
+
+def make(model, count, given=(), **form):
+    """A sticker of `count` frames of which some are given: uint8 (T, R, R, 3)"""
+    g = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, count, CHANNELS, SIDE, SIDE, generator=g)
+    return sample.generate(
+        *model, ["a heart"], latents, given_frames(*given, count=count, batch=1), **form, **STEPS
+    )[0]
+
+
+def patterns(*plan):
+    """What each window of sample.windows shows: [(its frames, which of them were drawn before)]"""
+    done, shown = set(), []
+    for frames, again in sample.windows(*plan):
+        done -= set(again)
+        shown.append((frames, [frame in done for frame in frames]))
+        done |= set(frames)
+    return shown
+
+
+@pytest.mark.parametrize("count", [3, 8, 9, 10, 11, 20, 23])
+@pytest.mark.parametrize("interpolate", [1, 2, 3])
+@pytest.mark.parametrize("loop", [False, True])
+def test_windows_draw_every_frame_and_are_not_longer_than_the_network(count, interpolate, loop):
+    plan, total = sample.windows(count, interpolate, loop), sample.count_frames(count, interpolate, loop)
+    assert sorted({f for frames, _ in plan for f in frames}) == list(range(total))
+    assert all(3 <= len(frames) <= 8 for frames, _ in plan)
+    drawn = sum(not known for _, shown in patterns(count, interpolate, loop) for known in shown)
+    assert drawn == total + 2 * loop  # each once, but for the two before a loop's end
+
+
+@pytest.mark.parametrize("count", [9, 10, 20, 21])
+def test_what_is_predicted_is_a_row_of_table_7(count):
+    """The given frames of every window beyond the first are those of a row, cut at its length."""
+    for frames, shown in patterns(count)[1:]:
+        k = len(frames)
+        rows = [condition_mask(ROWS[name], k)[loss_mask(k)].tolist() for name in ("P1", "G1")]
+        assert shown in rows and frames == list(range(frames[0], frames[0] + k))
+
+
+@pytest.mark.parametrize("interpolate, name", [(2, "I2"), (3, "I3")])
+def test_what_lies_between_is_a_row_of_table_7(interpolate, name):
+    for loop in (False, True):
+        windows = patterns(8, interpolate, loop)[1 + loop :]
+        assert windows
+        for frames, shown in windows:
+            assert shown == condition_mask(ROWS[name], len(frames))[: len(frames)].tolist()
+
+
+def test_a_longer_sticker_begins_as_the_short_one_and_goes_on_with_other_noise(model):
+    short, long = make(model, 8), make(model, 20)
+    assert short.shape[0] == 8 and long.shape[0] == 20
+    assert np.array_equal(short, long[:8])
+    assert np.array_equal(long, make(model, 20))
+    later = sample.windows(20)[1][0][-1]  # the same slot of the next window
+    assert not np.array_equal(long[7], long[later])
+
+
+def test_interpolation_keeps_the_frames_that_it_goes_between(model):
+    short = make(model, 8)
+    for interpolate in (2, 3):
+        clip = make(model, 8, interpolate=interpolate)
+        assert len(clip) == 7 * interpolate + 1 and np.array_equal(clip[::interpolate], short)
+
+
+def test_a_loop_draws_its_end_again_and_nothing_else(model):
+    short, loop = make(model, 8), make(model, 8, loop=True)
+    assert np.array_equal(short[:6], loop[:6]) and not np.array_equal(short[6:], loop[6:])
+    both = make(model, 8, interpolate=2, loop=True)
+    assert len(both) == 16 and np.array_equal(both[::2], loop)
+
+
+def test_pictures_count_wherever_they_stand(model):
+    """A picture among the first frames, in a later window, and in the end that a loop draws again."""
+    none, first, later = (make(model, 11, given) for given in ((), (0,), (9,)))
+    assert not np.array_equal(none, first) and not np.array_equal(none, later)
+    assert np.array_equal(none[:8], later[:8])
+    assert not np.array_equal(make(model, 8, loop=True), make(model, 8, (7,), loop=True))
+
+
+def test_a_seam_is_a_change_beyond_the_others():
+    clip = np.arange(12)[:, None, None, None].repeat(4, 1).repeat(4, 2).repeat(3, 3).astype(np.uint8)
+    assert metrics.seam(clip, [4, 8]) == pytest.approx(1)
+    assert metrics.seam(clip) == pytest.approx(11)  # from the last frame to the first
+    jump = clip + 10 * (np.arange(12) >= 6)[:, None, None, None].astype(np.uint8)
+    assert metrics.seam(jump, [6]) == pytest.approx(11)
+    there_and_back = np.concatenate([clip[:7], clip[5:0:-1]])
+    assert metrics.seam(there_and_back) == pytest.approx(1)

@@ -31,6 +31,8 @@ PROGRAMS += [
     "lab.simulate_curriculum",
     "lab.train_vae",
     "lab.ship",
+    "lab.rank",
+    "lab.rank_table",
 ]
 
 

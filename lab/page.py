@@ -19,12 +19,12 @@ import sample
 from masks import NUM_FRAMES, is_trained
 from support import machine, media, stickers
 from support.common import UserError, one_sentence
-from support.finished import MAX_SCALE, SHIPPED_MODEL, find_model
+from support.finished import SHIPPED_MODEL, find_model
 from support.flags import Parser, number
 from support.workers import read_picture
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-ENLARGED = 256  # pixels at least, of the stickers that the page shows
+SHOWN = 256  # pixels, width of a sticker on the page
 MOST = 8  # stickers at a time
 
 
@@ -42,38 +42,46 @@ def load(folder):
     return sample.load(folder, machine.device())
 
 
-def make(folder, pictures, prompt, settings, count, form):
+def make(folder, pictures, prompt, settings, count):
     """`count` stickers, uint8 (count, T, R, R, 3), and whether a row of Table 7 gives the same frames.
 
-    pictures: {frame: file}; settings, form: arguments of sample.generate. Raises UserError."""
+    pictures: {frame: file}; settings: arguments of sample.generate. Raises UserError."""
+    prompt = prompt.strip()
     if not prompt and not pictures:
         raise UserError("There is nothing to start from: write a prompt, or give a picture.")
     denoiser, encoders, recorded = load(folder)
     resolution = recorded["resolution"]
     read = {slot: read_picture(file, resolution) for slot, file in pictures.items()}
     inputs = sample.given_pictures(encoders, resolution, read, count)
-    settings = settings | form | dict(mixed_precision=recorded["mixed_precision"], progress=True)
+    settings = settings | dict(mixed_precision=recorded["mixed_precision"], progress=True)
     clips = sample.generate(denoiser, encoders, [prompt] * count, *inputs, **settings)
     return clips, not read or is_trained(read, NUM_FRAMES)
 
 
 def save(clips, fps, transparent, folder):
-    """Writes stickers as GIF, WebP and sheet, and enlarged ones to look at, into a new folder below `folder`.
-    Returns (paths of those to look at, paths of the others)."""
-    folder = Path(tempfile.mkdtemp(dir=folder))
-    scale = max(1, ENLARGED // clips.shape[2])
-    shown, files = [], []
+    """Writes stickers as GIF, WebP and sheet into a new folder below `folder`. Returns the paths, three a
+    sticker."""
+    folder, files = Path(tempfile.mkdtemp(dir=folder)), []
     for i, clip in enumerate(clips):
         if transparent:
             from support.matte import cut_out
 
             clip = cut_out(clip)
-        shown.append(folder / f"show-{i}.webp")
-        media.write_clip(shown[-1], clip.repeat(scale, axis=1).repeat(scale, axis=2), fps)  # nearest
         for suffix in (".gif", ".webp", ".png"):
             files.append(folder / f"sticker-{i}{suffix}")
             media.write_clip(files[-1], clip, fps)
-    return [str(path) for path in shown], [str(path) for path in files]
+    return files
+
+
+def show(files):
+    """The stickers among the files, side by side and enlarged, as HTML."""
+    look = f"width: {SHOWN}px; image-rendering: pixelated"
+    pictures = [
+        f'<img src="/gradio_api/file={path}" alt="{path.stem}" style="{look}">'
+        for path in files
+        if path.suffix == ".webp"
+    ]
+    return f'<div style="display: flex; flex-wrap: wrap; gap: 12px">{"".join(pictures)}</div>'
 
 
 def build(gradio, folder):
@@ -81,53 +89,59 @@ def build(gradio, folder):
     found = models()
     first = next(iter(found))
 
+    class Image(gradio.Image):
+        def preprocess(self, payload):
+            """The file as it came: our own reader has limits, and says what is wrong with it."""
+            return payload and payload.path
+
     def recorded(name):
         settings = load(found[name])[2]
         return [settings[key] for key in sample.SAMPLING]
 
-    def press(name, prompt, guidance, image_guidance, steps, seed, count, between, loop, clear, *pictures):
-        given = {slot: file for slot, file in enumerate(pictures) if file}
-        settings = dict(guidance_scale=guidance, image_guidance_scale=image_guidance)
-        settings |= dict(num_inference_steps=int(steps), seed=int(seed))
-        form = dict(interpolate=int(between), loop=loop)
+    def press(values, progress=gradio.Progress(track_tqdm=True)):
+        given = {slot: values[box] for slot, box in enumerate(slots) if values[box]}
+        settings = dict(zip(sample.SAMPLING, (values[slider] for slider in sliders)))
+        settings |= dict(interpolate=values[between], loop=values[loop], seed=int(values[seed]))
         try:
-            clips, trained = make(found[name], given, prompt.strip(), settings, int(count), form)
-            shown, files = save(clips, sample.FPS * int(between), clear, folder)
+            clips, trained = make(found[values[name]], given, values[prompt], settings, values[count])
+            files = save(clips, sample.FPS * values[between], values[clear], folder)
         except UserError as error:
             raise gradio.Error(str(error), print_exception=False) from error
         if not trained:
             gradio.Warning("No row of Table 7 shows just these frames: the model may do worse.")
-        return shown, files
+        return show(files), [str(path) for path in files]
 
     with gradio.Blocks(title="RDTF stickers") as page:
-        gradio.Markdown("# Stickers\nWrite what it shows, or drop pictures into frames 1 to 8, or both.")
+        gradio.Markdown("# Stickers\nWrite what it shows, or drop pictures into some of its frames, or both.")
         with gradio.Row():
             prompt = gradio.Textbox(label="Prompt", placeholder=stickers.PROMPTS[0], scale=4)
             button = gradio.Button("Make", variant="primary", scale=1)
-        boxes = dict(type="filepath", sources=["upload", "clipboard"], height=150, min_width=110)
+        boxes = dict(sources=["upload", "clipboard"], height=150, min_width=110)
         with gradio.Row():
-            slots = [gradio.Image(label=f"Frame {slot + 1}", **boxes) for slot in range(NUM_FRAMES)]
-        results = gradio.Gallery(label="Stickers", columns=4, object_fit="contain", height=300)
-        files = gradio.Files(label="GIF, WebP and sheet of each")
+            slots = [Image(label=f"Frame {slot}", **boxes) for slot in range(NUM_FRAMES)]
+        room = f'<div style="height: {SHOWN}px"></div>'
+        made = gradio.HTML(room, label="Stickers", show_label=True, container=True)
+        files = gradio.Files(label="GIF, WebP and sheet of each", height=140)
         with gradio.Accordion("Settings", open=False):
             name = gradio.Dropdown(list(found), value=first, label="Model")
             values = recorded(first)
-            scales = dict(minimum=-2, maximum=min(15, MAX_SCALE), step=0.5)
+            scale = dict(minimum=-2, maximum=15, step=0.5)
             with gradio.Row():
-                guidance = gradio.Slider(label="Text guidance", value=values[0], **scales)
-                image_guidance = gradio.Slider(label="Image guidance", value=values[1], **scales)
-                steps = gradio.Slider(1, 100, value=values[2], step=1, label="Steps")
+                sliders = [
+                    gradio.Slider(label="Text guidance", value=values[0], **scale),
+                    gradio.Slider(label="Image guidance", value=values[1], **scale),
+                    gradio.Slider(1, 100, value=values[2], step=1, label="Steps"),
+                ]
             with gradio.Row():
                 seed = gradio.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1)
                 count = gradio.Slider(1, MOST, value=1, step=1, label="Stickers")
                 between = gradio.Radio([1, 2, 3], value=1, label="Times as many frames")
                 loop = gradio.Checkbox(label="Loop")
                 clear = gradio.Checkbox(label="Transparent")
-        gradio.Examples([[text] for text in stickers.PROMPTS], [prompt])
-        scales = [guidance, image_guidance, steps]
-        name.change(recorded, name, scales)
-        inputs = [name, prompt, *scales, seed, count, between, loop, clear, *slots]
-        gradio.on([button.click, prompt.submit], press, inputs, [results, files])
+        gradio.Examples([[text] for text in stickers.PROMPTS], [prompt], examples_per_page=12)
+        name.change(recorded, name, sliders)
+        inputs = {name, prompt, *sliders, seed, count, between, loop, clear, *slots}
+        gradio.on([button.click, prompt.submit], press, inputs, [made, files])
     return page
 
 

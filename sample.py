@@ -21,6 +21,7 @@ of weights.
 import argparse
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,7 +41,7 @@ from support.workers import read_picture
 
 SAMPLING = "guidance_scale", "image_guidance_scale", "num_inference_steps"  # a model records its own
 SHEET_STEPS = 25  # of DDIM, for the sheets of a training
-BEHIND, AHEAD = 5, 3  # frames that row P1 gives, and predicts
+BETWEEN = dict(eta=0.0, guidance_scale=1.0, image_guidance_scale=1.0)  # for frames that lie between others
 MAX_FRAMES = 200
 FPS = 8
 
@@ -131,30 +132,16 @@ def generate_latents(
     return stepped.pred_original_sample  # prev_sample ends at alpha_1 and still holds some noise
 
 
-def generate(denoiser, encoders, prompts, latents, given, interpolate=1, loop=False, **settings):
-    """Samples B stickers of any number of frames from 3 on: window after window of at most 8, each with the
-    frames that those before it drew given.
+# ------------------------------------------------------------------------------------------------------------
+# Any number of frames, from the same weights
 
-    latents, given: as generate_latents takes them, F frames; interpolate: 2 or 3 fill in that many less one
-    between each two; loop: the last frame runs into the first; settings: other arguments of generate_latents.
-    Returns frames uint8 (B, T, R, R, 3) with T of count_frames(F, interpolate, loop).
-    """
-    batch, num_frames = given.shape
-    total = count_frames(num_frames, interpolate, loop)
-    clip = torch.zeros(batch, total, *latents.shape[2:])
-    shown = torch.zeros(batch, total, dtype=torch.bool)
-    clip[:, : num_frames * interpolate : interpolate] = latents.cpu()
-    shown[:, : num_frames * interpolate : interpolate] = given.cpu()
-    done = torch.zeros(total, dtype=torch.bool)
-    for window, (frames, redrawn) in enumerate(windows(num_frames, interpolate, loop)):
-        done[redrawn] = False
-        where = clip[:, frames], shown[:, frames] | done[frames]
-        drawn = generate_latents(denoiser, encoders, prompts, *where, window=window, **settings).cpu()
-        new = ~done[frames]
-        clip[:, torch.tensor(frames)[new]] = drawn[:, new]
-        done[frames] = True
-    frames = encoders.codec.decode(clip.flatten(0, 1).to(denoiser.device))
-    return frames.unflatten(0, clip.shape[:2]).cpu().numpy()
+
+class Window(NamedTuple):
+    """At most 8 frames of a sticker that the network draws together."""
+
+    frames: list  # their numbers, in time
+    again: tuple = ()  # those that are drawn although an earlier window drew them
+    between: bool = False  # whether what is drawn lies between frames that are there
 
 
 def count_frames(num_frames, interpolate=1, loop=False):
@@ -163,24 +150,55 @@ def count_frames(num_frames, interpolate=1, loop=False):
 
 
 def windows(num_frames, interpolate=1, loop=False):
-    """What the network draws together, one after another: [(numbers of frames, those drawn anew)].
+    """The Windows of a sticker, in the order in which they are drawn; each is given what is there already.
 
-    First the row that the user gives, then P1, which sees five frames and predicts three, as often as needed.
-    loop: two frames between the last and the first ones. interpolate: I2 or I3, cut at 7, between given ones.
+    First the row of Table 7 that the user gives; then row G1 again and again, from the last frame on. loop:
+    the last three frames once more, between the two before and the first three. interpolate: rows I2 (2) and
+    I3 (3), cut at 7, where both begin and end with a given frame.
     """
-    n, plan = num_frames, [(list(range(min(num_frames, masks.NUM_FRAMES))), [])]
-    for start in range(masks.NUM_FRAMES, n, AHEAD):
-        plan.append((list(range(start - BEHIND, min(start + AHEAD, n))), []))
+    n, i, total = num_frames, interpolate, count_frames(num_frames, interpolate, loop)
+    coarse = [Window(list(range(min(n, masks.NUM_FRAMES))))]
+    for start in range(masks.NUM_FRAMES, n, masks.NUM_FRAMES - 1):
+        stop = min(start + masks.NUM_FRAMES - 1, n)
+        coarse.append(Window(list(range(min(start - 1, stop - masks.LENGTHS[0]), stop))))
     if loop:
-        gap = [n - 2, n - 1]
-        plan.append(([*range(max(0, n - 5), n - 2), *gap, *range(min(3, n - 2))], gap))
-    plan = [([f * interpolate for f in frames], [f * interpolate for f in again]) for frames, again in plan]
-    total = count_frames(n, interpolate, loop)
-    if interpolate > 1:
-        last = total if loop else total - 1
-        for start in range(0, last, 6):
-            plan.append(([f % total for f in range(start, min(start + 6, last) + 1)], []))
+        end = tuple(range(max(1, n - 3), n))
+        before, after = range(max(0, end[0] - 2), end[0]), range(min(3, end[0]))
+        coarse.append(Window([*before, *end, *after], again=end, between=True))
+    plan = [Window([f * i for f in w.frames], tuple(f * i for f in w.again), w.between) for w in coarse]
+    last = total if loop else total - 1  # in a loop frame 0 comes after the last one, too
+    for start in range(0, last, 6) if i > 1 else ():
+        plan.append(Window([f % total for f in range(start, min(start + 6, last) + 1)], between=True))
     return plan
+
+
+def generate(denoiser, encoders, prompts, latents, given, interpolate=1, loop=False, **settings):
+    """Samples B stickers of F frames, F >= 3, window by window.
+
+    latents, given: as generate_latents takes them; interpolate: 2 or 3 times as many frames, the network
+    draws those between; loop: the last frame runs into the first; settings: of generate_latents, too.
+    Returns frames uint8 (B, T, R, R, 3) with T of count_frames(F, interpolate, loop).
+    """
+    batch, num_frames = given.shape
+    total = count_frames(num_frames, interpolate, loop)
+    asked = slice(0, num_frames * interpolate, interpolate)
+    clip, shown = torch.zeros(batch, total, *latents.shape[2:]), torch.zeros(batch, total, dtype=torch.bool)
+    clip[:, asked], shown[:, asked] = latents.cpu(), given.cpu()
+    done = torch.zeros(total, dtype=torch.bool)
+    for i, (frames, again, between) in enumerate(windows(num_frames, interpolate, loop)):
+        done[list(again)] = False
+        options = settings | (BETWEEN if between else {})
+        inputs = clip[:, frames], shown[:, frames] | done[frames]
+        drawn = generate_latents(denoiser, encoders, prompts, *inputs, window=i, **options).cpu()
+        new = ~done[frames]
+        clip[:, torch.tensor(frames)[new]] = drawn[:, new]
+        done[frames] = True
+    frames = encoders.codec.decode(clip.flatten(0, 1).to(denoiser.device))
+    return frames.unflatten(0, clip.shape[:2]).cpu().numpy()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The model, and what it starts from
 
 
 def nothing_given(encoders, resolution, batch, num_frames=masks.NUM_FRAMES):

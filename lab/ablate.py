@@ -26,7 +26,7 @@ from threading import Lock
 import numpy as np
 from tqdm import tqdm
 
-from lab.ablation_tables import NAMES, read_arm, student_t, write_tables
+from lab.ablation_tables import NAMES, read_arm, write_tables
 from masks import LENGTHS, TASKS
 from model import SIZES
 from support.common import UserError, default_cache, one_sentence, replacing
@@ -189,7 +189,6 @@ def check_settings(args):
 
 def ablate(args):
     """Every run that is not finished, and the table. Raises UserError at the end if some failed."""
-    student_t()  # what is missing is said before hours of training
     check_settings(args)
     waves = list_jobs(args)
     jobs = [*waves[0], *waves[1]]

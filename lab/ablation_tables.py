@@ -5,13 +5,14 @@ From finished arms to the tables of an ablation: tableN.json, tableN.md and tabl
 import json
 
 import numpy as np
+from scipy.stats import t as student_t
 
 from curriculum import HORIZON, K_P
 from lab.ablation_pictures import plot_table3, plot_table4
 from lab.pictures import save
 from lab.simulate_curriculum import swings
 from masks import LENGTHS, TASKS
-from support.common import UserError, replacing, table
+from support.common import replacing, table
 from support.log import read_log
 
 NAMES = {
@@ -79,15 +80,6 @@ def jumps(probe):
     return float((x[1:-1] - (x[:-2] + x[2:]) / 2).std() / 1.5**0.5) if len(x) > 3 else None
 
 
-def student_t():
-    """The distribution of scipy. Raises UserError without that package."""
-    try:
-        from scipy.stats import t
-    except ImportError as error:
-        raise UserError("standard errors need a package: pip install scipy") from error
-    return t
-
-
 def spread(values):
     """{"mean", "se", "seeds"} of the numbers of runs; None without any."""
     values = [value for value in values if value is not None]
@@ -116,7 +108,7 @@ def summarize(arms, pairs):
                 difference = spread([x - y for x, y in both if x is not None and y is not None])
                 if difference:
                     if difference["seeds"] > 1:
-                        t = student_t().ppf(0.975, difference["seeds"] - 1)
+                        t = student_t.ppf(0.975, difference["seeds"] - 1)
                         difference["could be seen"] = float(t * difference["se"])
                     entry[name] = difference
             compared[f"{row} - {b}, {clips}"] = entry

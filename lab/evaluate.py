@@ -32,7 +32,7 @@ from tqdm import tqdm
 import masks
 import sample
 from data import load_clip, open_dataset
-from lab import eye, metrics, pretrained_metrics
+from lab import metrics, pretrained_metrics
 from lab.heldout import measure_loss
 from lab.items import make_test_list, word_table
 from lab.judge import examine, get_judge
@@ -183,7 +183,6 @@ def evaluate(args):
     """Everything, in order. Returns the report, a dict that JSON can hold, which report.json is."""
     pretrained_metrics.check_files(args)  # what is missing is said before an hour of sampling
     metrics.structural_similarity()
-    eye.labelling()
     model = sample.load(args.checkpoint, machine.device(), args.vae, args.clip, args.t5)
     _, encoders, recorded = model
     codec, resolution = encoders.codec, recorded["resolution"]

@@ -16,8 +16,7 @@ figure that shakes.
 import numpy as np
 import torch
 import torch.nn.functional as F
-
-from support.common import UserError
+from scipy.ndimage import label
 
 INKED = 64  # a pixel belongs to something if its weakest channel is this far below white
 DARK = 128  # a pixel is outline if its strongest channel is below this; colours have one above it
@@ -59,21 +58,12 @@ def roughness(frames):
     return (mean(x.square()) - mean(x).square()).clamp(min=0).sqrt().mean(dim=1).numpy()
 
 
-def labelling():
-    """The function of scipy that finds connected pieces. Raises UserError without that package."""
-    try:
-        from scipy.ndimage import label
-    except ImportError as error:
-        raise UserError("outlines need a package: pip install scipy") from error
-    return label
-
-
 def connected(mask):
     """Pieces of a mask, connected in four directions within a frame.
     Returns labels int (N, R, R), 0 where the mask is not set, and the size of each label, 0 of label 0."""
     cross = np.zeros((3, 3, 3), bool)
     cross[1, 1, :] = cross[1, :, 1] = True  # never from frame to frame
-    labels, count = labelling()(mask, cross)
+    labels, count = label(mask, cross)
     sizes = np.bincount(labels.ravel(), minlength=count + 1)
     sizes[0] = 0
     return labels, sizes

@@ -82,20 +82,25 @@ def main():
         denoiser, encoders, settings = sample.load(args.checkpoint, device())
         args.output_dir.mkdir(parents=True, exist_ok=True)
         chosen = {name: settings[name] for name in (*sample.SAMPLING, "mixed_precision")}
-        prompts, made = list(stickers.PROMPTS), {}
-        kinds = {"8 frames": (NUM_FRAMES, False), "20 frames": (LENGTH, False)}
-        kinds |= {f"{name}, loop": (count, True) for name, (count, _) in kinds.items()}
-        for name, (count, loop) in tqdm(kinds.items(), "sampling", unit="kind"):
+        prompts = list(stickers.PROMPTS)
+
+        def draw(count, loop, seed):
             inputs = sample.nothing_given(encoders, settings["resolution"], len(prompts), count)
-            parts = [
-                sample.generate(denoiser, encoders, prompts, *inputs, loop=loop, seed=seed, **chosen)
-                for seed in SEEDS
-            ]
-            made[name] = np.concatenate(parts)
+            return sample.generate(denoiser, encoders, prompts, *inputs, loop=loop, seed=seed, **chosen)
+
+        kinds = {"8 frames": (NUM_FRAMES, False), "20 frames": (LENGTH, False)}
+        kinds["8 frames, loop"] = NUM_FRAMES, True
+        with tqdm(desc="sampling", total=len(kinds) * len(SEEDS), unit="batch") as bar:
+            made = {}
+            for name, kind in kinds.items():
+                for seed in SEEDS:
+                    made.setdefault(name, []).append(draw(*kind, seed))
+                    bar.update()
+        made = {name: np.concatenate(parts) for name, parts in made.items()}
         made["20 frames: the 8 again"] = cut_in(made["8 frames"], LENGTH)
         made["8 frames, loop: cross-fade"] = cross_fade(made["8 frames"])
 
-        windows = [frames[-sample.AHEAD] for frames, _ in sample.windows(LENGTH)[1:]]
+        windows = [window.frames[1] for window in sample.windows(LENGTH)[1:]]  # after the one given
         again = list(range(NUM_FRAMES, LENGTH, NUM_FRAMES))
         report = {}
         for name, clips in made.items():
@@ -111,10 +116,11 @@ def main():
             writing.write_text(json.dumps(report, indent=1))
         n = len(prompts)
         sheet(list(made["20 frames"][:n]), prompts).save(args.output_dir / "longer.png")
-        marks = [[f < NUM_FRAMES - 2 for f in range(NUM_FRAMES)]] * n
+        redrawn = sample.windows(NUM_FRAMES, loop=True)[-1].again
+        marks = [[f in redrawn for f in range(NUM_FRAMES)]] * n
         sheet(list(made["8 frames, loop"][:n]), prompts, marks=marks).save(args.output_dir / "loops.png")
         if args.picture:
-            page = made["20 frames, loop"][:n].repeat(2, axis=2).repeat(2, axis=3)  # (12, 20, 2R, 2R, 3)
+            page = draw(LENGTH, True, SEEDS[0]).repeat(2, axis=2).repeat(2, axis=3)  # (12, 20, 2R, 2R, 3)
             rows = [np.concatenate(page[start : start + 6], axis=2) for start in range(0, n, 6)]
             media.write_clip(args.picture, np.concatenate(rows, axis=1), sample.FPS)
 

@@ -89,10 +89,9 @@ def build(gradio, folder):
     found = models()
     first = next(iter(found))
 
-    class Image(gradio.Image):
-        def preprocess(self, payload):
-            """The file as it came: our own reader has limits, and says what is wrong with it."""
-            return payload and payload.path
+    def as_it_came(picture):
+        """The file that was uploaded: our own reader has limits, and says what is wrong with it."""
+        return picture and picture.path
 
     def recorded(name):
         settings = load(found[name])[2]
@@ -118,7 +117,9 @@ def build(gradio, folder):
             button = gradio.Button("Make", variant="primary", scale=1)
         boxes = dict(sources=["upload", "clipboard"], height=150, min_width=110)
         with gradio.Row():
-            slots = [Image(label=f"Frame {slot}", **boxes) for slot in range(NUM_FRAMES)]
+            slots = [gradio.Image(label=f"Frame {slot}", **boxes) for slot in range(NUM_FRAMES)]
+        for slot in slots:
+            slot.preprocess = as_it_came
         room = f'<div style="height: {SHOWN}px"></div>'
         made = gradio.HTML(room, label="Stickers", show_label=True, container=True)
         files = gradio.Files(label="GIF, WebP and sheet of each", height=140)

@@ -31,6 +31,10 @@ PROGRAMS += [
     "lab.simulate_curriculum",
     "lab.train_vae",
     "lab.ship",
+    "lab.gallery",
+    "lab.longer",
+    "lab.matte",
+    "lab.page",
     "lab.rank",
     "lab.rank_table",
 ]

@@ -42,7 +42,6 @@ TASKS = (
 )  # fmt: skip
 STRIP = (TASKS[0], TASKS[1], TASKS[2], TASKS[4])  # a column of the picture each
 
-FPS = 8  # as sample.py
 COLUMNS = 4
 CELL = 150  # pixels: frames are enlarged by the largest whole number that keeps them within
 LINE, GAP, BORDER, MARK = 16, 10, 4, 5  # pixels
@@ -178,7 +177,7 @@ def main():
         real = held_out_stickers(folder, model[2]["resolution"], len(STRIP))
         if args.output:
             cells = prompt_cells() + [task_cell(row, *sticker) for row, sticker in zip(STRIP, real)]
-            media.write_clip(args.output, draw_picture(cells, sample_cells(*model, cells)), FPS)
+            media.write_clip(args.output, draw_picture(cells, sample_cells(*model, cells)), sample.FPS)
             print(f"wrote {args.output}, {Path(args.output).stat().st_size / 2**20:.2f} MB")
         if args.sheet:
             draw_sheet(model, real[0]).save(args.sheet)

@@ -30,7 +30,6 @@ from support.machine import device
 TEMPLATE = Path(__file__).with_name("rank.html")
 MOST_RUNS = 9  # a key of the keyboard each
 BATCH = 4  # prompts that are sampled at a time
-FPS = 8  # as sample.py
 
 
 def read_prompts(path):
@@ -61,7 +60,7 @@ def sample_run(run, prompts, seed):
 def webp(clip):
     """uint8 (F, R, R, 3) -> the bytes of a lossless WebP."""
     file = io.BytesIO()
-    media.save_webp(file, clip, FPS)
+    media.save_webp(file, clip, sample.FPS)
     return file.getvalue()
 
 

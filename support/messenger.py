@@ -112,25 +112,19 @@ def fit(frames, fps, name):
     frames: uint8 (N, H, W, 4), straight alpha; fps: of frames. Returns (bytes, note): the file in the
     platform's format and, in one line, its size and what was given up. Raises UserError if nothing fits.
     """
-    platform = PLATFORMS[name]
+    platform, count = PLATFORMS[name], len(frames)
     fewest, limit = platform.frames[0], f"{platform.max_bytes // 1000} KB"
-    if len(frames) < fewest:
-        raise UserError(
-            f"--for {name} wants {fewest} frames or more, these are {len(frames)}: see --num_frames."
-        )
+    if count < fewest:
+        raise UserError(f"--for {name} wants {fewest} frames or more, these are {count}: see --num_frames.")
     frames, fps, notes = keep_time(place(frames, platform), fps, platform)
-    everything = len(frames)
+    qualities, whole = QUALITIES[platform.suffix], len(frames)
     while len(frames) >= fewest:
-        for quality, options in QUALITIES[platform.suffix]:
+        for i, (quality, options) in enumerate(qualities):
             data = encode(frames, fps, platform, options)
             if len(data) <= platform.max_bytes:
-                notes += [f"quality, {quality}"] if quality != QUALITIES[platform.suffix][0][0] else []
-                notes += (
-                    [f"{everything - len(frames)} of {everything} frames"] if len(frames) < everything else []
-                )
-                return (
-                    data,
-                    f"{-(-len(data) // 1000)} of {limit}; given up: {' and '.join(notes) or 'nothing'}",
-                )
+                notes += [f"quality, {quality}"] if i else []
+                notes += [f"{whole - len(frames)} of {whole} frames"] if len(frames) < whole else []
+                size = f"{-(-len(data) // 1000)} of {limit}"
+                return data, f"{size}; given up: {' and '.join(notes) or 'nothing'}"
         frames, fps = thin_out(frames, fps, len(frames) // 2)
     raise UserError(f"--for {name}: the sticker stays above {limit}; give fewer --num_frames.")

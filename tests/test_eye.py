@@ -1,7 +1,5 @@
 """What lab/eye.py and lab/classifier.py see in drawn stickers, sound ones and spoiled ones."""
 
-import sys
-
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
@@ -9,7 +7,6 @@ from PIL import Image, ImageFilter
 from lab import eye
 from lab.classifier import told_apart
 from support import stickers
-from support.common import UserError
 from tests.toys import drawn_clips
 
 SIDE = 64
@@ -110,12 +107,6 @@ def test_what_strays_from_given_frames():
     clip[1:] = disc()[..., ::-1]  # blue
     other = eye.strayed(clip, given)
     assert other["colour"] == pytest.approx((232 - 48) * 2 / 3) and other["size"] == 0
-
-
-def test_outlines_without_scipy_name_the_command(monkeypatch):
-    monkeypatch.setitem(sys.modules, "scipy.ndimage", None)
-    with pytest.raises(UserError, match="pip install scipy"):
-        eye.see(disc())
 
 
 # ------------------------------------------------------------------------------------------------------------

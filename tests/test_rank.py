@@ -175,6 +175,14 @@ class Rater:
         (button,) = self.find(css)
         button.click()
 
+    def reads(self, name, words):
+        """Waits until the element of this id shows the words."""
+        for _ in range(100):
+            if words in self.browser.find_element("id", name).text:
+                return
+            time.sleep(0.1)
+        raise AssertionError(f"#{name} does not read {words!r}: {self.find('body')[0].text!r}")
+
     def places(self):
         """The place on the screen, from 0, of each run's sticker."""
         runs = [self.runs[picture.get_attribute("src")] for picture in self.find(".sticker img")]
@@ -205,7 +213,7 @@ def test_from_opening_the_page_to_the_table(browser, tmp_path, capsys):
     (tmp_path / "rank.key.json").write_text(json.dumps(key))
     see, ENTER, BACKSPACE = Rater(browser, study, key), "\ue007", "\ue003"
     browser.get((tmp_path / "rank.html").as_uri())
-    assert "2 short texts" in browser.find_element("id", "about").text
+    see.reads("about", "2 short texts")
     see.click("#start")
 
     # the first question by mouse, with a click taken back and nothing to go on with before it is ranked
@@ -233,7 +241,7 @@ def test_from_opening_the_page_to_the_table(browser, tmp_path, capsys):
     for question in (MOTION, *QUESTIONS):
         places = see.places()
         see.press("".join(str(places[run] + 1) for run in LIKED[question][:2]) + ENTER)
-    assert "All 6" in browser.find_element("id", "count").text
+    see.reads("count", "All 6")
     assert see.find("#progress")[0].get_property("value") == 1
     browser.find_element("id", "name").send_keys("Ann B.")
     see.click("#download")
@@ -247,7 +255,7 @@ def test_from_opening_the_page_to_the_table(browser, tmp_path, capsys):
         places = see.places()
         see.press("".join(str(places[run] + 1) for run in LIKED[question][:2]) + ENTER)
     see.click("#stop")
-    assert "3 of 6" in browser.find_element("id", "count").text
+    see.reads("count", "3 of 6")
     browser.find_element("id", "name").send_keys("bob")
     see.click("#download")
     bob = downloaded(tmp_path / "downloads" / "answers-bob.json")

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import sample
 from lab import metrics
+from lab.gallery import held_out_stickers
 from masks import NUM_FRAMES
 from support import media, stickers
 from support.common import check_output, one_sentence, replacing, table
@@ -31,6 +32,7 @@ from support.pictures import sheet
 
 LENGTH = 20
 SEEDS = (0, 1)
+REDRAWN = sample.windows(NUM_FRAMES, loop=True)[-1].again
 
 
 def cut_in(clips, length):
@@ -47,15 +49,43 @@ def cross_fade(clips):
 
 
 def scores(clips, places):
-    """Medians over clips, and all values: {"seam", "motion", "wrap"}; places: where windows begin."""
+    """Medians over clips, and all values: {"seam", "motion", "wrap"}; places: the frames with which windows
+    begin."""
     values = dict(wrap=[metrics.seam(clip) for clip in clips])
     if places:
         values["seam"] = [metrics.seam(clip, places) for clip in clips]
+    if clips.shape[1] > NUM_FRAMES:
         parts = [(clip[NUM_FRAMES - 1 :], clip[:NUM_FRAMES]) for clip in clips]
         values["motion"] = [
             metrics.motion(later) / max(metrics.motion(first), 1e-6) for later, first in parts
         ]
     return {name: dict(median=float(np.median(x)), values=x) for name, x in values.items()}
+
+
+def measure(draw, real):
+    """draw: function of (frames, loop, seed) that samples the prompts, (B, F, R, R, 3); real: as many real
+    clips. Returns ({kind: clips of all seeds}, {kind: scores})."""
+    begins = [window.frames[1] for window in sample.windows(LENGTH)[1:]]  # after the frame that is given
+    #        what              frames      loop   windows begin at
+    kinds = {
+        "8 frames":           (NUM_FRAMES, False, []),
+        "20 frames":          (LENGTH,     False, begins),
+        "8 frames, loop":     (NUM_FRAMES, True,  REDRAWN[:1]),
+    }  # fmt: skip
+    made, report = {}, {}
+    with tqdm(desc="sampling", total=len(kinds) * len(SEEDS), unit="batch") as bar:
+        for name, (count, loop, places) in kinds.items():
+            parts = []
+            for seed in SEEDS:
+                parts.append(draw(count, loop, seed))
+                bar.update()
+            made[name] = np.concatenate(parts)
+            report[name] = scores(made[name], places)
+    again = list(range(NUM_FRAMES, LENGTH, NUM_FRAMES))
+    report["20 frames: the 8 again"] = scores(cut_in(made["8 frames"], LENGTH), again)
+    report["8 frames: the last two fade into the first"] = scores(cross_fade(made["8 frames"]), [])
+    report["8 key frames of real stickers"] = scores(real, [])
+    return made, report
 
 
 def parse_args():
@@ -82,42 +112,24 @@ def main():
         denoiser, encoders, settings = sample.load(args.checkpoint, device())
         args.output_dir.mkdir(parents=True, exist_ok=True)
         chosen = {name: settings[name] for name in (*sample.SAMPLING, "mixed_precision")}
-        prompts = list(stickers.PROMPTS)
+        prompts, n = list(stickers.PROMPTS), len(stickers.PROMPTS)
 
         def draw(count, loop, seed):
-            inputs = sample.nothing_given(encoders, settings["resolution"], len(prompts), count)
+            inputs = sample.nothing_given(encoders, settings["resolution"], n, count)
             return sample.generate(denoiser, encoders, prompts, *inputs, loop=loop, seed=seed, **chosen)
 
-        kinds = {"8 frames": (NUM_FRAMES, False), "20 frames": (LENGTH, False)}
-        kinds["8 frames, loop"] = NUM_FRAMES, True
-        with tqdm(desc="sampling", total=len(kinds) * len(SEEDS), unit="batch") as bar:
-            made = {}
-            for name, kind in kinds.items():
-                for seed in SEEDS:
-                    made.setdefault(name, []).append(draw(*kind, seed))
-                    bar.update()
-        made = {name: np.concatenate(parts) for name, parts in made.items()}
-        made["20 frames: the 8 again"] = cut_in(made["8 frames"], LENGTH)
-        made["8 frames, loop: cross-fade"] = cross_fade(made["8 frames"])
-
-        windows = [window.frames[1] for window in sample.windows(LENGTH)[1:]]  # after the one given
-        again = list(range(NUM_FRAMES, LENGTH, NUM_FRAMES))
-        report = {}
-        for name, clips in made.items():
-            places = [] if clips.shape[1] == NUM_FRAMES else again if name.endswith("again") else windows
-            report[name] = scores(clips, places)
-        header = ("median of 24", "seam", "motion", "wrap")
+        folder = stickers.draw_stickers(stickers.default_folder())
+        real = held_out_stickers(folder, settings["resolution"], len(SEEDS) * n)
+        made, report = measure(draw, np.stack([clip for _, clip in real]))
         rows = []
         for name, entry in report.items():
-            medians = [f"{entry[x]['median']:.2f}" if x in entry else "-" for x in header[1:]]
+            medians = (f"{entry[x]['median']:.2f}" if x in entry else "-" for x in ("seam", "motion", "wrap"))
             rows.append((name, *medians))
-        print(table(header, rows))
+        print(table((f"median of {len(SEEDS) * n}", "seam", "motion", "wrap"), rows))
         with replacing(args.output_dir / "report.json") as writing:
             writing.write_text(json.dumps(report, indent=1))
-        n = len(prompts)
         sheet(list(made["20 frames"][:n]), prompts).save(args.output_dir / "longer.png")
-        redrawn = sample.windows(NUM_FRAMES, loop=True)[-1].again
-        marks = [[f in redrawn for f in range(NUM_FRAMES)]] * n
+        marks = [[f in REDRAWN for f in range(NUM_FRAMES)]] * n
         sheet(list(made["8 frames, loop"][:n]), prompts, marks=marks).save(args.output_dir / "loops.png")
         if args.picture:
             page = draw(LENGTH, True, SEEDS[0]).repeat(2, axis=2).repeat(2, axis=3)  # (12, 20, 2R, 2R, 3)

@@ -1,11 +1,13 @@
 """Stickers of any length, between frames, without an end: what the windows show the network."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 import sample
-from lab import metrics
+from lab import longer, metrics
 from masks import ROWS, condition_mask, loss_mask
 from tests.checkpoints import CHANNELS, SIDE, toy_model
 from tests.toys import given_frames
@@ -105,3 +107,23 @@ def test_a_seam_is_a_change_beyond_the_others():
     assert metrics.seam(jump, [6]) == pytest.approx(11)
     there_and_back = np.concatenate([clip[:7], clip[5:0:-1]])
     assert metrics.seam(there_and_back) == pytest.approx(1)
+
+
+def test_the_program_measures_and_draws_what_it_made(model, tmp_path, monkeypatch, capsys):
+    settings = dict(guidance_scale=2.0, image_guidance_scale=1.0, num_inference_steps=1)
+    settings |= dict(resolution=16, mixed_precision="no")
+    monkeypatch.setattr(sample, "load", lambda *args: (*model, settings))
+    monkeypatch.setattr(longer.stickers, "PROMPTS", ("a red heart", "a blue cat"))
+    monkeypatch.setattr(longer.stickers, "draw_stickers", lambda folder: folder)
+    real = np.arange(8).repeat(16 * 16 * 3).reshape(8, 16, 16, 3).astype(np.uint8)
+    monkeypatch.setattr(longer, "held_out_stickers", lambda folder, side, count: [("", real)] * count)
+    flags = ["--checkpoint", "x", "--output_dir", str(tmp_path), "--picture", str(tmp_path / "a.webp")]
+    monkeypatch.setattr("sys.argv", ["longer", *flags])
+    longer.main()
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert len(report["20 frames"]["seam"]["values"]) == 4 and "motion" not in report["8 frames"]
+    assert report["8 key frames of real stickers"]["wrap"]["median"] == pytest.approx(7)
+    assert report["20 frames: the 8 again"]["seam"]["median"] > 0
+    assert "| 8 frames, loop |" in capsys.readouterr().out
+    for name in ("longer.png", "loops.png", "a.webp"):
+        assert (tmp_path / name).is_file()

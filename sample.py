@@ -300,7 +300,7 @@ def parse_args():
         metavar="SLOT:FILE",
         help="given frames: picture files and the frames, counted from 0, where they stand",
     )
-    more = f"frames of the sticker; those beyond {masks.NUM_FRAMES} are predicted {default}"
+    more = f"frames of the sticker; beyond {masks.NUM_FRAMES} it goes on from its last frame {default}"
     add("--num_frames", type=frames, default=masks.NUM_FRAMES, help=more)
     between = "times as many frames in the same time: the network draws those between"
     add("--interpolate", type=int, choices=(2, 3), default=1, help=between)

@@ -30,7 +30,7 @@ def check(args):
         wanted, fewest = PLATFORMS[args.messenger].suffix, PLATFORMS[args.messenger].frames[0]
         if args.output.suffix.lower() != wanted:
             raise UserError(f"--for {args.messenger} makes a {wanted} file: let --output end so.")
-        if args.num_frames < fewest:
+        if (args.num_frames - 1) * args.interpolate + 1 < fewest:
             raise UserError(f"--for {args.messenger} wants {fewest} frames or more: give more --num_frames.")
     for name in names(args):
         check_output("--output", name)

@@ -66,12 +66,11 @@ def measure(draw, real):
     """draw: function of (frames, loop, seed) that samples the prompts, (B, F, R, R, 3); real: as many real
     clips. Returns ({kind: clips of all seeds}, {kind: scores})."""
     begins = [window.frames[1] for window in sample.windows(LENGTH)[1:]]  # after the frame that is given
-    #        what              frames      loop   windows begin at
-    kinds = {
-        "8 frames":           (NUM_FRAMES, False, []),
-        "20 frames":          (LENGTH,     False, begins),
-        "8 frames, loop":     (NUM_FRAMES, True,  REDRAWN[:1]),
-    }  # fmt: skip
+    kinds = {  # frames, loop, where windows begin
+        "8 frames": (NUM_FRAMES, False, []),
+        "20 frames": (LENGTH, False, begins),
+        "8 frames, loop": (NUM_FRAMES, True, REDRAWN[:1]),
+    }
     made, report = {}, {}
     with tqdm(desc="sampling", total=len(kinds) * len(SEEDS), unit="batch") as bar:
         for name, (count, loop, places) in kinds.items():

@@ -99,6 +99,7 @@ def test_what_is_too_large_is_encoded_more_coarsely_and_says_so(name, monkeypatc
     data, note = fit(frames, 8, name)
     assert len(data) <= smaller.max_bytes and "quality, " in note
     monkeypatch.setitem(messenger.PLATFORMS, name, smaller._replace(max_bytes=2000))
+    monkeypatch.setattr(messenger, "encode", lambda *args: bytes(2001))
     with pytest.raises(UserError, match=f"--for {name}: the sticker stays above 2 KB"):
         fit(frames, 8, name)
 

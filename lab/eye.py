@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from scipy.ndimage import label
 
+from support.matte import IN_FRAME, flood
+
 INKED = 64  # a pixel belongs to something if its weakest channel is this far below white
 DARK = 128  # a pixel is outline if its strongest channel is below this; colours have one above it
 COLOURFUL = 64  # a pixel has colour if its channels differ by more than this
@@ -61,21 +63,11 @@ def roughness(frames):
 def connected(mask):
     """Pieces of a mask, connected in four directions within a frame.
     Returns labels int (N, R, R), 0 where the mask is not set, and the size of each label, 0 of label 0."""
-    cross = np.zeros((3, 3, 3), bool)
-    cross[1, 1, :] = cross[1, :, 1] = True  # never from frame to frame
+    cross = np.pad(IN_FRAME, ((1, 1), (0, 0), (0, 0)))  # label wants three frames
     labels, count = label(mask, cross)
     sizes = np.bincount(labels.ravel(), minlength=count + 1)
     sizes[0] = 0
     return labels, sizes
-
-
-def flood(allowed):
-    """The places that are reached from the frame's edge through allowed ones: bool."""
-    labels, sizes = connected(allowed)
-    reached = np.zeros(len(sizes), bool)
-    for edge in (labels[:, 0], labels[:, -1], labels[:, :, 0], labels[:, :, -1]):
-        reached[edge] = True
-    return reached[labels] & allowed
 
 
 def figure_and_pieces(frames):

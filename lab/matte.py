@@ -18,13 +18,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scipy.ndimage import binary_propagation, maximum_filter, minimum_filter
+from scipy.ndimage import maximum_filter, minimum_filter
 from tqdm import tqdm
 
 from lab.pictures import save
 from support.common import UserError, evenly, one_sentence, printable, table
 from support.flags import Parser, number
-from support.matte import IN_FRAME, NEARLY, cut_out, find_ground
+from support.matte import NEARLY, cut_out, find_ground, flood
 from support.media import SUFFIXES, MediaError, pictures
 from support.pictures import check_png, sheet
 
@@ -90,9 +90,7 @@ def errors(found, truth):
     off = 255 * np.abs(found[..., 3] - wanted)
     black = 255 * np.abs(found[..., :3] - truth[..., :3]).mean(axis=-1)
     clear, wrong = wanted < 0.5, off > 127.5
-    start = clear.copy()
-    start[:, 1:-1, 1:-1] = False
-    outside = binary_propagation(start, IN_FRAME, mask=clear)
+    outside = flood(clear)
     kinds = (outside, clear & ~outside, ~clear)
     sums = [
         off.sum(),

@@ -21,6 +21,7 @@ from support import machine, media, stickers
 from support.common import UserError, one_sentence
 from support.finished import SHIPPED_MODEL, find_model
 from support.flags import Parser, number
+from support.matte import cut_out
 from support.workers import read_picture
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -63,10 +64,7 @@ def save(clips, fps, transparent, folder):
     sticker."""
     folder, files = Path(tempfile.mkdtemp(dir=folder)), []
     for i, clip in enumerate(clips):
-        if transparent:
-            from support.matte import cut_out
-
-            clip = cut_out(clip)
+        clip = cut_out(clip) if transparent else clip
         for suffix in (".gif", ".webp", ".png"):
             files.append(folder / f"sticker-{i}{suffix}")
             media.write_clip(files[-1], clip, fps)

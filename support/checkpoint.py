@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from support.common import UserError, locked
+from support.common import UserError, locked, one_line
 from support.optim import align_moments
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -194,7 +194,7 @@ def removed_on_failure(writing, final):
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap the system's error
         shutil.rmtree(writing, ignore_errors=True)
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise SaveError(
             f"{final} could not be written ({reason}): make room on its disk. Checkpoints saved before are "
             "unharmed."

@@ -154,6 +154,11 @@ def evenly(things, count):
     return [things[i] for i in np.unique(chosen)]
 
 
+def one_line(error):
+    """What an error says, as part of a sentence."""
+    return " ".join(str(error).split())[:200]
+
+
 def printable(text, most=500):
     """A name or message from a file (str or Path) as one line that any terminal shows as it is meant.
 

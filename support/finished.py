@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 
-from support.common import UserError, printable
+from support.common import UserError, one_line, printable
 from support.decode import MAX_SIDE
 from support.encoders import SHIPPED_VAE, Encoders
 from support.machine import DTYPES, native_precision
@@ -52,7 +52,7 @@ def local_folder(checkpoint, flag="--checkpoint"):
         try:
             folder = Path(snapshot_download(str(checkpoint), allow_patterns=PARTS))
         except (OSError, ValueError) as error:  # HTTP errors are OSErrors
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise CheckpointError(
                 f"{flag} {checkpoint} is not a folder, nor a hub id that can be fetched: give the "
                 f"output_dir of a training run ({reason})."

@@ -4,14 +4,10 @@ A finished model on the Hugging Face hub, from where `sample.py --checkpoint NAM
 
 from huggingface_hub import HfApi
 
-from support.common import UserError
+from support.common import UserError, one_line
 from support.finished import PARTS
 
 UPLOADED = [*PARTS, "scheduler/*", "README.md", "progress.png", "validation-*.png", "sample.gif"]
-
-
-def one_line(error):
-    return " ".join(str(error).split())[:200]
 
 
 def check_login():

@@ -20,12 +20,16 @@ EDGE = 2
 IN_FRAME = np.array([[[0, 1, 0], [1, 1, 1], [0, 1, 0]]], bool)  # four neighbours, never from frame to frame
 
 
+def flood(allowed):
+    """The places that are reached from a frame's edge through allowed ones: two bool (N, H, W)"""
+    start = allowed.copy()
+    start[:, 1:-1, 1:-1] = False
+    return binary_propagation(start, IN_FRAME, mask=allowed)
+
+
 def find_ground(ink):
     """ink: (N, H, W, 3) of 0..255, 0 on white -> bool (N, H, W): nearly white up to the picture's edge"""
-    white = ink.max(axis=-1) <= NEARLY
-    start = white.copy()
-    start[:, 1:-1, 1:-1] = False
-    return binary_propagation(start, IN_FRAME, mask=white)
+    return flood(ink.max(axis=-1) <= NEARLY)
 
 
 def figure_ink(ink, ground):

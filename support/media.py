@@ -12,6 +12,7 @@ bounded by a few canvases, however long the animation; the clock is looked at be
 
 import time
 import warnings
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -288,14 +289,16 @@ SAVERS = {  # by suffix
 OUTPUTS = tuple(SAVERS)
 
 
-def write_file(path, data):
-    """Writes bytes: makes missing folders, and replaces an old file only by a complete new one. Raises
+@contextmanager
+def new_file(path):
+    """A binary file to write, which takes its place once it is complete; missing folders are made. Raises
     MediaError."""
+    path = Path(path)
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with replacing(Path(path)) as temporary:
-            temporary.write_bytes(data)
-    except OSError as error:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            yield file
+    except (OSError, av.error.FFmpegError) as error:
         reason = error.strerror or error
         raise MediaError(f"{printable(path)} cannot be written ({reason}); choose another output.") from error
 
@@ -310,11 +313,5 @@ def write_clip(path, frames, fps):
     an old file is replaced only by a complete new one. Raises MediaError.
     """
     check_suffix(path, alpha=frames.shape[-1] == 4)
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary, open(temporary, "wb") as file:
-            SAVERS[path.suffix.lower()](file, np.ascontiguousarray(frames), fps)
-    except (OSError, av.error.FFmpegError) as error:
-        reason = error.strerror or error
-        raise MediaError(f"{printable(path)} cannot be written ({reason}); choose another output.") from error
+    with new_file(path) as file:
+        SAVERS[Path(path).suffix.lower()](file, np.ascontiguousarray(frames), fps)

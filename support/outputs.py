@@ -50,7 +50,8 @@ def write(args, clips, given):
     elif args.messenger:
         for name, clip in zip(files, clips):
             data, note = fit(clip, args.fps, args.messenger)
-            media.write_file(name, data)
+            with media.new_file(name) as file:
+                file.write(data)
             print(f"{name}: {note}")
     else:
         for name, clip in zip(files, clips):

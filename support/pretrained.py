@@ -13,7 +13,7 @@ from diffusers import ModelMixin, UNet2DConditionModel
 from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer
 
-from support.common import UserError
+from support.common import UserError, one_line
 
 
 class EncoderError(UserError):
@@ -101,7 +101,7 @@ def load_pretrained(flag, source, subfolders, load, build=None, config="config.j
             return load(source, subfolder=subfolder)
         except Exception as error:  # what the libraries raise on the files of somebody else has no end
             first_error = first_error or error
-    reason = " ".join(str(first_error or f"it holds no {config}").split())[:200]
+    reason = one_line(first_error or f"it holds no {config}")
     way_out = way_out or (
         f"give a folder that save_pretrained wrote, with model.safetensors{'' if local else ', or a hub id'};"
         f" `hf download {'ID' if local else source}` fetches one, after `hf auth login` if it is gated"

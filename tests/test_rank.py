@@ -5,7 +5,6 @@ import base64
 import io
 import json
 import re
-import shutil
 import time
 
 import numpy as np
@@ -16,6 +15,7 @@ from PIL import Image, ImageSequence
 from lab import rank, rank_table
 from lab.rank_table import QUESTIONS
 from support.encoders import Encoders, PretrainedVAE
+from tests.browser import open_browser
 from tests.checkpoints import CHANNELS, toy_model, write_model
 from tests.runs import run_here
 from tests.toys import FakeCodec, toy_unet
@@ -127,30 +127,11 @@ def test_bad_flags_of_the_page_get_one_sentence(refused, monkeypatch, tmp_path, 
 
 # In a browser
 
-FLAGS = (
-    "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
-    "disable-component-update disable-sync window-size=1000,800"
-).split()
-
 
 @pytest.fixture
 def browser(tmp_path):
-    """Chromium without a window, which downloads to tmp_path/downloads."""
-    selenium = "pip install -r requirements-dev.txt; apt-get install chromium chromium-driver"
-    webdriver = pytest.importorskip("selenium.webdriver", reason=f"needs selenium and Chromium: {selenium}")
-    names = ("chromium", "chromium-browser", "google-chrome")
-    chromium, driver = next(filter(None, map(shutil.which, names)), None), shutil.which("chromedriver")
-    if not chromium or not driver:
-        pytest.skip(f"needs Chromium and its chromedriver on the PATH: {selenium}")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in (*FLAGS, f"user-data-dir={tmp_path / 'profile'}"):
-        options.add_argument(f"--{flag}")
-    options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path / "downloads")})
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield browser
-    browser.quit()
+    with open_browser(tmp_path / "profile", downloads=tmp_path / "downloads") as driver:
+        yield driver
 
 
 class Rater:

@@ -150,7 +150,7 @@ class STI(nn.Module):
         s = frames.pack(s.unflatten(1, (frames.slots, tokens_per_frame)))  # (N, HW/gg, d)
         s = s.transpose(1, 2).unflatten(2, (-(-height // gamma), -1))  # (N, d, H/g, W/g)
         s = self.norm_semantic(s)  # before upsampling: the same statistics from fewer pixels
-        s = F.interpolate(s, scale_factor=float(gamma), mode="nearest")
+        s = F.interpolate(s, scale_factor=float(gamma), mode="nearest").to(s.dtype)  # a GPU's autocast: fp32
         return s[:, :, :height, :width]  # (N, d, H, W)
 
     def detail(self, h, frames):

@@ -18,6 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+from support.common import UserError
+
 # oneDNN, which computes on the CPU, keeps one kernel per operation and shape. The number of frames in a batch
 # differs from step to step: of the 1024 kernels that it keeps by default most are gone before they are asked
 # for again. It reads this before its first operation.
@@ -158,6 +160,11 @@ class World:
         self.main = self.rank == 0
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
+            if self.local_size > (count := torch.cuda.device_count()):
+                raise UserError(
+                    f"--nproc_per_node {self.local_size} is more than the GPUs of this machine, which are "
+                    f"{count}: start as many processes, or set CUDA_VISIBLE_DEVICES= to train on the CPU."
+                )
             self.device = torch.device("cuda", self.local_rank)
             torch.cuda.set_device(self.device)
         if self.size > 1:

@@ -12,12 +12,11 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 
 import pytest  # noqa: E402
-import torch  # noqa: E402
 
 from support import stickers  # noqa: E402
+from tests.repeatable import be_repeatable  # noqa: E402
 
-# As toy runs in processes of their own have: bit for bit is promised for equal thread counts.
-torch.set_num_threads(1)
+be_repeatable()
 
 LONG = ["test_ranks.py", "test_train.py", "test_resume.py", "test_faults.py", "test_full.py"]
 

@@ -66,6 +66,8 @@ def start(out, launcher=(), env=None, **flags):
     in `out`.txt."""
     program = [*launcher, "-m", "tests.stress.toy_train", *words(FLAGS | dict(output_dir=out) | flags)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    if launcher and torch.cuda.device_count() < 2:  # a GPU takes one process
+        env["CUDA_VISIBLE_DEVICES"] = ""
     with open(f"{out}.txt", "w") as said:
         return subprocess.Popen(
             [sys.executable, *map(str, program)], cwd=ROOT, env=env, stdout=said, stderr=subprocess.STDOUT

@@ -26,6 +26,7 @@ import data
 import sample
 import train
 from support import checkpoint
+from tests.repeatable import be_repeatable
 from tests.runs import FEW_STEPS, NO_PICTURES, QUICK
 
 RANK = os.environ.get("RANK", "0")
@@ -151,7 +152,7 @@ def inject(faults):
 
 
 def main():
-    torch.set_num_threads(1)
+    be_repeatable()
     vars(train).update(QUICK)
     if "TOY_PICTURES" in os.environ:
         sample.SHEET_STEPS = FEW_STEPS

@@ -146,7 +146,7 @@ def stable_diffusion_vae():
         up_block_types=["UpDecoderBlock2D"] * 4,
     )
     codec = PretrainedVAE.__new__(PretrainedVAE)
-    codec.vae = vae.to(DEVICE).eval().requires_grad_(False)
+    codec.vae, codec.scale, codec.shift = vae.to(DEVICE).eval().requires_grad_(False), 0.18215, 0.0
     return codec
 
 

@@ -180,8 +180,8 @@ MODES = {
     "fp32 master weights, AdamW": dict(),
     "the same, --compile": dict(compiled=True),
     "--gradient_checkpointing": dict(checkpointing=True),
-    "--use_8bit_adam --gradient_checkpointing": dict(checkpointing=True, eight_bit=True),
     "--low_memory": dict(checkpointing=True, low_memory=True),
+    "--use_8bit_adam --gradient_checkpointing": dict(checkpointing=True, eight_bit=True),
 }
 
 

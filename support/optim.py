@@ -78,7 +78,7 @@ class Muon(torch.optim.AdamW):
                 continue
             state = self.state[weight]
             if not state:  # AdamW looks for a step in every state that is loaded
-                state.update(step=torch.tensor(0.0), momentum=torch.zeros_like(weight))
+                state.update(step=torch.zeros((), device=weight.device), momentum=torch.zeros_like(weight))
             state["step"] += 1
             momentum = state["momentum"].lerp_(gradient, 1 - self.MOMENTUM)
             ahead = gradient.lerp(momentum, self.MOMENTUM)

@@ -199,7 +199,7 @@ def test_where_levels_differ_the_loop_steadies_the_loss_and_else_it_does_little(
     difference = ratio.mean(axis=1) - 1
     se = ratio.std(axis=1, ddof=1) / ratio.shape[1] ** 0.5
     assert difference[STRONG] < -2 * se[STRONG] and difference[STRONG] < -0.05
-    assert (difference[[NOISE, SLOW, STEPS]] > -0.03).all() and (difference < 0).all()
+    assert (abs(difference[[NOISE, SLOW, STEPS]]) < 0.03).all()
 
 
 def test_the_table_has_means_and_standard_errors_over_seeds():
@@ -231,11 +231,10 @@ def test_levels_are_means_over_runs_of_mean_1():
     assert drawn.std() / drawn.mean() == pytest.approx(0.4, abs=0.01)
 
 
-def test_the_levels_that_ship_say_where_they_were_measured_or_that_they_are_assumed():
+def test_the_levels_that_ship_were_measured():
     levels = read_levels(LEVELS)
-    assert levels["from"].strip()
-    if "assumed" in levels["from"]:
-        np.testing.assert_allclose(levels["relative"], 0.95 + 0.1 * DIFFICULTY)
+    assert "trained networks" in levels["from"]
+    assert np.mean(levels["relative"]) == pytest.approx(1)
 
 
 # The program
@@ -261,7 +260,7 @@ def run(short, monkeypatch, capsys):
 
 def test_it_prints_a_table_and_writes_the_plot_and_nothing_else(run, tmp_path):
     status, out, _ = run("--plot", tmp_path / "curve.png")
-    assert status == 0 and "assumed" in out
+    assert status == 0 and read_levels(LEVELS)["from"] in out
     rows = [line.split(" | ")[0].strip("| ") for line in out.splitlines() if line.startswith("| ")]
     assert rows[2 : 2 + len(ARMS)] == list(ARMS) and "dcl / yoked" in rows
     assert [path.name for path in tmp_path.iterdir()] == ["curve.png"]

@@ -37,6 +37,7 @@ from support.machine import native_precision, precision, prepare, to_device
 from support.messenger import PLATFORMS
 from support.pictures import sheet
 from support.prior import first_latents, for_sampling, precondition
+from support.ring import Ring
 from support.workers import read_picture
 
 SAMPLING = "guidance_scale", "image_guidance_scale", "num_inference_steps"  # a model records its own
@@ -100,6 +101,7 @@ def generate_latents(
     mixed_precision="no",
     progress=False,
     window=0,  # of a longer sticker: other noise
+    loop=False,  # the last frame runs into the first; F may be more than 8
 ):
     """Samples B clips of F frames, 3 <= F <= 8. Returns float32 (B, F, C, h, w), given frames as the network
     redrew them.
@@ -123,6 +125,7 @@ def generate_latents(
     scheduler.set_timesteps(num_inference_steps)
     noise, clip_noise = draw_noise(0), draw_noise(num_inference_steps + 1)
     x = first_latents(denoiser, scheduler, noise, clip_noise, latents, given, text)
+    denoiser = Ring(denoiser, masks.NUM_FRAMES, seed) if loop else denoiser
     for step, t in enumerate(tqdm(scheduler.timesteps, desc="sampling", disable=not progress), start=1):
         with precision(device.type, mixed_precision):
             noise = guided_noise(denoiser, x, latents, given, t, text, null_text, weights)
@@ -137,10 +140,9 @@ def generate_latents(
 
 
 class Window(NamedTuple):
-    """At most 8 frames of a sticker that the network draws together."""
+    """Frames of a sticker that the network draws together: at most 8, but for a loop."""
 
     frames: list  # their numbers, in time
-    again: tuple = ()  # those that are drawn although an earlier window drew them
     between: bool = False  # whether what is drawn lies between frames that are there
 
 
@@ -152,20 +154,15 @@ def count_frames(num_frames, interpolate=1, loop=False):
 def windows(num_frames, interpolate=1, loop=False):
     """The Windows of a sticker, in the order in which they are drawn; each is given what is there already.
 
-    First the row of Table 7 that the user gives; then row G1 again and again, from the last frame on. loop:
-    the last three frames once more, between the two before and the first three. interpolate: rows I2 (2) and
-    I3 (3), cut at 7, where both begin and end with a given frame.
+    First the row of Table 7 that the user gives; then row G1 again and again, from the last frame on. A loop
+    is one window. interpolate: rows I2 (2) and I3 (3), cut at 7, where both begin and end with a given frame.
     """
     n, i, total = num_frames, interpolate, count_frames(num_frames, interpolate, loop)
-    coarse = [Window(list(range(min(n, masks.NUM_FRAMES))))]
-    for start in range(masks.NUM_FRAMES, n, masks.NUM_FRAMES - 1):
+    coarse = [list(range(n if loop else min(n, masks.NUM_FRAMES)))]
+    for start in range(masks.NUM_FRAMES, n, masks.NUM_FRAMES - 1) if not loop else ():
         stop = min(start + masks.NUM_FRAMES - 1, n)
-        coarse.append(Window(list(range(min(start - 1, stop - masks.LENGTHS[0]), stop))))
-    if loop:
-        end = tuple(range(max(1, n - 3), n))
-        before, after = range(max(0, end[0] - 2), end[0]), range(min(3, end[0]))
-        coarse.append(Window([*before, *end, *after], again=end, between=True))
-    plan = [Window([f * i for f in w.frames], tuple(f * i for f in w.again), w.between) for w in coarse]
+        coarse.append(list(range(min(start - 1, stop - masks.LENGTHS[0]), stop)))
+    plan = [Window([f * i for f in frames]) for frames in coarse]
     last = total if loop else total - 1  # in a loop frame 0 comes after the last one, too
     for start in range(0, last, 6) if i > 1 else ():
         plan.append(Window([f % total for f in range(start, min(start + 6, last) + 1)], between=True))
@@ -185,9 +182,8 @@ def generate(denoiser, encoders, prompts, latents, given, interpolate=1, loop=Fa
     clip, shown = torch.zeros(batch, total, *latents.shape[2:]), torch.zeros(batch, total, dtype=torch.bool)
     clip[:, asked], shown[:, asked] = latents.cpu(), given.cpu()
     done = torch.zeros(total, dtype=torch.bool)
-    for i, (frames, again, between) in enumerate(windows(num_frames, interpolate, loop)):
-        done[list(again)] = False
-        options = settings | (BETWEEN if between else {})
+    for i, (frames, between) in enumerate(windows(num_frames, interpolate, loop)):
+        options = settings | (BETWEEN if between else dict(loop=loop))
         inputs = clip[:, frames], shown[:, frames] | done[frames]
         drawn = generate_latents(denoiser, encoders, prompts, *inputs, window=i, **options).cpu()
         new = ~done[frames]

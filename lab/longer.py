@@ -7,11 +7,12 @@ Longer than 8 frames, and without an end: does one see where the network started
 Twelve prompts and two seeds give 24 stickers of each kind. A seam is the change of the picture where a window
 begins, the wrap that from the last frame to the first; both are divided by the mean of the other changes of
 the same sticker, so 1 is an ordinary change. `motion` says whether it goes on: the change between frames
-beyond the eighth, divided by that among the first eight. Their rivals need no network.
+beyond the eighth, divided by that among the first eight; of a loop, its change from frame to frame, divided
+by that of the same sticker without --loop. Their rivals need no network.
 
     report.json    the table below, with every sticker's values
     longer.png     a row of 20 frames for each prompt, seed 0
-    loops.png      loops of 8 frames; the frames that were drawn again are framed
+    loops.png      loops of 8 frames, and after them the first one again
 """
 
 import json
@@ -32,7 +33,6 @@ from support.pictures import sheet
 
 LENGTH = 20
 SEEDS = (0, 1)
-REDRAWN = sample.windows(NUM_FRAMES, loop=True)[-1].again
 
 
 def cut_in(clips, length):
@@ -48,43 +48,48 @@ def cross_fade(clips):
     return faded.round().astype(np.uint8)
 
 
-def scores(clips, places):
-    """Medians over clips, and all values: {"seam", "motion", "wrap"}; places: the frames with which windows
-    begin."""
+def scores(clips, places=(), against=None):
+    """Medians over clips, and all values: {"wrap"}, with `places`, the frames with which windows begin,
+    {"seam"}, and with `against`, clips whose motion is 1, {"motion"}."""
     values = dict(wrap=[metrics.seam(clip) for clip in clips])
     if places:
         values["seam"] = [metrics.seam(clip, places) for clip in clips]
-    if clips.shape[1] > NUM_FRAMES:
-        parts = [(clip[NUM_FRAMES - 1 :], clip[:NUM_FRAMES]) for clip in clips]
-        values["motion"] = [
-            metrics.motion(later) / max(metrics.motion(first), 1e-6) for later, first in parts
-        ]
+    if against is not None:
+        pairs = zip(clips, against)
+        values["motion"] = [metrics.motion(clip) / max(metrics.motion(other), 1e-6) for clip, other in pairs]
     return {name: dict(median=float(np.median(x)), values=x) for name, x in values.items()}
 
 
 def measure(draw, real):
     """draw: function of (frames, loop, seed) that samples the prompts, (B, F, R, R, 3); real: as many real
     clips. Returns ({kind: clips of all seeds}, {kind: scores})."""
-    begins = [window.frames[1] for window in sample.windows(LENGTH)[1:]]  # after the frame that is given
-    kinds = {  # frames, loop, where windows begin
-        "8 frames": (NUM_FRAMES, False, []),
-        "20 frames": (LENGTH, False, begins),
-        "8 frames, loop": (NUM_FRAMES, True, REDRAWN[:1]),
+    kinds = {  # frames, loop
+        "8 frames": (NUM_FRAMES, False),
+        "20 frames": (LENGTH, False),
+        "8 frames, loop": (NUM_FRAMES, True),
+        "20 frames, loop": (LENGTH, True),
     }
-    made, report = {}, {}
+    made = {}
     with tqdm(desc="sampling", total=len(kinds) * len(SEEDS), unit="batch") as bar:
-        for name, (count, loop, places) in kinds.items():
+        for name, (count, loop) in kinds.items():
             parts = []
             for seed in SEEDS:
                 parts.append(draw(count, loop, seed))
                 bar.update()
             made[name] = np.concatenate(parts)
-            report[name] = scores(made[name], places)
+    short, long = made["8 frames"], made["20 frames"]
+    begins = [window.frames[1] for window in sample.windows(LENGTH)[1:]]  # after the frame that is given
     again = list(range(NUM_FRAMES, LENGTH, NUM_FRAMES))
-    report["20 frames: the 8 again"] = scores(cut_in(made["8 frames"], LENGTH), again)
-    report["8 frames: the last two fade into the first"] = scores(cross_fade(made["8 frames"]), [])
-    report["8 key frames of real stickers"] = scores(real, [])
-    return made, report
+    later, first = long[:, NUM_FRAMES - 1 :], long[:, :NUM_FRAMES]
+    return made, {
+        "8 frames": scores(short),
+        "20 frames": scores(long, begins) | dict(motion=scores(later, against=first)["motion"]),
+        "20 frames: the 8 again": scores(cut_in(short, LENGTH), again),
+        "8 frames, loop": scores(made["8 frames, loop"], against=short),
+        "20 frames, loop": scores(made["20 frames, loop"], against=short),
+        "8 frames: the last two fade into the first": scores(cross_fade(short), against=short),
+        "8 key frames of real stickers": scores(real),
+    }
 
 
 def parse_args():
@@ -128,8 +133,8 @@ def main():
         with replacing(args.output_dir / "report.json") as writing:
             writing.write_text(json.dumps(report, indent=1))
         sheet(list(made["20 frames"][:n]), prompts).save(args.output_dir / "longer.png")
-        marks = [[f in REDRAWN for f in range(NUM_FRAMES)]] * n
-        sheet(list(made["8 frames, loop"][:n]), prompts, marks=marks).save(args.output_dir / "loops.png")
+        loops = made["8 frames, loop"][:n, np.arange(NUM_FRAMES + 1) % NUM_FRAMES]
+        sheet(list(loops), prompts).save(args.output_dir / "loops.png")
         if args.picture:
             page = draw(LENGTH, True, SEEDS[0]).repeat(2, axis=2).repeat(2, axis=3)  # (12, 20, 2R, 2R, 3)
             rows = [np.concatenate(page[start : start + 6], axis=2) for start in range(0, n, 6)]

@@ -154,6 +154,11 @@ def evenly(things, count):
     return [things[i] for i in np.unique(chosen)]
 
 
+def even_parts(count, most):
+    """The sizes of as few parts of `count` things as there can be with at most `most` in each."""
+    return [len(part) for part in np.array_split(range(count), -(-count // most))]
+
+
 def one_line(error):
     """What an error says, as part of a sentence."""
     return " ".join(str(error).split())[:200]

@@ -21,6 +21,7 @@ import torch.nn as nn
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 
+from support.common import even_parts
 from support.machine import exact, to_device
 
 MODES = 1024  # components that are told apart; what is left of a frame has one variance in all directions
@@ -215,7 +216,13 @@ class GaussianPrior(ModelMixin, ConfigMixin):
     @exact()
     def draw(self, noise, latents, given, text):
         """A clip of this Gaussian, made from standard normal `noise` (B, F, C, h, w), exact in given frames.
-        latents, given, text: as in `forward`; every slot holds a frame. Returns (B, F, C, h, w)."""
+        latents, given, text: as in `forward`; every slot holds a frame. A clip of more than 8 frames is
+        several of this Gaussian, from the same noise. Returns (B, F, C, h, w)."""
+        if given.shape[1] > (most := self.lengths[-1]):
+            sizes = even_parts(given.shape[1], most)
+            parts = zip(*(x.split(sizes, dim=1) for x in (latents, given)))
+            clips = [self.draw(noise[:, : g.shape[1]], z, g, text) for z, g in parts]
+            return torch.cat(clips, dim=1)
         is_given, truth = to_device(given, noise.device)[:, :, None], latents.flatten(2)  # (B, F, 1 | D)
         shift, follow, Q, variance = self.conditioned(given, torch.ones_like(given), text)
         x = torch.where(is_given, truth - self.mean, 0)

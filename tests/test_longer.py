@@ -9,6 +9,8 @@ import torch
 import sample
 from lab import longer, metrics
 from masks import ROWS, condition_mask, loss_mask
+from model import make_scheduler
+from support.ring import Ring
 from tests.checkpoints import CHANNELS, SIDE, toy_model
 from tests.toys import given_frames
 
@@ -33,7 +35,6 @@ def patterns(*plan):
     """What each window of sample.windows shows: [(its frames, which of them were drawn before)]"""
     done, shown = set(), []
     for window in sample.windows(*plan):
-        done -= set(window.again)
         shown.append((window.frames, [frame in done for frame in window.frames]))
         done |= set(window.frames)
     return shown
@@ -45,9 +46,8 @@ def patterns(*plan):
 def test_windows_draw_every_frame_and_are_not_longer_than_the_network(count, interpolate, loop):
     plan, total = sample.windows(count, interpolate, loop), sample.count_frames(count, interpolate, loop)
     assert sorted({f for window in plan for f in window.frames}) == list(range(total))
-    assert all(3 <= len(window.frames) <= 8 for window in plan)
-    drawn = sum(not known for _, shown in patterns(count, interpolate, loop) for known in shown)
-    assert drawn == total + loop * len(range(max(1, count - 3), count))  # each once, but for a loop's end
+    assert all(3 <= len(window.frames) <= 8 for window in plan[loop:])  # a loop is cut anew at every step
+    assert sum(not known for _, shown in patterns(count, interpolate, loop) for known in shown) == total
 
 
 @pytest.mark.parametrize("count", [10, 15, 20, 21])
@@ -62,7 +62,7 @@ def test_what_goes_on_is_a_row_of_table_7(count):
 @pytest.mark.parametrize("interpolate, name", [(2, "I2"), (3, "I3")])
 def test_what_lies_between_is_a_row_of_table_7(interpolate, name):
     for loop in (False, True):
-        windows = patterns(8, interpolate, loop)[1 + loop :]
+        windows = patterns(8, interpolate, loop)[1:]
         assert windows
         for frames, shown in windows:
             assert shown == condition_mask(ROWS[name], len(frames))[: len(frames)].tolist()
@@ -84,15 +84,46 @@ def test_interpolation_keeps_the_frames_that_it_goes_between(model):
         assert len(clip) == 7 * interpolate + 1 and np.array_equal(clip[::interpolate], short)
 
 
-def test_a_loop_draws_its_end_again_and_nothing_else(model):
+def test_a_loop_has_no_first_frame():
+    """Every step cuts it elsewhere, into windows of neighbours that the network can see."""
+    seen = []
+
+    def denoiser(noisy, latents, given, timestep, text):
+        seen.append((noisy[0, :, 0, 0, 0].tolist(), given[0].tolist()))
+        return noisy
+
+    denoiser.device = "cpu"
+    for count in (8, 20):
+        seen.clear()
+        clip = torch.arange(count).float().view(1, count, 1, 1, 1)
+        given = given_frames(0, count=count, batch=1)
+        for t in (999, 600, 200):
+            ring = Ring(denoiser, 8, seed=0)
+            assert torch.equal(ring(clip, clip, given, torch.tensor([t]), ()), clip)
+        cuts = {frames[0] for frames, _ in seen}
+        assert len(cuts) > 1 and all(3 <= len(frames) <= 8 for frames, _ in seen)
+        for frames, known in seen:
+            assert all((b - a) % count == 1 for a, b in zip(frames, frames[1:]))
+            assert known == [frame == 0 for frame in frames]
+
+
+def test_loops_of_any_length(model):
     short, loop = make(model, 8), make(model, 8, loop=True)
-    assert np.array_equal(short[:5], loop[:5]) and not np.array_equal(short[5:], loop[5:])
+    assert short.shape == loop.shape and not np.array_equal(short, loop)
+    assert np.array_equal(loop, make(model, 8, loop=True))
     both = make(model, 8, interpolate=2, loop=True)
     assert len(both) == 16 and np.array_equal(both[::2], loop)
 
 
+@pytest.mark.parametrize("preconditioned", [False, True])
+def test_a_loop_may_have_more_frames_than_the_network_sees(preconditioned):
+    unet, encoders = toy_model(preconditioned)
+    denoiser = sample.precondition(unet, encoders.prior, make_scheduler().alphas_cumprod)
+    assert len(make((denoiser, encoders), 11, loop=True)) == 11
+
+
 def test_pictures_count_wherever_they_stand(model):
-    """A picture among the first frames, in a later window, and in the end that a loop draws again."""
+    """A picture among the first frames, in a later window, and in a loop."""
     none, first, later = (make(model, 11, given) for given in ((), (0,), (9,)))
     assert not np.array_equal(none, first) and not np.array_equal(none, later)
     assert np.array_equal(none[:8], later[:8])

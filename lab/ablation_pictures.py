@@ -33,13 +33,16 @@ def by_row(arms):
     return dict(sorted(groups.items(), key=lambda item: rows.index(item[0][0]) if item[0][0] in rows else 99))
 
 
-def draw_curves(axis, groups, clips, name):
-    """The mean over seeds of a logged number over steps, and the range of the seeds as a band."""
+def draw_curves(axis, groups, clips, name, smooth=1):
+    """The mean over seeds of a logged number over steps, and the range of the seeds as a band. smooth: over
+    how many entries of the log a mean is taken"""
     for (row, count), runs in groups.items():
         if count != clips or row not in COLOURS:
             continue
         steps = curve(runs[0], name)[0]
-        values = np.stack([curve(run, name)[1] for run in runs])
+        n = min(smooth, len(steps))
+        values = [np.convolve(curve(run, name)[1], np.full(n, 1 / n), "valid") for run in runs]
+        steps, values = steps[n - 1 :], np.stack(values)
         axis.plot(steps, values.mean(axis=0), color=COLOURS[row], linewidth=1.4, label=f"{row} ({len(runs)})")
         if len(runs) > 1:
             axis.fill_between(steps, values.min(axis=0), values.max(axis=0), color=COLOURS[row], alpha=0.15)
@@ -145,8 +148,8 @@ def plot_table4(arms):
         draw_curves(axis, groups, clips, name)
         zoom(axis, groups, clips, name)
         axis.set_title(title, fontsize=10)
-    draw_curves(axes[0, 2], groups, clips, "mean_k")
-    axes[0, 2].set_title("mean k of a batch", fontsize=10)
+    draw_curves(axes[0, 2], groups, clips, "mean_k", smooth=100)
+    axes[0, 2].set_title("mean k of a batch, over 100 steps", fontsize=10)
     draw_course(axes[1, 0], arms)
     draw_jumps(axes[1, 1], groups)
     draw_order(axes[1, 2], arms)

@@ -96,7 +96,13 @@ def summarize(arms, pairs):
     for (row, clips, seed), arm in arms.items():
         groups.setdefault((row, clips), {})[seed] = arm["numbers"]
     rows, compared = {}, {}
-    for (row, clips), runs in groups.items():
+
+    def place(key):  # in the table: by number of clips, then as in NAMES
+        row, clips = key
+        return clips == "all", clips, list(NAMES).index(row)
+
+    for row, clips in sorted(groups, key=place):
+        runs = groups[row, clips]
         names = dict.fromkeys(name for numbers in runs.values() for name in numbers)
         rows[f"{row}, {clips}"] = {name: spread([n.get(name) for n in runs.values()]) for name in names}
         for b in [b for a, b in pairs if a == row and (b, clips) in groups]:

@@ -9,6 +9,7 @@ training run needs no download and takes the very same path as with a user's fol
 import json
 import shutil
 import tempfile
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,15 @@ MOTIONS = {  # the word every caption contains -> a longer way to say it, which 
     "waving": "waving hello",
     "growing": "growing bigger and bigger",
 }
-COMBINATIONS = [(subject, colour, motion) for subject in SUBJECTS for colour in COLOURS for motion in MOTIONS]
+COMBINATIONS = list(product(SUBJECTS, COLOURS, MOTIONS))
+
+
+def half(which):
+    """The combinations of the first (1) or of the second (2) half of the subjects, colours and motions: two
+    sets of stickers that share the pen and no word."""
+    lists = ((list(words), len(words) // 2) for words in (SUBJECTS, COLOURS, MOTIONS))
+    return list(product(*(words[:middle] if which == 1 else words[middle:] for words, middle in lists)))
+
 
 PROMPTS = (  # for sample sheets: every subject once, every colour twice, every motion; trained combinations
     "a red heart bouncing",
@@ -202,43 +211,42 @@ def default_folder(count=1200, seed=0, root=None):
     return Path(root or default_cache()) / f"stickers-v{VERSION}-n{count}-s{seed}"
 
 
-def draw_stickers(folder, count=1200, seed=0):
-    """Writes `count` GIFs and metadata.jsonl into `folder`, unless they are there already; returns its Path.
+def draw_set(folder, kind, suffix, label, draw, captions=True):
+    """Fills `folder` with a drawn set, unless it is there already; returns its Path.
 
-    A line of metadata.jsonl has file_name, text, subject, colour, motion and split ("train" or "validation").
-    Each round through the combinations shows all of them; sticker i depends on (seed, i) only, so a small set
-    is the beginning of a larger one. A set is reused if its stickers.json names the same version, count and
-    seed and no GIF is gone. Raises UserError if `folder` holds anything else, or for numbers out of range.
+    kind: what is drawn, in the plural; suffix: of its files; label: dict that tells this set from all others,
+    with its count and seed; draw(path, i): writes file number i, whatever was drawn before, to `path` and
+    returns its line of metadata.jsonl without the name, a dict; captions: whether there is a metadata.jsonl.
+    A set is reused if its stickers.json is the same label and no file is gone. Raises UserError if `folder`
+    holds anything else, or for numbers out of range.
     """
-    folder, label = Path(folder), json.dumps({"version": VERSION, "count": count, "seed": seed})
+    folder, count, seed = Path(folder), label["count"], label["seed"]
+    label, needed = json.dumps(label), ["stickers.json"] + ["metadata.jsonl"] * captions
 
     def is_complete():
-        if not all((folder / name).is_file() for name in ("stickers.json", "metadata.jsonl")):
+        if not all((folder / name).is_file() for name in needed):
             return False
-        return (folder / "stickers.json").read_text() == label and len(list(folder.glob("*.gif"))) == count
+        return (folder / "stickers.json").read_text() == label and len(
+            list(folder.glob(f"*{suffix}"))
+        ) == count
 
     if count < 1 or seed < 0:
         raise UserError(f"count must be at least 1 and seed at least 0, not {count} and {seed}.")
     if is_complete():
         return folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        what = f"{printable(folder)} exists and is not the complete set of {count} stickers with seed {seed}"
+        what = f"{printable(folder)} exists and is not the complete set of {count} {kind} with seed {seed}"
         raise UserError(f"{what}: delete it or name another folder.")
     # Drawn beside its final place and renamed at the end: nobody ever finds half a set.
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f"{folder.name}.part-", dir=folder.parent))
     try:
-        with open(part / "metadata.jsonl", "w") as metadata:
-            for i in tqdm(range(count), desc="drawing stickers", unit="GIF", disable=None):
-                round_number, place = divmod(i, len(COMBINATIONS))
-                order = np.random.default_rng((seed, round_number, 1)).permutation(len(COMBINATIONS))
-                words = COMBINATIONS[order[place]]
-                rng = np.random.default_rng((seed, i))
-                line = {"file_name": f"{i:05d}.gif", "text": caption(*words, rng)}
-                line |= zip(("subject", "colour", "motion"), words)
-                line["split"] = "validation" if is_held_out(*words) else "train"
-                metadata.write(json.dumps(line) + "\n")
-                save_gif(*draw_clip(*words, rng), part / line["file_name"])
+        lines = []
+        for i in tqdm(range(count), desc=f"drawing {kind}", unit=suffix[1:].upper(), disable=None):
+            name = f"{i:05d}{suffix}"
+            lines.append(json.dumps({"file_name": name} | draw(part / name, i)) + "\n")
+        if captions:
+            (part / "metadata.jsonl").write_text("".join(lines))
         (part / "stickers.json").write_text(label)
         part.chmod(0o755)  # a temporary folder is private
         part.rename(folder)  # takes the place of an empty folder, never of a full one
@@ -248,6 +256,31 @@ def draw_stickers(folder, count=1200, seed=0):
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder
+
+
+def in_rounds(words, seed, i):
+    """Of a list of combinations the one of file number i: each round through the list shows all of them."""
+    round_number, place = divmod(i, len(words))
+    return words[np.random.default_rng((seed, round_number, 1)).permutation(len(words))[place]]
+
+
+def draw_stickers(folder, count=1200, seed=0, words=None):
+    """Writes `count` GIFs and metadata.jsonl into `folder`, unless they are there already; returns its Path.
+
+    words: which (subject, colour, motion) to draw, a list such as half(1); all COMBINATIONS by default.
+    A line of metadata.jsonl has file_name, text, subject, colour, motion and split ("train" or "validation").
+    Each round through the combinations shows all of them; sticker i depends on (seed, i) and on `words` only,
+    so a small set is the beginning of a larger one. Raises UserError as draw_set.
+    """
+    label = {"version": VERSION, "count": count, "seed": seed} | ({"words": words} if words else {})
+
+    def draw(path, i):
+        chosen, rng = in_rounds(words or COMBINATIONS, seed, i), np.random.default_rng((seed, i))
+        line = {"text": caption(*chosen, rng)} | dict(zip(("subject", "colour", "motion"), chosen))
+        save_gif(*draw_clip(*chosen, rng), path)
+        return line | {"split": "validation" if is_held_out(*chosen) else "train"}
+
+    return draw_set(folder, "stickers", ".gif", label, draw)
 
 
 def draw_sheet(path):
@@ -272,6 +305,8 @@ def main():
     add("folder", nargs="?", help="where the GIFs go (default: a folder in the user's cache)")
     add("--count", type=number(int, 1), default=1200, help="number of stickers (default: %(default)s)")
     add("--seed", type=SEED, default=0, help="another number, another set (default: %(default)s)")
+    halves = "draw the first (1) or second (2) half of all words alone, for two sets that share none"
+    add("--half", type=number(int, 1, 2), help=halves)
     add("--sheet", metavar="PNG", help="write one picture of subjects and motions instead")
     args = parser.parse_args()
     if args.sheet:
@@ -279,8 +314,10 @@ def main():
         draw_sheet(args.sheet)
         print(f"wrote {printable(args.sheet)}")
         return
+    if args.half and not args.folder:
+        raise UserError("--half needs a folder to draw into.")
     place = args.folder or default_folder(args.count, args.seed)
-    folder = draw_stickers(place, args.count, args.seed)
+    folder = draw_stickers(place, args.count, args.seed, half(args.half) if args.half else None)
     print(f"{args.count} stickers are in {printable(folder)}")
 
 

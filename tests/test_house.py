@@ -37,6 +37,8 @@ PROGRAMS += [
     "lab.page",
     "lab.rank",
     "lab.rank_table",
+    "lab.scenes",
+    "lab.driving",
 ]
 
 

@@ -18,12 +18,12 @@ from support.folder import scan_folder
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return draw_scenes(tmp_path_factory.mktemp("drawn") / "scenes", count=12, seed=1)
+    return draw_scenes(tmp_path_factory.mktemp("drawn") / "scenes", count=6, seed=1)
 
 
 @pytest.fixture(scope="module")
 def roads(tmp_path_factory):
-    return driving.draw_driving(tmp_path_factory.mktemp("drawn") / "roads", count=4, seed=1)
+    return driving.draw_driving(tmp_path_factory.mktemp("drawn") / "roads", count=2, seed=1)
 
 
 def lines(folder):
@@ -92,10 +92,10 @@ def test_a_ninth_is_held_out_and_every_pair_of_words_is_trained(all_words, held_
 
 
 def test_the_same_seed_draws_the_same_and_a_small_set_begins_a_larger_one(folder, roads, tmp_path):
-    small = draw_scenes(tmp_path / "small", count=4, seed=1)
-    assert content(small) == content(folder)[:4] and lines(small) == lines(folder)[:4]
-    assert content(draw_scenes(tmp_path / "other", count=4, seed=2)) != content(small)
-    assert content(driving.draw_driving(tmp_path / "roads", count=2, seed=1)) == content(roads)[:2]
+    small = draw_scenes(tmp_path / "small", count=1, seed=1)
+    assert content(small) == content(folder)[:1] and lines(small) == lines(folder)[:1]
+    assert content(draw_scenes(tmp_path / "other", count=1, seed=2)) != content(small)
+    assert content(driving.draw_driving(tmp_path / "roads", count=1, seed=1)) == content(roads)[:1]
 
 
 def test_a_half_begins_a_larger_half_and_is_reused(tmp_path, monkeypatch):
@@ -112,9 +112,9 @@ def test_a_half_begins_a_larger_half_and_is_reused(tmp_path, monkeypatch):
 def test_a_complete_set_is_reused_and_another_one_is_left_alone(folder, roads, monkeypatch):
     monkeypatch.setattr(scenes, "draw_scene", lambda *_: pytest.fail("drawn again"))
     monkeypatch.setattr(driving, "draw_drive", lambda *_: pytest.fail("drawn again"))
-    assert draw_scenes(folder, count=12, seed=1) == folder
-    assert driving.draw_driving(roads, count=4, seed=1) == roads
-    for wrong in (lambda: draw_scenes(folder, count=12), lambda: draw_scenes(roads, count=4, seed=1)):
+    assert draw_scenes(folder, count=6, seed=1) == folder
+    assert driving.draw_driving(roads, count=2, seed=1) == roads
+    for wrong in (lambda: draw_scenes(folder, count=6), lambda: draw_scenes(roads, count=2, seed=1)):
         with pytest.raises(ValueError, match="delete it or name another"):
             wrong()
 
@@ -126,12 +126,12 @@ def test_metadata_names_words_and_split(folder):
             w in COMBINATIONS and line["place"] in scenes.PLACES and all(word in line["text"] for word in w)
         )
         assert line["split"] == ("validation" if is_held_out(*w) else "train")
-    assert len({(line["subject"], line["light"], line["motion"]) for line in lines(folder)}) == 12
+    assert len({(line["subject"], line["light"], line["motion"]) for line in lines(folder)}) == 6
 
 
 def test_roads_have_no_captions(roads):
     found, notes = scan_folder(roads)
-    assert len(found) == 4 and not notes and not any(sticker.caption for sticker in found)
+    assert len(found) == 2 and not notes and not any(sticker.caption for sticker in found)
     assert not (roads / "metadata.jsonl").exists()
 
 

@@ -2,7 +2,8 @@
 Speed and memory, each figure with its baseline in the same run.
 
     python -m lab.bench --quick      what two CPU cores can measure in some ten minutes
-    python -m lab.bench unet         one pass of `full` beside diffusers' video U-Nets (the paper's Table 8)
+    python -m lab.bench unet         one pass of `full` beside diffusers' video U-Nets
+    python -m lab.bench peers        sizes and one pass of `full` and of the methods beside it (Table 8)
     python -m lab.bench train        one training step; a ladder with one trick per row
     python -m lab.bench sample       one sticker: 25 steps with text and image guidance
     python -m lab.bench data         files to key frames, beside Pillow and scikit-learn; start of train.py
@@ -24,6 +25,7 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -34,7 +36,8 @@ from tqdm import tqdm
 
 import sample
 from lab.bench_files import bench_cache, bench_data, bench_save
-from lab.bench_step import Step, bench_memory, bench_train, make_denoiser, training_step
+from lab.bench_step import Step, bench_memory, bench_train, make_denoiser, materialized, training_step
+from lab.peers import CHOICES, build_peer, make_base
 from lab.timing import CUDA, DEVICE, HALF, HALF_NAME, ROOT, flops_of, machine, markdown, row, timed
 from masks import NUM_FRAMES
 from model import DFGN, SIZES
@@ -45,20 +48,7 @@ from support.flags import Parser
 from train import PRESETS
 
 # ------------------------------------------------------------------------------------------------------------
-# One U-Net pass (the paper's Table 8)
-
-
-def materialized(unet):
-    """A model from the meta device, in half precision with random weights: its own initialization takes
-    minutes."""
-    unet = torch.nn.Module.to(unet, HALF).to_empty(device=DEVICE)
-    with torch.no_grad():
-        for tensor in (*unet.parameters(), *unet.buffers()):
-            tensor.uniform_(-0.03, 0.03)
-    for weight in unet.parameters():
-        if weight.dim() == 4:  # not those of 3D convolutions
-            weight.data = weight.data.to(memory_format=torch.channels_last)
-    return unet.eval().requires_grad_(False)
+# One U-Net pass, and the paper's Table 8
 
 
 def unet_inputs(batch, device, dtype):
@@ -113,6 +103,46 @@ def bench_unet(quick):
                 more = dict(parameters_M=size, TFLOP=batch * work[name])
                 rows.append(row(f"{name}, batch {batch}, {mode}", times, seconds["I2VGenXLUNet"], **more))
     return rows
+
+
+UNITS = """
+U-Nets alone, counted in units of 1e9. The paper seems to print its own 0.96B in these and the sizes of the
+others in units of 2^30, in which I2VGen-XL, 1.42 here, is its 1.32."""
+
+
+def bench_peers(quick):
+    """DFGN `full` and the methods that the paper measures it against, as lab/peers.py has them: all weights,
+    those that learn, and a pass of one clip, as of `unet`. The four on I2VGen-XL share the memory of its
+    weights. --quick: a single round after the warm-up."""
+    with torch.device("meta"), torch.no_grad():
+        unets = {"DFGN, full": DFGN(**SIZES["full"])}
+        for name in CHOICES["name"]:
+            unets[f"I2VGen-XL, {name}"] = build_peer(name, make_base(), text_tokens=77)
+        inputs = unet_inputs(1, "meta", torch.float32)["DFGN, full"]
+        work = {name: flops_of(lambda: unet(*inputs)) for name, unet in unets.items()}
+    sizes = {}
+    for name, unet in unets.items():
+        counts = [(p.numel(), p.requires_grad) for p in unet.parameters()]
+        every, learn = sum(n for n, _ in counts), sum(n for n, learns in counts if learns)
+        sizes[name] = dict(parameters=every, learn=learn, learn_percent=100 * learn / every)
+
+    dfgn, *peers = unets.values()
+    materialized(dfgn)
+    shared = materialized(peers[0].base).state_dict()
+    for peer in peers:
+        peer.base.load_state_dict(shared, assign=True)
+        materialized(peer.adapters)
+        peer.to(DEVICE).eval()
+    inputs = unet_inputs(1, DEVICE, HALF)["DFGN, full"]
+
+    @torch.no_grad()
+    def call(unet):
+        unet(*inputs)
+
+    seconds = timed({name: partial(call, unet) for name, unet in unets.items()}, 1 if quick else 5)
+    print(UNITS)
+    baseline = seconds["DFGN, full"]
+    return [row(name, t, baseline, **sizes[name], TFLOP=work[name]) for name, t in seconds.items()]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -248,6 +278,7 @@ BENCHES = {
     "scaling": bench_scaling,
     "cache": bench_cache,
     "save": bench_save,
+    "peers": bench_peers,
     "memory": bench_memory,
 }
 

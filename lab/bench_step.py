@@ -4,14 +4,16 @@ Speed and memory of one training step. bench.py calls these as `train` and `memo
 
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 from diffusers.training_utils import EMAModel
 from tqdm import tqdm
 
+from lab.peers import build_peer, make_base
 from lab.timing import CUDA, DEVICE, HALF, HALF_NAME, flops_of, forget, matmul_peak, row, timed
-from masks import masked_loss
+from masks import NUM_FRAMES, masked_loss
 from model import DFGN, SIZES, make_scheduler
 from support.common import UserError
 from support.encoders import WordVectors
@@ -44,6 +46,19 @@ class Step:
     checkpointing: bool = False
     eight_bit: bool = False
     low_memory: bool = False
+
+
+def materialized(unet):
+    """A model from the meta device, in half precision with random weights: its own initialization takes
+    minutes."""
+    unet = torch.nn.Module.to(unet, HALF).to_empty(device=DEVICE)
+    with torch.no_grad():
+        for tensor in (*unet.parameters(), *unet.buffers()):
+            tensor.uniform_(-0.03, 0.03)
+    for weight in unet.parameters():
+        if weight.dim() == 4:  # not those of 3D convolutions
+            weight.data = weight.data.to(memory_format=torch.channels_last)
+    return unet.eval().requires_grad_(False)
 
 
 def make_denoiser(preset, channels, side, text_width, channels_last=True):
@@ -121,6 +136,26 @@ def training_step(step):
     return run
 
 
+def adapter_step(base):
+    """The same for SimDA's adapters, in single precision, on a base that stays as it is; one clip."""
+    torch.manual_seed(0)
+    peer = prepare(build_peer("simda", base, text_tokens=77), DEVICE).train()
+    update = make_update(peer, Step("full", 1, averages=False))
+    states = torch.randn(1, 77, peer.config.clip_dim, device=DEVICE)
+    text = 2 * (states, torch.ones(1, 77, dtype=torch.bool, device=DEVICE))
+    latents = torch.randn(1, NUM_FRAMES, peer.config.latent_channels, 32, 32, device=DEVICE)
+    given = torch.zeros(1, NUM_FRAMES, dtype=torch.bool, device=DEVICE)
+    timestep = torch.full((1,), 500, device=DEVICE)
+
+    def run():
+        with precision(DEVICE.type, HALF_NAME):
+            noise_pred = peer(latents, latents, given, timestep, text)
+        masked_loss(noise_pred, latents, ~given).mean().backward()
+        update()
+
+    return run
+
+
 def make_ladder(quick):
     """{name: Step}: each keeps what those above it turned on."""
     preset, clips, large = ("full", 4, 16) if CUDA else ("tiny", 8, 16)
@@ -185,17 +220,30 @@ MODES = {
 }
 
 
+def frozen_base_step():
+    """The step of the fine-tuning that the paper says cannot be afforded, at its cheapest."""
+    with torch.device("meta"):
+        base = make_base()
+    return adapter_step(materialized(base))
+
+
 def bench_memory(quick):
-    """One optimizer step of `full` on one clip of eight 256 x 256 frames, without averaged weights."""
+    """One optimizer step of `full`, and of SimDA's adapters beside it, on one clip of eight 256 x 256 frames,
+    without averaged weights."""
     if not CUDA:
         raise UserError("memory needs a GPU: the figure is the peak of its allocator.")
     rows = []
     modes = {name: flags for name, flags in MODES.items() if not (quick and "compiled" in flags)}
-    for name, flags in tqdm(modes.items(), desc="memory"):
+    steps = {
+        name: partial(training_step, Step("full", 1, lengths=(8,), averages=False, **flags))
+        for name, flags in modes.items()
+    }
+    steps[f"I2VGen-XL frozen in {HALF_NAME}, SimDA's adapters learn"] = frozen_base_step
+    for name, make_step in tqdm(steps.items(), desc="memory"):
         forget()
         torch.cuda.reset_peak_memory_stats()
         try:
-            step = training_step(Step("full", 1, lengths=(8,), averages=False, **flags))
+            step = make_step()
         except UserError as error:  # torchao is missing
             print(f"{name}: not measured, {error}", file=sys.stderr)
             continue

@@ -4,6 +4,7 @@ One arm of the ablations: trains as train.py does, looks at held-out clips on th
 
     python -m lab.arm --output_dir runs/a --ddu off --no-prior --max_train_steps 1200
     python -m lab.arm --output_dir runs/b --course reversed --no-prior      # and the other flags of train.py
+    python -m lab.arm --output_dir runs/c --network simda --base runs/base/checkpoint-3000 --ddu off
 
 Held out are built-in stickers of exactly 8 frames, of combinations of words that are not trained on: key
 frames, equal frames and all frames are the same there, so no arm is measured on frames of another kind than
@@ -13,7 +14,8 @@ those it was trained on. A folder of yours has few such clips: its held-out ones
                  averaged weights, on the same draws for every arm; G1_ranges: by range of timesteps;
                  G1_equal: of equally spaced frames in the place of key frames, for a folder of yours;
                  probe: the loss of the weights as they are, on one fixed batch of all levels
-    arm.json     written last: the loss of every (task, k), Frechet distances and PSNR, what was drawn
+    arm.json     written last: the loss of every task, on held-out clips and as "fit" on trained ones, and of
+                 every (task, k); Frechet distances and PSNR; what was drawn
 """
 
 import json
@@ -32,7 +34,7 @@ import data
 import masks
 import train
 from curriculum import Curriculum
-from lab import heldout, metrics
+from lab import heldout, metrics, peers
 from lab.eight_frames import draw_test_stickers
 from lab.evaluate import REAL_CLIPS, real_clips
 from lab.items import CONDITIONED, Item, given_frames
@@ -46,7 +48,7 @@ from support.common import UserError, evenly, one_sentence, replacing
 from support.flags import Parser, filled
 from support.folder import scan_folder
 from support.log import read_log
-from support.machine import stop_requests
+from support.machine import prepare, stop_requests
 from support.optim import averaged
 from support.prior import precondition
 
@@ -89,12 +91,16 @@ def course_of(strategy, total_steps, log=()):
 
 def make_course(name, total_steps):
     """ "constant": the mean of the linear curriculum over a training; "reversed": the linear one, backwards;
-    else the folder of an arm whose course is replayed."""
+    a task: that alone; else the folder of an arm whose course is replayed."""
     linear = course_of("linear", total_steps)
     if name == "constant":
         return np.broadcast_to(linear.mean(axis=0), linear.shape)
     if name == "reversed":
         return linear[::-1]
+    if name in TASKS:
+        one = np.zeros(linear.shape[1:])
+        one[TASKS.index(name), LENGTHS.index(NUM_FRAMES)] = 1
+        return np.broadcast_to(one, linear.shape)
     return course_of("dcl", total_steps, read_log(Path(name) / "log.jsonl"))
 
 
@@ -138,13 +144,13 @@ def by_range(losses, timesteps):
 class HeldOut:
     """What the training loop looks at in the place of its sheet."""
 
-    def __init__(self, run, dataset, clips):
+    def __init__(self, run, dataset, clips, lengths=LENGTHS):
         size = run.args.train_batch_size
         image, equal = [("image", NUM_FRAMES)] * G1_DRAWS, run.args.data is not None
         self.batches = {"G1": fixed_batches(dataset, clips, image, size)}
         if equal:
             self.batches["G1_equal"] = fixed_batches(dataset, clips, image, size, equal)
-        levels = [(task, k) for task in TASKS for k in LENGTHS]
+        levels = [(task, k) for task in TASKS for k in lengths]
         self.probe = fixed_batches(dataset, clips, levels * (PROBE_DRAWS // len(levels)), size)
         self.timesteps = torch.cat([batch.timesteps for batch in self.batches["G1"]]).numpy()
 
@@ -185,13 +191,24 @@ def cell_losses(run, denoiser, dataset, clips):
     return table
 
 
+def task_losses(run, denoiser, dataset, clips):
+    """The loss over unknown frames of each task at k = 8: {task: {"mean", "se"}}; what is drawn is the same
+    for every network."""
+    losses = {}
+    for task in CONDITIONED:
+        batches = fixed_batches(dataset, clips, [(task, NUM_FRAMES)] * G1_DRAWS, run.args.train_batch_size)
+        losses[task] = mean_se(unknown_loss(run, denoiser, batches))
+    return losses
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Samples, and what was drawn
 
 
-def sample_scores(run, denoiser, dataset, clips, folder):
+def sample_scores(run, denoiser, dataset, clips, folder, away=None):
     """{task: {rival: {"frechet", "psnr"}}} of samples of held-out clips: image and text to video, and with
-    condition masks interpolation and prediction."""
+    condition masks interpolation and prediction. away: a folder of another domain; then "away", the Frechet
+    distance to that, is there, too."""
     trained = run.args.ddu in masks.CONDITION_MASK_ON
     items = []
     for task, rows in CONDITIONED.items():
@@ -208,6 +225,10 @@ def sample_scores(run, denoiser, dataset, clips, folder):
     train_set = real_clips(codec, run.dataset, evenly(long, REAL_CLIPS))
     held_out = real_clips(codec, dataset, clips)
     seen = Clips(items, made, held_out | train_set, list(held_out), list(train_set))
+    if away:
+        where = run.args.resolution, run.args.cache_dir
+        other = data.open_dataset(Path(away), scan_folder(Path(away))[0], codec, *where)
+        far = list(real_clips(codec, other, evenly(usable(other.clips), REAL_CLIPS)).values())
     scores = {}
     for task in CONDITIONED:
         mine = [i for i, item in enumerate(items) if item.task == task]
@@ -221,6 +242,9 @@ def sample_scores(run, denoiser, dataset, clips, folder):
             psnr = [metrics.psnr(a[~g], b[~g]).mean() for a, b, g in zip(clips_made, truth, given)]
             frechet = metrics.standardized_frechet(vectors(clips_made, given), reference)
             scores[task][name] = dict(frechet=frechet, psnr=float(np.mean(psnr)))
+            if away:
+                distance = metrics.standardized_frechet(vectors(clips_made, given), vectors(far, given))
+                scores[task][name]["away"] = distance
     return scores
 
 
@@ -245,6 +269,35 @@ def shares_drawn(run, course):
 # The arm
 
 
+def make_network(arm):
+    """As train.build_network, but for a --network of lab/peers.py."""
+
+    def build(args, world, encoders, fresh):
+        channels = encoders.codec.latent_channels
+        condition = channels if encoders.prior is None else 2 * channels
+        torch.manual_seed(args.seed)
+        if arm.base:
+            base = peers.load_base(arm.base)
+            found = base.config.out_channels, base.config.in_channels
+            if found != (channels, condition):
+                what = f"--base {arm.base} has {found[0]} channels of latents and takes {found[1]}"
+                raise UserError(f"{what}, not {channels} and {condition}: give a base of this --vae.")
+        else:
+            base = peers.make_base(channels, condition, **peers.LAPTOP)
+        # The base knows first frames alone; where others are given, their way in learns, too.
+        several = arm.course in ("interpolation", "prediction") and arm.network != "base"
+        widths = dict(clip_dim=encoders.clip.width, t5_dim=encoders.t5.width)
+        peer = peers.build_peer(arm.network, base, **widths, learn_condition=several)
+        return prepare(peer, world.device).train()
+
+    return build
+
+
+def usable(clips):
+    """Those of 8 distinct frames, whichever way they are taken."""
+    return [clip for clip in clips if clip.longest == NUM_FRAMES and clip.has_equal]
+
+
 def open_test_clips(run):
     """(LatentDataset, its clips that are measured): those drawn for it, or the held-out ones of --data."""
     if run.args.data is None:
@@ -252,7 +305,7 @@ def open_test_clips(run):
         where = run.args.resolution, run.args.cache_dir
         dataset = data.open_dataset(folder, scan_folder(folder)[0], run.encoders.codec, *where)
         return dataset, dataset.clips
-    clips = [c for c in run.dataset.split("validation") if c.longest == NUM_FRAMES and c.has_equal]
+    clips = usable(run.dataset.split("validation"))
     if len(clips) < 2:
         raise UserError(
             f"--data {run.args.data} has {len(clips)} held-out clips of 8 distinct frames: too few."
@@ -271,7 +324,10 @@ def finish(run, training, dataset, clips, arm):
         clips=len(run.clips), test_clips=len(clips), global_batch=run.global_batch, latents=dataset.identity
     )
     with averaged(training.unet, training.average):
-        result = dict(about=about, scores=sample_scores(run, denoiser, dataset, clips, folder))
+        result = dict(about=about, losses=task_losses(run, denoiser, dataset, clips))
+        if trained := usable(run.clips):
+            result["fit"] = task_losses(run, denoiser, run.dataset, trained)
+        result["scores"] = sample_scores(run, denoiser, dataset, clips, folder, arm.away)
         if args.ddu == "on":
             result["cells"] = cell_losses(run, denoiser, dataset, clips)
     if args.ddu == "on":
@@ -287,13 +343,30 @@ def finish(run, training, dataset, clips, arm):
 def parse_args():
     """This program's flags, and those of train.py as train.py reads them."""
     parser = Parser("python -m lab.arm", description="Train and measure one arm; other flags are train.py's.")
-    course = "constant, reversed, or the folder of a dcl arm: the curriculum that is followed"
+    network = "what is trained: dfgn, or of lab/peers.py base, cav, i2v or simda"
+    parser.add_argument("--network", choices=("dfgn", *peers.CHOICES["name"]), default="dfgn", help=network)
+    base = "a trained base for --network, a folder or hub id (default: random weights)"
+    parser.add_argument("--base", metavar="DIR", type=filled, help=base)
+    away = "a folder of another domain: how far samples are from that, too"
+    parser.add_argument("--away", metavar="DIR", type=filled, help=away)
+    course = "constant, reversed, a task, or the folder of a dcl arm: the curriculum that is followed"
     parser.add_argument("--course", metavar="NAME|DIR", type=filled, help=course)
     order = "JSON file of 3 x 6 difficulties in the place of the paper's"
     parser.add_argument("--order", metavar="FILE", type=filled, help=order)
     arm, rest = parser.parse_known_args()
     sys.argv = [sys.argv[0], *rest]
-    return arm, train.parse_args(train.PRESETS)
+    args = train.parse_args(train.PRESETS)
+    if arm.network == "dfgn":
+        if arm.base:
+            raise UserError("--base is for a --network of lab/peers.py: base, cav, i2v or simda.")
+        return arm, args
+    if args.ddu in masks.LOSS_MASK_ON:
+        raise UserError(f"--network {arm.network} sees 8 frames, always: give --ddu condition or --ddu off.")
+    for name in ("init_unet", "init_from", "shard", "gradient_checkpointing", "compile", "low_memory"):
+        if getattr(args, name):
+            raise UserError(f"--{name} is for DFGN: leave it out with --network {arm.network}.")
+    args.muon = False  # adapters are published with AdamW
+    return arm, args
 
 
 @one_sentence("lab.arm")
@@ -304,9 +377,11 @@ def main():
     train.LOG_EVERY = 1  # a course is read from the log
     with ExitStack() as on_exit:
         world = train.World()
-        run, training = train.set_up(args, world, on_exit)
+        build = train.build_network if arm.network == "dfgn" else make_network(arm)
+        run, training = train.set_up(args, world, on_exit, build)
         dataset, clips = open_test_clips(run)
-        run = run._replace(validate=HeldOut(run, dataset, clips))
+        lengths = LENGTHS if arm.network == "dfgn" else [NUM_FRAMES]
+        run = run._replace(validate=HeldOut(run, dataset, clips, lengths))
         if arm.course:
             course = Course(make_course(arm.course, args.max_train_steps), args.curriculum)
             course.load_state_dict(training.curriculum.state_dict())

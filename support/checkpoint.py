@@ -207,9 +207,10 @@ def whole_weights(unet):
 
 
 def write_unet(folder, unet, weights):
-    """unet/ as `DFGN.from_pretrained` reads it."""
+    """unet/ as `DFGN.from_pretrained` reads it, or that of another class of network."""
     folder.mkdir(parents=True)
-    config = json.loads(unet.to_json_string()) | dict(_class_name="DFGN")  # sharding renames the class
+    name = type(unet).__name__.removeprefix("FSDP")  # sharding renames the class
+    config = json.loads(unet.to_json_string()) | dict(_class_name=name)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_file(
         {name: weight.contiguous() for name, weight in weights.items()}, folder / WEIGHTS, dict(format="pt")

@@ -39,6 +39,7 @@ PROGRAMS += [
     "lab.rank_table",
     "lab.scenes",
     "lab.driving",
+    "lab.compare",
 ]
 
 

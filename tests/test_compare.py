@@ -1,0 +1,179 @@
+"""The comparison with adapters: its rules by hand, its runs with a stand-in, one peer trained for real."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from lab import arm, compare, peers
+from lab.items import CONDITIONED
+from support.common import UserError
+
+TINY = dict(block_out_channels=(16, 32), layers_per_block=1, attention_head_dim=8, norm_num_groups=4)
+TINY |= {name: peers.LAPTOP[name] for name in ("down_block_types", "up_block_types", "cross_attention_dim")}
+
+
+def rows_of(losses):
+    """{(arm, task, clips): losses of seeds} as compare.numbers has them"""
+    return {key: dict(loss=dict(enumerate(values))) for key, values in losses.items()}
+
+
+def with_lead(*leads):
+    """A against two B, at as many numbers of clips as there are leads, the same in every task."""
+    losses = {}
+    for clips, lead in zip((300, 1200), leads):
+        for task in CONDITIONED:
+            losses["A", task, clips] = [0.30, 0.31, 0.32]
+            losses["B-cav", task, clips] = [0.9, 0.9, 0.9]
+            losses["B-i2v", task, clips] = [0.30 + lead, 0.31 + lead, 0.321 + lead]
+    return rows_of(losses)
+
+
+# The verdict
+
+
+def test_leads_are_over_the_best_peer_seed_by_seed():
+    lead = compare.leads(with_lead(0.02), 300)["image"]
+    assert lead["mean"] == pytest.approx(0.02 + 0.001 / 3) and lead["seeds"] == 3
+    assert lead["se"] == pytest.approx(0.001 / 3)
+
+
+@pytest.mark.parametrize(
+    "leads, words",
+    [
+        (
+            (0.01, 0.02),
+            "A is better than the best B at 1200 clips in image and inter",
+        ),
+        ((0.02, 0.01), "Undecided: A is better"),  # a lead that shrinks
+        ((0.02,), "Undecided: A is better"),  # one number of clips shows no growth
+        ((0.02, -0.02), "the best B is better than A at 1200 clips"),
+        ((0.02, 0.0), "Undecided: at 1200 clips neither"),
+    ],
+)
+def test_the_verdict_follows_the_rules(leads, words):
+    assert compare.verdict(with_lead(*leads), (300, 1200)[: len(leads)]).startswith(words)
+
+
+def test_without_all_runs_there_is_no_verdict():
+    rows = with_lead(0.02)
+    without = {key: losses for key, losses in rows.items() if key[1] != "image"}
+    assert compare.verdict(without, [300]).startswith("No verdict")
+    one_seed = rows_of({key: [values["loss"][0]] for key, values in rows.items()})
+    assert compare.verdict(one_seed, [300]).startswith("No verdict")
+
+
+# Runs, with a stand-in for lab.arm
+
+
+@pytest.fixture
+def called(monkeypatch, tmp_path):
+    """The words of all calls of lab.arm; the second rate is the best."""
+    calls = []
+
+    def run(words, log, quiet, threads):
+        calls.append(words)
+        folder, rate = Path(words[words.index("--output_dir") + 1]), words[words.index("--learning_rate") + 1]
+        folder.mkdir(parents=True)
+        loss = abs(float(rate) - compare.RATES[1]) + 0.1
+        losses = {task: dict(mean=loss, se=0.0) for task in CONDITIONED}
+        scores = {task: dict(network=dict(frechet=1.0, psnr=2.0, away=3.0)) for task in CONDITIONED}
+        (folder / "arm.json").write_text(json.dumps(dict(losses=losses, fit=losses, scores=scores)))
+        (folder / "log.jsonl").write_text("\n".join(json.dumps(dict(step=s, G1=0.5 / s)) for s in (1, 2)))
+
+    monkeypatch.setattr(compare, "run", run)
+    monkeypatch.setattr(compare, "draw_sets", lambda args: (tmp_path / "source", tmp_path / "target"))
+    return calls
+
+
+def call(*words):
+    compare.compare(compare.parse_args(list(map(str, words))))
+
+
+def test_every_arm_is_run_once_at_its_best_rate(called, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    words = ["--output_dir", out, "--clips", 300, "--seeds", 0, 1, "--cache_dir", tmp_path]
+    write = compare.write_report  # only of all runs, for the sake of time
+    monkeypatch.setattr(compare, "write_report", lambda *a: write(*a) if len(a[1]) == 42 else None)
+    for _ in range(2):
+        call(*words)
+    each, every = ("D", "B-cav", "B-i2v", "B-simda", "C2", "C4"), ("A", "C1", "C3")
+    runs = 2 * (3 * len(each) + len(every))
+    assert len(called) == 1 + len(compare.RATES) * (len(compare.ARMS) - 1) + runs  # C3 learns nothing
+    last = [words for words in called if "300" in words and "simda" in words and "1200" in words]
+    assert {words[words.index("--learning_rate") + 1] for words in last} == {str(compare.RATES[1])}
+    with_base = [words for words in called if "--base" in words]
+    assert all(
+        words[words.index("--base") + 1] == str(out / "base-far" / "checkpoint-3000") for words in with_base
+    )
+    page = (out / "peers.md").read_text()
+    assert "| 300 | prediction | B-simda | base + SimDA | 0.001 | 2 | 0.1000 ± 0.0000 |" in page
+    assert "neither A nor the best B" in page
+    assert Image.open(out / "peers.png").format == "PNG"
+    with pytest.raises(UserError, match="--max_train_steps is 7"):
+        call(*words, "--max_train_steps", 7)
+
+
+# A peer, for real
+
+
+@pytest.fixture
+def run_arm(tmp_path, folder, cache, monkeypatch):
+    """Calls lab.arm at toy size. Returns its folder and its arm.json."""
+    monkeypatch.setattr("support.stickers.default_folder", lambda **_: folder)
+    monkeypatch.setattr("support.stickers.draw_stickers", lambda _: folder)
+    monkeypatch.setattr("lab.eight_frames.COUNT", 4)
+    for name, value in dict(G1_DRAWS=6, CELL_DRAWS=10, NUM_CLIPS=3, SAMPLING_STEPS=2, REAL_CLIPS=4).items():
+        monkeypatch.setattr(arm, name, value)
+    monkeypatch.setattr(peers, "LAPTOP", TINY)
+
+    def run(name, *words):
+        out = tmp_path / name
+        words = [*words, "--preset", "toy", "--resolution", 16, "--output_dir", out, "--cache_dir", cache]
+        words += ["--max_train_steps", 2, "--validation_steps", 2, "--num_workers", 0]
+        words += ["--mixed_precision", "no"]
+        monkeypatch.setattr(sys, "argv", ["lab.arm", *map(str, words)])
+        arm.main()
+        return out, json.loads((out / "arm.json").read_text())
+
+    return run
+
+
+def weights(out, part):
+    found = load_file(out / "checkpoint-2" / part / "diffusion_pytorch_model.safetensors")
+    return {name.removeprefix("base."): w for name, w in found.items() if name.startswith("base.")}
+
+
+def test_a_base_is_trained_and_then_its_adapters_alone(run_arm, folder):
+    base, _ = run_arm("base", "--network", "base", "--ddu", "condition", "--course", "constant")
+    peer, result = run_arm(
+        "peer", "--network", "simda", "--base", base / "checkpoint-2", "--ddu", "off", "--away", folder
+    )
+    before = weights(base, "unet_ema")
+    for part in ("unet", "unet_ema"):
+        after = weights(peer, part)
+        assert before.keys() == after.keys() and all((before[name] == after[name]).all() for name in before)
+    assert set(result["losses"]) == set(result["fit"]) == set(CONDITIONED)
+    assert np.isfinite([x["mean"] for x in result["losses"].values()]).all()
+    assert result["scores"]["image"]["network"].keys() == {"frechet", "psnr", "away"}
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--base", "x"], "--base is for a --network"),
+        (["--network", "cav"], "sees 8 frames, always"),
+        (
+            ["--network", "i2v", "--ddu", "off", "--gradient_checkpointing"],
+            "--gradient_checkpointing is for DFGN",
+        ),
+    ],
+)
+def test_what_a_peer_cannot_do_is_said(run_arm, capsys, words, message):
+    with pytest.raises(SystemExit) as end:
+        run_arm("bad", *words)
+    assert end.value.code == 2 and message in capsys.readouterr().err

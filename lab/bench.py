@@ -292,7 +292,7 @@ def parse_args(words=None):
     args = parser.parse_args(words)
     if unknown := set(args.what) - set(BENCHES):
         raise UserError(f"{', '.join(unknown)}: WHAT must be one of {names}.")
-    args.what = args.what or [name for name in BENCHES if CUDA or name != "memory"]
+    args.what = args.what or [name for name in BENCHES if CUDA or name not in ("memory", "peers")]
     return args
 
 

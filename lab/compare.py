@@ -12,7 +12,7 @@ and as many steps: the peers as many for each task as RDTF for all together, whi
     A     DFGN, dual masks, DCL              from scratch, one network for all tasks
     D     DFGN                               from scratch, one for each task, 8 frames: A without dual masks
     B     base + adapters: cav, i2v, simda   the base was trained elsewhere; one for each task
-    C1    base, condition masks, DCL         from scratch, one for all tasks: A without DFGN and loss mask
+    C1    base, condition masks              from scratch, one for all tasks: A without DFGN and loss mask
     C2    base, all of it learns             trained elsewhere; one for each task
     C3    base, nothing learns               trained elsewhere
     C4    simda on a base of random weights  is it the training elsewhere that helps?
@@ -50,7 +50,7 @@ ARMS = {  # arm: (what it is, flags of lab.arm, a network for each task?, a trai
     "B-cav": ("base + Customize-A-Video", "--network cav", True, True),
     "B-i2v": ("base + I2V-Adapter", "--network i2v", True, True),
     "B-simda": ("base + SimDA", "--network simda", True, True),
-    "C1": ("base, condition masks, DCL", "--network base --ddu condition --curriculum dcl", False, False),
+    "C1": ("base, condition masks", "--network base --ddu condition", False, False),
     "C2": ("base, all of it learns", "--network base", True, True),
     "C3": ("base as it is", "--network base --ddu condition", False, True),
     "C4": ("random base + SimDA", "--network simda", True, False),

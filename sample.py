@@ -103,8 +103,8 @@ def generate_latents(
     window=0,  # of a longer sticker: other noise
     loop=False,  # the last frame runs into the first; F may be more than 8
 ):
-    """Samples B clips of F frames, 3 <= F <= 8. Returns float32 (B, F, C, h, w), given frames as the network
-    redrew them.
+    """Samples B clips of F frames, 3 <= F <= 8, of a loop also more. Returns float32 (B, F, C, h, w), given
+    frames as the network redrew them.
 
     Every task of Table 7 is a choice of `given`. Sample b of a seed is the same whatever the batch.
     """

@@ -284,10 +284,8 @@ def make_network(arm):
                 raise UserError(f"{what}, not {channels} and {condition}: give a base of this --vae.")
         else:
             base = peers.make_base(channels, condition, **peers.LAPTOP)
-        # The base knows first frames alone; where others are given, their way in learns, too.
-        several = arm.course in ("interpolation", "prediction") and arm.network != "base"
         widths = dict(clip_dim=encoders.clip.width, t5_dim=encoders.t5.width)
-        peer = peers.build_peer(arm.network, base, **widths, learn_condition=several)
+        peer = peers.build_peer(arm.network, base, **widths)
         return prepare(peer, world.device).train()
 
     return build

@@ -202,7 +202,9 @@ def bench_train(quick):
     baseline = seconds[second] / ladder[second].clips
     for name, times in seconds.items():
         clips, middle = ladder[name].clips, np.median(times)
-        speedup, rate = float(np.median(baseline * clips / times)), work[name] / middle
+        # Where a GPU has timed each alone, rounds of two rows have nothing in common.
+        ratios = np.median(baseline) / middle if CUDA else np.median(baseline / times)
+        speedup, rate = float(clips * ratios), work[name] / middle
         work_done = dict(TFLOP_per_s=rate, share_of_matmul=rate / peak)
         rows.append(row(name, times, clips_per_second=clips / middle, speedup=speedup, **work_done))
     return rows

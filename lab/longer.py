@@ -7,8 +7,8 @@ Longer than 8 frames, and without an end: does one see where the network started
 Twelve prompts and two seeds give 24 stickers of each kind. A seam is the change of the picture where a window
 begins, the wrap that from the last frame to the first; both are divided by the mean of the other changes of
 the same sticker, so 1 is an ordinary change. `motion` says whether it goes on: the change between frames
-beyond the eighth, divided by that among the first eight; of a loop, its change from frame to frame, divided
-by that of the same sticker without --loop. Their rivals need no network.
+beyond the eighth, divided by that among the first eight; of loops, and of the cross-fade, their change from
+frame to frame, divided by that of the sticker of 8 frames without --loop. Their rivals need no network.
 
     report.json    the table below, with every sticker's values
     longer.png     a row of 20 frames for each prompt, seed 0

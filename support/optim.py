@@ -40,8 +40,6 @@ def make_optimizer(unet, learning_rate, eight_bit=False, low_memory=False, muon=
     Raises UserError if torchao is missing."""
     inside, weights, gates = [], [], []
     for name, weight in unet.named_parameters():
-        if not weight.requires_grad:
-            continue  # of a network that is frozen but for adapters
         to_or_from = name.startswith(("conv_in.", "conv_out.", "clip_", "t5_")) or ".fusion." in name
         matrix = muon and weight.ndim > 1 and not to_or_from
         (gates if name.endswith(".alpha") else inside if matrix else weights).append(weight)

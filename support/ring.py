@@ -10,8 +10,8 @@ from support.common import even_parts
 
 class Ring:
     """A denoiser whose clips, of any number of frames, have no first frame: for every timestep it cuts them
-    open at another place, and into windows of at most `most` frames. The last frame then is followed by the
-    first as any frame by the next ("latent shift" of Mobius, arXiv 2502.20307)."""
+    open at a place drawn anew, and into windows of at most `most` frames. The last frame then is followed by
+    the first as any frame by the next ("latent shift" of Mobius, arXiv 2502.20307)."""
 
     def __init__(self, denoiser, most, seed):
         self.denoiser, self.most, self.seed, self.device = denoiser, most, seed, denoiser.device

@@ -29,6 +29,7 @@ def with_lead(*leads):
         for task in CONDITIONED:
             losses["A", task, clips] = [0.30, 0.31, 0.32]
             losses["B-cav", task, clips] = [0.9, 0.9, 0.9]
+            losses["B-simda", task, clips] = [0.8, 0.9, 0.9]
             losses["B-i2v", task, clips] = [0.30 + lead, 0.31 + lead, 0.321 + lead]
     return rows_of(losses)
 
@@ -52,6 +53,7 @@ def test_leads_are_over_the_best_peer_seed_by_seed():
         ((0.02, 0.01), "Undecided: A is better"),  # a lead that shrinks
         ((0.02,), "Undecided: A is better"),  # one number of clips shows no growth
         ((0.02, -0.02), "the best B is better than A at 1200 clips"),
+        ((-0.03, -0.02), "Undecided: the best B is better"),
         ((0.02, 0.0), "Undecided: at 1200 clips neither"),
     ],
 )
@@ -130,6 +132,7 @@ def run_arm(tmp_path, folder, cache, monkeypatch):
     for name, value in dict(G1_DRAWS=6, CELL_DRAWS=10, NUM_CLIPS=3, SAMPLING_STEPS=2, REAL_CLIPS=4).items():
         monkeypatch.setattr(arm, name, value)
     monkeypatch.setattr(peers, "LAPTOP", TINY)
+    monkeypatch.setattr("train.plot_progress", lambda *_: None)
 
     def run(name, *words):
         out = tmp_path / name

@@ -348,7 +348,7 @@ def open_stickers(args, world, folder, found, notes, encoders):
     return dict(dataset=dataset, clips=clips, held_out=held_out, prompts=prompts, summary=summary)
 
 
-def set_up(args, world, on_exit, build=build_network):
+def set_up(args, world, on_exit, build=None):
     """(Run, Training), fresh or resumed. What on_exit, an ExitStack, holds is undone when the run ends."""
     resume, schedule = setup.claim_output(args, world, on_exit)
     report = log.make_reporter(args) if world.main else None
@@ -359,7 +359,7 @@ def set_up(args, world, on_exit, build=build_network):
     dataset, clips = opened["dataset"], opened["clips"]
     if args.prior and resume is None and not args.init_from:
         fit_prior(args, world, encoders, dataset, clips)
-    unet = build(args, world, encoders, fresh=resume is None)
+    unet = (build or build_network)(args, world, encoders, fresh=resume is None)
     training = begin_training(args, world, unet)
     if resume is not None:
         setup.resume_training(args, world, resume, training, dataset)

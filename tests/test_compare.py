@@ -129,7 +129,7 @@ def run_arm(tmp_path, folder, cache, monkeypatch):
     monkeypatch.setattr("support.stickers.default_folder", lambda **_: folder)
     monkeypatch.setattr("support.stickers.draw_stickers", lambda _: folder)
     monkeypatch.setattr("lab.eight_frames.COUNT", 4)
-    for name, value in dict(G1_DRAWS=6, CELL_DRAWS=10, NUM_CLIPS=3, SAMPLING_STEPS=2, REAL_CLIPS=4).items():
+    for name, value in dict(G1_DRAWS=4, PROBE_DRAWS=3, NUM_CLIPS=2, SAMPLING_STEPS=2, REAL_CLIPS=4).items():
         monkeypatch.setattr(arm, name, value)
     monkeypatch.setattr(peers, "LAPTOP", TINY)
     monkeypatch.setattr("train.plot_progress", lambda *_: None)

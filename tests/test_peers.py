@@ -476,6 +476,7 @@ def test_settings_are_checked():
 # lab.bench
 
 
+@pytest.mark.slow
 def test_table_8_is_measured(capsys):
     """On networks that are small but for the width of their text; each runs once."""
     small = dict(SIZES["toy"], clip_dim=1024, t5_dim=1024)

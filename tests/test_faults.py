@@ -32,7 +32,7 @@ def poison(monkeypatch, bad):
     at_each_loss(monkeypatch.setattr, lambda call: float("nan") if bad(call) else 1.0)
 
 
-@pytest.mark.parametrize("mixed_precision", ["no", "fp16"])
+@pytest.mark.parametrize("mixed_precision", [pytest.param("no", marks=pytest.mark.slow), "fp16"])
 def test_a_step_whose_loss_is_no_number_changes_nothing(run, ask_to_stop, monkeypatch, mixed_precision):
     again = dict(max_train_steps=4, checkpointing_steps=1, resume_from_checkpoint="latest")
     again |= dict(mixed_precision=mixed_precision, validation_steps=0)

@@ -45,7 +45,7 @@ def run(checkpoint, drawn, monkeypatch, capsys):
     return main
 
 
-@pytest.mark.parametrize("suffix", [".webp", ".gif"])
+@pytest.mark.parametrize("suffix", [".webp", pytest.param(".gif", marks=pytest.mark.slow)])
 def test_picture_moves_and_is_light(run, tmp_path, suffix):
     path = tmp_path / "new" / f"stickers{suffix}"
     status, printed, _ = run("--output", path)

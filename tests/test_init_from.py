@@ -30,6 +30,7 @@ def test_it_starts_from_the_averaged_weights_and_parts_with_a_fresh_schedule(tra
     assert f"--checkpoint '{out}'" in card and str(model.resolve()) in card
 
 
+@pytest.mark.slow
 def test_resumed_it_is_the_unbroken_run_and_remembers_its_start(trained, run, ask_to_stop, refused, tmp_path):
     flags = dict(init_from=trained, max_train_steps=3, seed=7)
     unbroken = run("b", **flags)

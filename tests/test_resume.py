@@ -212,7 +212,7 @@ def test_a_pickle_is_refused(copied, run, refused):
     refused("optimizer.pt", run, resume_from_checkpoint="latest")
 
 
-@pytest.mark.parametrize("limit, left", [(1, [4, 6]), (2, [3, 4, 6])])
+@pytest.mark.parametrize("limit, left", [(1, [4, 6]), pytest.param(2, [3, 4, 6], marks=pytest.mark.slow)])
 def test_what_was_just_saved_is_never_the_one_that_goes(copied, trained, run, ask_to_stop, limit, left):
     """Among damaged checkpoints with higher numbers, which the run that went on from an older one meets
     again."""

@@ -15,7 +15,7 @@ from tests.runs import run_here, same, state, weights
 MOST = 25  # MB of everything that ships
 
 
-@pytest.mark.parametrize("part", [".", "checkpoint-3"])
+@pytest.mark.parametrize("part", [".", pytest.param("checkpoint-3", marks=pytest.mark.slow)])
 def test_a_run_ships_as_its_averaged_weights_in_halves(trained, tmp_path, capsys, part):
     run_here(ship.main, "--checkpoint", trained / part, "--output_dir", tmp_path / "new")
     assert capsys.readouterr().out.startswith(f"wrote {tmp_path / 'new'}, ")

@@ -262,6 +262,7 @@ def motion_features(frames, rng):
     return np.concatenate([rows.std(axis=0), *each, rows[-1] - rows[0]])
 
 
+@pytest.mark.slow
 def test_motions_are_told_apart_after_key_frame_extraction(clips, lines):
     """A random forest on crude features, tested on combinations it never saw, is right in 90 %."""
     clips, lines = clips[:384], lines[:384]  # enough, and faster

@@ -128,7 +128,7 @@ def impatient(monkeypatch):
         ("crash", 2, "process died"),
         ("killed", 2, "process died"),
         ("exit", 1, "process died"),
-        ("exit as if all were well", 1, "took longer than 1 seconds"),
+        pytest.param("exit as if all were well", 1, "took longer than 1 seconds", marks=pytest.mark.slow),
         ("hang", 2, "took longer than 1 seconds"),
     ],
 )

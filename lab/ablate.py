@@ -172,13 +172,13 @@ def parse_args(words=None):
     return args
 
 
-def check_settings(args):
-    """All runs of a folder have the same budget: other settings are refused. Seeds, rows and numbers of clips
-    may grow."""
-    path, now = args.output_dir / "settings.json", {name: getattr(args, name) for name in SETTINGS}
+def check_settings(args, names):
+    """All runs of a folder have the same budget: other settings of these names are refused. Seeds, rows and
+    numbers of clips may grow."""
+    path, now = args.output_dir / "settings.json", {name: getattr(args, name) for name in names}
     if path.is_file():
         before = json.loads(path.read_text())
-        for name in SETTINGS:
+        for name in names:
             if before.get(name) != now[name]:
                 made = f"the runs in {args.output_dir} were made with {before.get(name)}"
                 raise UserError(f"--{name} is {now[name]}, but {made}: give another --output_dir.")
@@ -189,7 +189,7 @@ def check_settings(args):
 
 def ablate(args):
     """Every run that is not finished, and the table. Raises UserError at the end if some failed."""
-    check_settings(args)
+    check_settings(args, SETTINGS)
     waves = list_jobs(args)
     jobs = [*waves[0], *waves[1]]
     arms, problems, stopped, lock = {}, [], [], Lock()

@@ -30,6 +30,7 @@ else is undecided.
 """
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -38,7 +39,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lab import scenes
-from lab.ablate import Stopped, run
+from lab.ablate import Stopped, check_settings, run
 from lab.ablation_tables import cell, spread
 from lab.items import CONDITIONED
 from lab.pictures import save
@@ -67,9 +68,9 @@ TASK_FLAGS = {  # one task at k = 8
     "prediction": "--ddu condition --course prediction",
 }
 RATES = 3e-4, 1e-3, 3e-3  # peak rates that are tried for each arm: as many for each
-TRIAL_STEPS = 300
 NOTHING = 1e-12  # the rate of C3
-SETTINGS = "preset", "resolution", "max_train_steps", "trial_steps", "look_every"  # equal for all in a folder
+LOOKS = 48  # of every run at a fixed batch; every fourth also at held-out clips
+SETTINGS = "preset", "resolution", "max_train_steps"  # equal for all runs in a folder
 SETTINGS += "source", "base_clips", "base_steps", "base_rate", "target_clips"
 
 # ------------------------------------------------------------------------------------------------------------
@@ -94,35 +95,36 @@ def call_arm(args, folder, flags, data, seed, rate=None, steps=None, clips=None)
         words = ["-m", "lab.arm", *shlex.split(flags), "--data", str(data), "--output_dir", str(folder)]
         words += ["--preset", args.preset, "--resolution", str(args.resolution), "--seed", str(seed)]
         steps = steps or args.max_train_steps
-        words += ["--max_train_steps", str(steps), "--validation_steps", str(min(args.look_every, steps))]
+        words += ["--max_train_steps", str(steps), "--validation_steps", str(max(1, steps // LOOKS))]
         words += ["--learning_rate", str(rate)] if rate else []
         words += ["--max_train_samples", str(clips)] if clips else []
         words += ["--checkpointing_steps", "300", "--checkpoints_total_limit", "1"]
         words += ["--resume_from_checkpoint", "latest", "--num_workers", str(args.num_workers)]
         words += ["--cache_dir", str(args.cache_dir)]
-        run(words, folder.with_name(f"{folder.name}.log"), quiet=True, threads=args.threads)
+        run(words, folder.with_name(f"{folder.name}.log"), quiet=True, threads=os.cpu_count() or 1)
     return json.loads((folder / "arm.json").read_text())
 
 
-def best_rate(args, arm, flags, data):
-    """The rate of RATES with the lowest held-out loss after TRIAL_STEPS steps on the fewest clips, seed 0."""
+def best_rate(args, arm, task, flags, data):
+    """The rate of RATES with the lowest held-out loss after a quarter of the steps, fewest clips, seed 0."""
     losses = {}
     for rate in RATES:
         folder = args.output_dir / "rates" / f"{arm}-{rate:g}-{min(args.clips)}"
-        result = call_arm(args, folder, flags, data, 0, rate, args.trial_steps, min(args.clips))
-        losses[rate] = np.mean([result["losses"][task]["mean"] for task in tasks_of(flags)])
+        result = call_arm(
+            args, folder, flags, data, 0, rate, max(1, args.max_train_steps // 4), min(args.clips)
+        )
+        losses[rate] = np.mean([result["losses"][task]["mean"] for task in tasks_of(task)])
     return min(losses, key=losses.get)
 
 
-def tasks_of(flags):
-    """Which tasks a network with these flags is trained for."""
-    found = [task for task, words in TASK_FLAGS.items() if words in flags]
-    return found or list(CONDITIONED)
+def tasks_of(trained):
+    """The tasks of a network that was trained for one, or for "all"."""
+    return list(CONDITIONED) if trained == "all" else [trained]
 
 
 def compare(args):
     """Every run that is not finished, and the table after each."""
-    check_settings(args)
+    check_settings(args, SETTINGS)
     source, target = draw_sets(args)
     base = args.output_dir / f"base-{args.source}"
     every = "--network base --ddu condition --course constant"
@@ -142,7 +144,7 @@ def compare(args):
             rate, steps = NOTHING, 1
         else:  # the rate of the first of an arm's tasks is that of all
             if arm not in rates:
-                rates[arm] = best_rate(args, arm, flags, target)
+                rates[arm] = best_rate(args, arm, task, flags, target)
             rate, steps = rates[arm], None
         folder = args.output_dir / f"{arm}-{task}-{clips}-{seed}"
         result = call_arm(args, folder, flags, target, seed, rate, steps, clips)
@@ -159,7 +161,7 @@ def numbers(found):
     """{(arm, task, clips): {number: {seed: value}}} of every task that an arm was trained for."""
     rows = {}
     for (arm, trained, clips, seed), result in found.items():
-        for task in CONDITIONED if trained == "all" else (trained,):
+        for task in tasks_of(trained):
             network = result["scores"].get(task, {}).get("network", {})
             values = dict(loss=result["losses"][task]["mean"], dB=network.get("psnr"))
             values |= dict(frechet=network.get("frechet"), away=network.get("away"))
@@ -209,8 +211,8 @@ def write_report(args, found, rates):
     about = (
         f"`{args.preset}` at {args.resolution} pixels, {args.max_train_steps} steps; base: {args.base_steps} "
         f"steps on {args.base_clips} clips, {args.source}. Loss over unknown frames at k = 8, of held-out "
-        "clips; dB: of unknown frames; frechet: to the target, away: to what the base was trained on; mean ± "
-        "standard error of the seeds."
+        "clips; dB: of unknown frames; frechet: to the target, away: to what the base was trained on; mean "
+        "± standard error of the seeds."
     )
     text = [about, table(["clips", "task", "arm", "", "rate", "seeds", *names], lines)]
     text.append(verdict(rows, args.clips))
@@ -254,20 +256,6 @@ def plot(rows, found, counts):
 # Command line
 
 
-def check_settings(args):
-    """All runs of a folder have the same budget; seeds, arms and numbers of clips may grow."""
-    path, now = args.output_dir / "settings.json", {name: getattr(args, name) for name in SETTINGS}
-    if path.is_file():
-        before = json.loads(path.read_text())
-        for name in SETTINGS:
-            if before.get(name) != now[name]:
-                made = f"the runs in {args.output_dir} were made with {before.get(name)}"
-                raise UserError(f"--{name} is {now[name]}, but {made}: give another --output_dir.")
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as writing:
-        writing.write_text(json.dumps(now, indent=1))
-
-
 def parse_args(words=None):
     parser = Parser(
         "python -m lab.compare", description="DFGN from scratch against adapters (Tables 1 and 2)."
@@ -294,11 +282,8 @@ def parse_args(words=None):
     )
     add("--target_clips", type=number(int, 64), default=1500, help=f"drawn of the target {default}")
     add("--max_train_steps", type=count, default=1200, help=f"of every run {default}")
-    add("--trial_steps", type=count, default=TRIAL_STEPS, help=f"of every run that tries a rate {default}")
-    add("--look_every", type=count, default=100, help=f"steps between two looks at a fixed batch {default}")
     add("--preset", choices=SIZES, default="tiny", help=f"size of DFGN {default}")
     add("--resolution", type=number(int, 8, 4096), default=32, help=f"side of the frames in pixels {default}")
-    add("--threads", type=count, default=2, help=f"of every run {default}")
     work_flags(add, num_workers=0)
     args = parser.parse_args(words)
     args.cache_dir, args.output_dir = args.cache_dir or default_cache(), args.output_dir.resolve()

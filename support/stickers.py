@@ -226,9 +226,8 @@ def draw_set(folder, kind, suffix, label, draw, captions=True):
     def is_complete():
         if not all((folder / name).is_file() for name in needed):
             return False
-        return (folder / "stickers.json").read_text() == label and len(
-            list(folder.glob(f"*{suffix}"))
-        ) == count
+        same = (folder / "stickers.json").read_text() == label
+        return same and len(list(folder.glob(f"*{suffix}"))) == count
 
     if count < 1 or seed < 0:
         raise UserError(f"count must be at least 1 and seed at least 0, not {count} and {seed}.")

@@ -109,6 +109,7 @@ def test_every_arm_is_run_once_at_its_best_rate(called, tmp_path, monkeypatch):
     last = [words for words in called if "300" in words and "simda" in words and "1200" in words]
     assert {words[words.index("--learning_rate") + 1] for words in last} == {str(compare.RATES[1])}
     with_base = [words for words in called if "--base" in words]
+    assert len(with_base) == (4 * 3 + 1) * 2 + 4 * 3  # runs of B and C2, and of C3; trials of rates
     assert all(
         words[words.index("--base") + 1] == str(out / "base-far" / "checkpoint-3000") for words in with_base
     )

@@ -6,8 +6,9 @@ The paper's ablations: trains and measures the rows of Tables 3 and 4, equal see
     python -m lab.ablate --table 3 --output_dir runs/real --data stickers/
 
 Each (row, number of clips, seed) is a folder ROW-CLIPS-SEED of lab.arm, called as a program. What is finished
-is skipped and what was interrupted goes on, so the same command may be given again over days, with more
---seeds too. tableN.md, .json and .png are written anew after every run.
+(has an arm.json) is skipped and what was interrupted goes on, so the same command may be given again over
+days, with more --seeds too. tableN.md, .json and .png are written anew after every run. The runs behind
+docs/results.md are in docs/ablation: given as --output_dir, the tables come out without training.
 
 All is small, to be repeated on a laptop, and built so that the masks and the curriculum can show: few clips,
 most of them shorter than 8 frames; the loss over unknown frames of image + text to video, the task that the
@@ -174,8 +175,10 @@ def parse_args(words=None):
 
 def check_settings(args, names):
     """All runs of a folder have the same budget: other settings of these names are refused. Seeds, rows and
-    numbers of clips may grow."""
+    numbers of clips may grow. Of --data the name counts: a folder may stand elsewhere on another machine."""
     path, now = args.output_dir / "settings.json", {name: getattr(args, name) for name in names}
+    if now.get("data"):
+        now["data"] = Path(now["data"]).name
     if path.is_file():
         before = json.loads(path.read_text())
         for name in names:

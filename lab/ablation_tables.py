@@ -3,6 +3,7 @@ From finished arms to the tables of an ablation: tableN.json, tableN.md and tabl
 """
 
 import json
+from pathlib import Path
 
 import numpy as np
 from scipy.stats import t as student_t
@@ -13,7 +14,6 @@ from lab.pictures import save
 from lab.simulate_curriculum import swings
 from masks import LENGTHS, TASKS
 from support.common import replacing, table
-from support.log import read_log
 
 NAMES = {
     "conv3d": "DFGN (3D-Conv), two of 3 x 3 x 3",
@@ -42,17 +42,34 @@ PAIRS = {
 # Numbers
 
 
+LOGGED = "step", "probe", "G1", "G1_ranges", "G1_equal", "mean_k", "aim", "set_point", "difficulty"
+
+
+def digest(log):
+    """What arm.json keeps of a log with an entry per step: "log", the entries that looked at the fixed batch,
+    their mean_k a mean since the one before; "swings", see signal_swings."""
+    looks, since = [], []
+    for entry in log:
+        since.append(entry["mean_k"])
+        if "probe" in entry:
+            looks.append({name: entry[name] for name in LOGGED if name in entry})
+            looks[-1]["mean_k"] = float(np.mean(since))
+            since = []
+    return dict(log=looks, swings=signal_swings(log))
+
+
 def read_arm(folder):
-    """What the tables and pictures need of a finished arm."""
-    arm, log = json.loads((folder / "arm.json").read_text()), read_log(folder / "log.jsonl")
+    """What the tables and pictures need of a finished arm: its arm.json and "numbers"."""
+    arm = json.loads((folder / "arm.json").read_text())
+    log = arm["log"]
     seen = [entry for entry in log if "G1" in entry]
-    probe = np.array([entry["probe"] for entry in log if "probe" in entry])
+    probe = np.array([entry["probe"] for entry in log])
     scores = {task: rivals["network"] for task, rivals in arm["scores"].items()}
     numbers = {
         "loss": seen[-1]["G1"],
         "lowest loss": min(entry["G1"] for entry in seen),
         "jumps": jumps(probe),
-        "swings": signal_swings(log),
+        "swings": arm["swings"],
     }
     if "G1_equal" in seen[-1]:
         numbers["loss, equal frames"] = seen[-1]["G1_equal"]
@@ -62,14 +79,14 @@ def read_arm(folder):
     for quarter in (1, 2, 3):
         step = seen[-1]["step"] * quarter / 4
         numbers[f"loss at {quarter}/4"] = min(seen, key=lambda entry: abs(entry["step"] - step))["G1"]
-    return dict(arm, log=log, numbers=numbers)
+    return dict(arm, numbers=numbers)
 
 
 def signal_swings(log):
     """How much the loss that the controller reads swings: as simulate_curriculum.measure, of the L_s in the
-    log, which every curriculum keeps, whether it acts on it or not."""
-    L_s, horizon = np.array([entry["p_term"] for entry in log]) / K_P, round(HORIZON * len(log))
-    return float(swings(L_s, horizon)[horizon:].std())
+    log, which every curriculum keeps, whether it acts on it or not. None of fewer steps than its horizon."""
+    L_s, horizon = np.array([entry["p_term"] for entry in log]) / K_P, max(1, round(HORIZON * len(log)))
+    return float(swings(L_s, horizon)[horizon:].std()) if len(L_s) > horizon else None
 
 
 def jumps(probe):
@@ -214,10 +231,11 @@ def write_tables(number, arms, args):
     """Writes tableN.json, tableN.md and tableN.png of what is finished. arms: {(row, clips, seed): of
     read_arm}"""
     result = summarize(arms, PAIRS[number])
+    stickers = Path(args.data).name if args.data else "the built-in stickers"
     about = (
         f"Table {number}: `{args.preset}` at {args.resolution} pixels, {args.max_train_steps} steps, "
-        f"{args.data or 'the built-in stickers'}. Loss: Eq. 1 over the unknown frames of image + text to "
-        "video, k = 8, of held-out clips, after the last step."
+        f"{stickers}. Loss: Eq. 1 over the unknown frames of image + text to video, k = 8, of held-out "
+        "clips, after the last step."
     )
     parts = [about, *number_table(number, result)]
     parts.append(rivals_line(max(arms.values(), key=lambda arm: len(arm["scores"]))))

@@ -15,7 +15,8 @@ those it was trained on. A folder of yours has few such clips: its held-out ones
                  G1_equal: of equally spaced frames in the place of key frames, for a folder of yours;
                  probe: the loss of the weights as they are, on one fixed batch of all levels
     arm.json     written last: the loss of every task, on held-out clips and as "fit" on trained ones, and of
-                 every (task, k); Frechet distances and PSNR; what was drawn
+                 every (task, k); Frechet distances and PSNR; what was drawn; machine and commit; what the
+                 tables need of the log. This file alone is a finished arm: the rest may be deleted
 """
 
 import json
@@ -35,12 +36,14 @@ import masks
 import train
 from curriculum import Curriculum
 from lab import heldout, metrics, peers
+from lab.ablation_tables import digest
 from lab.eight_frames import draw_test_stickers
 from lab.evaluate import REAL_CLIPS, real_clips
 from lab.items import CONDITIONED, Item, given_frames
 from lab.rivals import line_up, vectors
 from lab.sampling import sample_items
 from lab.summary import RANGES, Clips, mean_se
+from lab.timing import machine
 from masks import LENGTHS, NUM_FRAMES, ROWS, TASKS
 from model import NUM_TIMESTEPS
 from sample import SAMPLING
@@ -73,19 +76,16 @@ class Course(Curriculum):
         return self.course[step]
 
 
-def course_of(strategy, total_steps, log=()):
-    """P(task, k) at every step of a curriculum, (steps, 3, 6); of "dcl" from its log, an entry per step."""
+def course_of(strategy, total_steps, aims=()):
+    """P(task, k) at every step of a curriculum, (steps, 3, 6); of "dcl" from its aims at every step."""
     if strategy != "dcl":
         return np.stack(
             [Curriculum(strategy, total_steps).probabilities(step) for step in range(total_steps)]
         )
-    aims = {entry["step"]: entry["aim"] for entry in log}
-    if set(aims) != set(range(1, total_steps + 1)):
-        raise UserError(
-            f"the log of the course has {len(aims)} steps of {total_steps}: finish that run first."
-        )
+    if len(aims) != total_steps:
+        raise UserError(f"the course has {len(aims)} steps, not {total_steps}: give a run of as many.")
     static = [curriculum.static_probabilities(step / max(total_steps - 1, 1)) for step in range(total_steps)]
-    adaptive = [curriculum.difficulty_map(aims[step + 1]) for step in range(total_steps)]
+    adaptive = [curriculum.difficulty_map(aim) for aim in aims]
     return np.stack([curriculum.balance(*pair) for pair in zip(static, adaptive)])
 
 
@@ -101,7 +101,10 @@ def make_course(name, total_steps):
         one = np.zeros(linear.shape[1:])
         one[TASKS.index(name), LENGTHS.index(NUM_FRAMES)] = 1
         return np.broadcast_to(one, linear.shape)
-    return course_of("dcl", total_steps, read_log(Path(name) / "log.jsonl"))
+    path = Path(name) / "arm.json"
+    if not path.is_file():
+        raise UserError(f"--course {name} has no arm.json: finish that run first.")
+    return course_of("dcl", total_steps, json.loads(path.read_text())["aims"])
 
 
 def set_order(path):
@@ -318,11 +321,13 @@ def finish(run, training, dataset, clips, arm):
     folder = args.output_dir / "items"
     folder.mkdir(exist_ok=True)
     log = read_log(args.output_dir / "log.jsonl")
-    about = dict(
-        clips=len(run.clips), test_clips=len(clips), global_batch=run.global_batch, latents=dataset.identity
-    )
+    aims = [entry["aim"] for entry in log] if args.curriculum == "dcl" and not arm.course else []
+    about = dict(machine=machine(), clips=len(run.clips), test_clips=len(clips))
+    about |= dict(global_batch=run.global_batch, latents=dataset.identity)
     with averaged(training.unet, training.average):
-        result = dict(about=about, losses=task_losses(run, denoiser, dataset, clips))
+        result = dict(
+            about=about, **digest(log), aims=aims, losses=task_losses(run, denoiser, dataset, clips)
+        )
         if trained := usable(run.clips):
             result["fit"] = task_losses(run, denoiser, run.dataset, trained)
         result["scores"] = sample_scores(run, denoiser, dataset, clips, folder, arm.away)
@@ -332,10 +337,10 @@ def finish(run, training, dataset, clips, arm):
         if arm.course:
             course = make_course(arm.course, args.max_train_steps)
         else:
-            course = course_of(args.curriculum, args.max_train_steps, log)
+            course = course_of(args.curriculum, args.max_train_steps, aims)
         result["drawn"] = shares_drawn(run, course)
     with replacing(args.output_dir / "arm.json") as writing:
-        writing.write_text(json.dumps(result, indent=1))
+        writing.write_text(json.dumps(result))
 
 
 def parse_args():

@@ -47,7 +47,6 @@ from model import SIZES
 from support import stickers
 from support.common import UserError, default_cache, one_sentence, replacing, table
 from support.flags import SEED, Parser, number, work_flags
-from support.log import read_log
 from support.pictures import pyplot
 
 plt = pyplot()
@@ -148,8 +147,8 @@ def compare(args):
             rate, steps = rates[arm], None
         folder = args.output_dir / f"{arm}-{task}-{clips}-{seed}"
         result = call_arm(args, folder, flags, target, seed, rate, steps, clips)
-        log = read_log(folder / "log.jsonl")
-        found[arm, task, clips, seed] = dict(result, curve=[(e["step"], e["G1"]) for e in log if "G1" in e])
+        curve = [(look["step"], look["G1"]) for look in result["log"] if "G1" in look]
+        found[arm, task, clips, seed] = dict(result, curve=curve)
         write_report(args, found, rates)
 
 

@@ -13,6 +13,7 @@ from curriculum import Curriculum
 from lab import ablate, ablation_tables, arm
 from masks import LENGTHS, TASKS
 from support.common import UserError
+from support.log import read_log
 
 LEVELS = [f"{task}, {k}" for task in TASKS for k in LENGTHS]
 
@@ -31,11 +32,12 @@ def fake_log(losses, every=10):
 
 def write_arm(folder, losses, condition_masks=True, cells=True):
     folder.mkdir(parents=True)
-    (folder / "log.jsonl").write_text("\n".join(map(json.dumps, fake_log(losses))))
     scores = {"image": {"network": dict(frechet=2.0, psnr=15.0), "cross-fade": dict(frechet=9.0, psnr=12.0)}}
     if condition_masks:
         scores["interpolation"] = {"network": dict(frechet=3.0, psnr=16.0)}
-    result = dict(about=dict(clips=300), scores=scores)
+    log = fake_log(losses)
+    result = dict(about=dict(clips=300), scores=scores, aims=[entry["aim"] for entry in log])
+    result |= ablation_tables.digest(log)
     if cells:
         result["cells"] = {level: dict(mean=1.0, relative=float(i)) for i, level in enumerate(LEVELS)}
         result["drawn"] = {"no frame given": 0.25, **dict.fromkeys(LEVELS, 1 / 24)}
@@ -96,20 +98,22 @@ def test_the_controls_of_the_curriculum():
 
 
 def test_a_yoked_course_is_what_the_other_run_drew(tmp_path):
-    this, log, drawn = Curriculum("dcl", 60), [], []
+    this, aims, drawn = Curriculum("dcl", 60), [], []
     rng = np.random.default_rng(0)
     for step in range(60):
         drawn.append(this.probabilities(step))
-        log.append(json.dumps(dict(step=step + 1, **this.terms(step))))
+        aims.append(this.terms(step)["aim"])
         this.update(rng.uniform(0.5, 1.5, curriculum.RANGES), np.ones(curriculum.RANGES))
-    (tmp_path / "log.jsonl").write_text("\n".join(log))
+    (tmp_path / "arm.json").write_text(json.dumps(dict(aims=aims)))
     course = arm.make_course(tmp_path, 60)
     assert (course == np.stack(drawn)).all() and not np.allclose(course, arm.make_course("constant", 60))
     follower = arm.Course(course)
     follower.update(np.full(curriculum.RANGES, 1e6), np.ones(curriculum.RANGES))  # whatever its own loss
     assert (follower.probabilities(33) == drawn[33]).all()
-    with pytest.raises(UserError, match="has 60 steps of 61"):
+    with pytest.raises(UserError, match="has 60 steps, not 61"):
         arm.make_course(tmp_path, 61)
+    with pytest.raises(UserError, match="elsewhere has no arm.json"):
+        arm.make_course(tmp_path / "elsewhere", 60)
 
 
 # Runs
@@ -232,6 +236,9 @@ def test_an_arm_trains_looks_and_measures(tmp_path, folder, cache, monkeypatch):
     found = ablation_tables.read_arm(out)
     assert [entry["step"] for entry in found["log"] if "probe" in entry] == [2, 4, 6]
     assert [entry["step"] for entry in found["log"] if "G1" in entry] == [6]  # every fourth time, and last
-    assert len(found["log"]) == 6 and found["log"][0]["p_interpolation"] == pytest.approx(0.2)
+    log = read_log(out / "log.jsonl")
+    assert len(log) == 6 and log[0]["p_interpolation"] == pytest.approx(0.2)
+    assert found["log"][1]["mean_k"] == np.mean([entry["mean_k"] for entry in log[2:4]])
+    assert found["aims"] == [] and "commit" in found["about"]["machine"]
     assert set(found["cells"]) == set(LEVELS) and found["scores"].keys() >= {"image", "prediction"}
     assert sum(share for name, share in found["drawn"].items() if name in LEVELS) == pytest.approx(1)

@@ -84,8 +84,8 @@ def called(monkeypatch, tmp_path):
         loss = abs(float(rate) - compare.RATES[1]) + 0.1
         losses = {task: dict(mean=loss, se=0.0) for task in CONDITIONED}
         scores = {task: dict(network=dict(frechet=1.0, psnr=2.0, away=3.0)) for task in CONDITIONED}
-        (folder / "arm.json").write_text(json.dumps(dict(losses=losses, fit=losses, scores=scores)))
-        (folder / "log.jsonl").write_text("\n".join(json.dumps(dict(step=s, G1=0.5 / s)) for s in (1, 2)))
+        log = [dict(step=step, G1=0.5 / step) for step in (1, 2)]
+        (folder / "arm.json").write_text(json.dumps(dict(losses=losses, fit=losses, scores=scores, log=log)))
 
     monkeypatch.setattr(compare, "run", run)
     monkeypatch.setattr(compare, "draw_sets", lambda args: (tmp_path / "source", tmp_path / "target"))

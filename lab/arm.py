@@ -378,6 +378,7 @@ def main():
     if arm.order:
         set_order(arm.order)
     train.LOG_EVERY = 1  # a course is read from the log
+    train.plot_progress = lambda *_: None  # so often that it would take a tenth of the time
     with ExitStack() as on_exit:
         world = train.World()
         build = train.build_network if arm.network == "dfgn" else make_network(arm)

@@ -21,6 +21,7 @@ import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from threading import Lock
 
@@ -81,6 +82,42 @@ def run(words, log, quiet, threads):
     if status:
         where = f", see {log}" if quiet else ""
         raise RuntimeError(f"lab.arm for {log.stem} ended with status {status}{where}")
+
+
+def in_parallel(waves, work, done, args, what):
+    """Calls work(job) for every job of every wave, --jobs at a time, and done(job, what it returned) one at a
+    time; a wave begins when the one before is done. A stop ends the program with 130; failures are collected,
+    and at the end one UserError tells of them."""
+    problems, stopped, count = [], [], sum(map(len, waves))
+    bar, lock = tqdm(desc=what, total=count, unit="run"), Lock()
+
+    def call(job):
+        if stopped:
+            return
+        try:
+            result = work(job)
+        except Stopped:
+            stopped.append(job)
+        except RuntimeError as error:
+            problems.append(str(error))
+        else:
+            with lock:
+                done(job, result)
+                bar.update()
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        try:
+            for wave in waves:
+                list(pool.map(call, wave))
+        except KeyboardInterrupt:  # the programs heard it too: each saves and ends, and no other is started
+            stopped.append(None)
+    bar.close()
+    if stopped:
+        print(f"{what}: stopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)
+    if problems:
+        failed = f"{len(problems)} of {count} runs failed, the first: {problems[0]}"
+        raise UserError(f"{failed}. The same command tries again.")
 
 
 def measured_order(folders):
@@ -191,42 +228,16 @@ def check_settings(args, names):
 
 
 def ablate(args):
-    """Every run that is not finished, and the table. Raises UserError at the end if some failed."""
+    """Every run that is not finished, and the table after each. Raises UserError if some failed."""
     check_settings(args, SETTINGS)
-    waves = list_jobs(args)
-    jobs = [*waves[0], *waves[1]]
-    arms, problems, stopped, lock = {}, [], [], Lock()
-    bar = tqdm(desc=f"Table {args.table}", total=len(jobs), unit="run")
+    arms = {}
 
-    def work(job):
-        if stopped:
-            return
-        try:
-            folder = finish(job, args, quiet=args.jobs > 1)
-        except Stopped:
-            stopped.append(job)
-            return
-        except RuntimeError as error:
-            problems.append(str(error))
-            return
-        with lock:
-            arms[job] = read_arm(folder)
-            write_tables(args.table, arms, args)
-            bar.update()
+    def done(job, folder):
+        arms[job] = read_arm(folder)
+        write_tables(args.table, arms, args)
 
-    with ThreadPoolExecutor(args.jobs) as pool:
-        try:
-            for wave in waves:
-                list(pool.map(work, wave))
-        except KeyboardInterrupt:  # the programs heard it too: each saves and ends, and no other is started
-            stopped.append(None)
-    bar.close()
-    if stopped:
-        print("lab.ablate: stopped; the same command goes on", file=sys.stderr)
-        sys.exit(130)
-    if problems:
-        failed = f"{len(problems)} of {len(jobs)} runs failed, the first: {problems[0]}"
-        raise UserError(f"{failed}. The same command tries again.")
+    work = partial(finish, args=args, quiet=args.jobs > 1)
+    in_parallel(list_jobs(args), work, done, args, f"Table {args.table}")
 
 
 def main():

@@ -14,9 +14,11 @@ those it was trained on. A folder of yours has few such clips: its held-out ones
                  averaged weights, on the same draws for every arm; G1_ranges: by range of timesteps;
                  G1_equal: of equally spaced frames in the place of key frames, for a folder of yours;
                  probe: the loss of the weights as they are, on one fixed batch of all levels
-    arm.json     written last: the loss of every task, on held-out clips and as "fit" on trained ones, and of
-                 every (task, k); Frechet distances and PSNR; what was drawn; machine and commit; what the
-                 tables need of the log. This file alone is a finished arm: the rest may be deleted
+    arm.json     written last: the loss of every task, on held-out clips and as "fit" on trained ones, and
+                 without a curriculum that of every (task, k); Frechet distances and PSNR; what was drawn;
+                 machine and commit; what the tables need of the log. This file alone is a finished arm: the
+                 rest may be deleted
+    samples.png  some samples below the real clips, as arm.json says under "samples"
 """
 
 import json
@@ -40,6 +42,7 @@ from lab.ablation_tables import digest
 from lab.eight_frames import draw_test_stickers
 from lab.evaluate import REAL_CLIPS, real_clips
 from lab.items import CONDITIONED, Item, given_frames
+from lab.pictures import show_samples
 from lab.rivals import line_up, vectors
 from lab.sampling import sample_items
 from lab.summary import RANGES, Clips, mean_se
@@ -209,9 +212,9 @@ def task_losses(run, denoiser, dataset, clips):
 
 
 def sample_scores(run, denoiser, dataset, clips, folder, away=None):
-    """{task: {rival: {"frechet", "psnr"}}} of samples of held-out clips: image and text to video, and with
-    condition masks interpolation and prediction. away: a folder of another domain; then "away", the Frechet
-    distance to that, is there, too."""
+    """Samples held-out clips: image and text to video, and with condition masks interpolation and prediction.
+    Returns {task: {rival: {"frechet", "psnr"}}} and what samples.png shows, [(task, row)]. away: a folder of
+    another domain; then "away", the Frechet distance to that, is there, too."""
     trained = run.args.ddu in masks.CONDITION_MASK_ON
     items = []
     for task, rows in CONDITIONED.items():
@@ -228,6 +231,7 @@ def sample_scores(run, denoiser, dataset, clips, folder, away=None):
     train_set = real_clips(codec, run.dataset, evenly(long, REAL_CLIPS))
     held_out = real_clips(codec, dataset, clips)
     seen = Clips(items, made, held_out | train_set, list(held_out), list(train_set))
+    shown = show_samples(items, made["network"], held_out, run.args.output_dir / "samples.png")
     if away:
         where = run.args.resolution, run.args.cache_dir
         other = data.open_dataset(Path(away), scan_folder(Path(away))[0], codec, *where)
@@ -248,7 +252,7 @@ def sample_scores(run, denoiser, dataset, clips, folder, away=None):
             if away:
                 distance = metrics.standardized_frechet(vectors(clips_made, given), vectors(far, given))
                 scores[task][name]["away"] = distance
-    return scores
+    return scores, shown
 
 
 def shares_drawn(run, course):
@@ -330,8 +334,9 @@ def finish(run, training, dataset, clips, arm):
         )
         if trained := usable(run.clips):
             result["fit"] = task_losses(run, denoiser, run.dataset, trained)
-        result["scores"] = sample_scores(run, denoiser, dataset, clips, folder, arm.away)
-        if args.ddu == "on":
+        scores = sample_scores(run, denoiser, dataset, clips, folder, arm.away)
+        result["scores"], result["samples"] = scores
+        if args.ddu == "on" and args.curriculum == "none":  # an order that no curriculum made
             result["cells"] = cell_losses(run, denoiser, dataset, clips)
     if args.ddu == "on":
         if arm.course:

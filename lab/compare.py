@@ -26,28 +26,31 @@ the best B by two standard errors of the difference, seed by seed, in two of thr
 of clips, and its lead there is larger than at the smallest; B is better likewise, lead and growth; anything
 else is undecided.
 
-    peers.json, peers.md, peers.png    written anew after every run; runs are resumed as lab.ablate resumes
+    peers.json, peers.md, peers.png, samples.png    written anew after every run; runs are resumed as those of
+                                                    lab.ablate. The base is trained when a run needs it
 """
 
 import json
 import os
 import shlex
-import sys
+from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
+import masks
 from lab import scenes
-from lab.ablate import Stopped, check_settings, run
+from lab.ablate import check_settings, in_parallel, run
 from lab.ablation_tables import cell, spread
 from lab.items import CONDITIONED
-from lab.pictures import save
+from lab.pictures import read_samples, save
+from masks import NUM_FRAMES, ROWS
 from model import SIZES
 from support import stickers
 from support.common import UserError, default_cache, one_sentence, replacing, table
 from support.flags import SEED, Parser, number, work_flags
-from support.pictures import pyplot
+from support.pictures import pyplot, sheet
 
 plt = pyplot()
 ARMS = {  # arm: (what it is, flags of lab.arm, a network for each task?, a trained base?)
@@ -76,6 +79,16 @@ SETTINGS += "source", "base_clips", "base_steps", "base_rate", "target_clips"
 # Runs
 
 
+class Job(NamedTuple):
+    folder: Path
+    arm: str
+    task: str  # or "all"
+    flags: str  # of lab.arm
+    clips: int
+    seed: int
+    rate: float | None = None  # of a trial
+
+
 def draw_sets(args):
     """The folders (source, target), each drawn once. A ninth of the target is held out."""
     root, count = args.output_dir / "data", args.target_clips
@@ -87,33 +100,21 @@ def draw_sets(args):
     return source, stickers.draw_stickers(root / f"target-{count}", count, words=stickers.half(2))
 
 
-def call_arm(args, folder, flags, data, seed, rate=None, steps=None, clips=None):
+def call_arm(args, folder, flags, data, seed, rate, steps, clips=None, threads=None):
     """Runs lab.arm unless it is finished. Returns its arm.json."""
     if not (folder / "arm.json").is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
         words = ["-m", "lab.arm", *shlex.split(flags), "--data", str(data), "--output_dir", str(folder)]
         words += ["--preset", args.preset, "--resolution", str(args.resolution), "--seed", str(seed)]
-        steps = steps or args.max_train_steps
         words += ["--max_train_steps", str(steps), "--validation_steps", str(max(1, steps // LOOKS))]
-        words += ["--learning_rate", str(rate)] if rate else []
+        words += ["--learning_rate", str(rate)]
         words += ["--max_train_samples", str(clips)] if clips else []
         words += ["--checkpointing_steps", "300", "--checkpoints_total_limit", "1"]
         words += ["--resume_from_checkpoint", "latest", "--num_workers", str(args.num_workers)]
         words += ["--cache_dir", str(args.cache_dir)]
-        run(words, folder.with_name(f"{folder.name}.log"), quiet=True, threads=os.cpu_count() or 1)
+        threads = threads or max(1, (os.cpu_count() or 1) // args.jobs)
+        run(words, folder.with_name(f"{folder.name}.log"), quiet=True, threads=threads)
     return json.loads((folder / "arm.json").read_text())
-
-
-def best_rate(args, arm, task, flags, data):
-    """The rate of RATES with the lowest held-out loss after a quarter of the steps, fewest clips, seed 0."""
-    losses = {}
-    for rate in RATES:
-        folder = args.output_dir / "rates" / f"{arm}-{rate:g}-{min(args.clips)}"
-        result = call_arm(
-            args, folder, flags, data, 0, rate, max(1, args.max_train_steps // 4), min(args.clips)
-        )
-        losses[rate] = np.mean([result["losses"][task]["mean"] for task in tasks_of(task)])
-    return min(losses, key=losses.get)
 
 
 def tasks_of(trained):
@@ -121,35 +122,62 @@ def tasks_of(trained):
     return list(CONDITIONED) if trained == "all" else [trained]
 
 
+def list_jobs(args, base, source):
+    """Trials of rates, then the runs: fewest clips first, then seed by seed."""
+    trials, runs = [], []
+    for arm in args.arms:
+        _, flags, for_each, needs_base = ARMS[arm]
+        flags += f" --base {shlex.quote(str(base))}" if needs_base else ""
+        flags += f" --away {shlex.quote(str(source))}"
+        tasks = {task: f"{flags} {more}" for task, more in TASK_FLAGS.items()} if for_each else {"all": flags}
+        first, fewest = next(iter(tasks)), min(args.clips)
+        for rate in RATES if arm != "C3" else ():  # the rate of the first task is that of all
+            folder = args.output_dir / "rates" / f"{arm}-{rate:g}-{fewest}"
+            trials.append(Job(folder, arm, first, tasks[first], fewest, 0, rate))
+        for clips, seed in product(args.clips, args.seeds):
+            for task in tasks:
+                folder = args.output_dir / f"{arm}-{task}-{clips}-{seed}"
+                runs.append(Job(folder, arm, task, tasks[task], clips, seed))
+    return trials, sorted(runs, key=lambda job: (job.clips, job.seed))
+
+
 def compare(args):
-    """Every run that is not finished, and the table after each."""
+    """Every run that is not finished, and the report after each. Raises UserError if some failed."""
     check_settings(args, SETTINGS)
     source, target = draw_sets(args)
     base = args.output_dir / f"base-{args.source}"
-    every = "--network base --ddu condition --course constant"
-    call_arm(args, base, every, source, 0, args.base_rate, args.base_steps)
-    base = base / f"checkpoint-{args.base_steps}"
-    jobs = []
-    for arm in args.arms:
-        about, flags, for_each, needs = ARMS[arm]
-        flags += f" --base {shlex.quote(str(base))}" if needs else ""
-        flags += f" --away {shlex.quote(str(source))}"
-        for task in TASK_FLAGS if for_each else ("all",):
-            jobs.append((arm, task, f"{flags} {TASK_FLAGS[task]}" if for_each else flags))
-    runs = [(seed, clips, *job) for clips in sorted(args.clips) for seed in args.seeds for job in jobs]
-    found, rates = {}, {}
-    for seed, clips, arm, task, flags in tqdm(runs, "comparison", unit="run"):
-        if arm == "C3":
+    trained = base / f"checkpoint-{args.base_steps}"
+    trials, runs = list_jobs(args, trained, source)
+    if any(ARMS[job.arm][3] and not (job.folder / "arm.json").is_file() for job in (*trials, *runs)):
+        if not trained.is_dir():  # its report may have come from another machine, without it
+            (base / "arm.json").unlink(missing_ok=True)
+        every = "--network base --ddu condition --course constant"
+        call_arm(args, base, every, source, 0, args.base_rate, args.base_steps, threads=os.cpu_count())
+    losses, found = {arm: {} for arm in args.arms}, {}
+
+    def work(job):
+        rate, steps = job.rate, args.max_train_steps
+        if rate:
+            steps = max(1, steps // 4)
+        elif job.arm == "C3":
             rate, steps = NOTHING, 1
-        else:  # the rate of the first of an arm's tasks is that of all
-            if arm not in rates:
-                rates[arm] = best_rate(args, arm, task, flags, target)
-            rate, steps = rates[arm], None
-        folder = args.output_dir / f"{arm}-{task}-{clips}-{seed}"
-        result = call_arm(args, folder, flags, target, seed, rate, steps, clips)
+        elif len(losses[job.arm]) == len(RATES):
+            rate = min(losses[job.arm], key=losses[job.arm].get)
+        else:
+            raise RuntimeError(f"{job.folder.name} needs the trials of its rate first")
+        return call_arm(args, job.folder, job.flags, target, job.seed, rate, steps, job.clips)
+
+    def done(job, result):
+        if job.rate:
+            held_out = [result["losses"][task]["mean"] for task in tasks_of(job.task)]
+            losses[job.arm][job.rate] = np.mean(held_out)
+            return
         curve = [(look["step"], look["G1"]) for look in result["log"] if "G1" in look]
-        found[arm, task, clips, seed] = dict(result, curve=curve)
-        write_report(args, found, rates)
+        key = job.arm, job.task, job.clips, job.seed
+        found[key] = dict(result, curve=curve, folder=job.folder)
+        write_report(args, found, {arm: min(tried, key=tried.get) for arm, tried in losses.items() if tried})
+
+    in_parallel([trials, runs], work, done, args, "comparison")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -220,6 +248,8 @@ def write_report(args, found, rates):
         with replacing(args.output_dir / f"peers.{name}") as writing:
             writing.write_text(content, encoding="utf-8")
     save(plot(rows, found, args.clips), args.output_dir / "peers.png")
+    if page := draw_samples(found, min(args.clips), args.seeds[0]):
+        save(page, args.output_dir / "samples.png")
 
 
 def plot(rows, found, counts):
@@ -249,6 +279,25 @@ def plot(rows, found, counts):
         axis.set_axis_off()
     figure.tight_layout()
     return figure
+
+
+def draw_samples(found, clips, seed):
+    """PIL.Image, or None without samples: for each task two real clips side by side, and below them what
+    every arm that was trained for the task made of them, with the same noise."""
+    rows, labels, marks = [], [], []
+    for task in CONDITIONED:
+        for arm, (about, *_) in ARMS.items():
+            result = found.get((arm, task, clips, seed)) or found.get((arm, "all", clips, seed))
+            if not (result and (result["folder"] / "samples.png").is_file()):
+                continue
+            mine = [i for i, (other, _) in enumerate(result["samples"]) if other == task]
+            real, made = (np.concatenate(x[mine]) for x in read_samples(result["folder"] / "samples.png"))
+            given = [masks.condition_mask(ROWS[result["samples"][i][1]], NUM_FRAMES) for i in mine]
+            if f"{task}: real clips" not in labels:
+                rows, labels, marks = [*rows, real], [*labels, f"{task}: real clips"], [*marks, ()]
+            rows, labels = [*rows, made], [*labels, f"{arm}: {about}"]
+            marks.append(np.concatenate(given).tolist())
+    return sheet(rows, labels, marks=marks) if rows else None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -283,6 +332,7 @@ def parse_args(words=None):
     add("--max_train_steps", type=count, default=1200, help=f"of every run {default}")
     add("--preset", choices=SIZES, default="tiny", help=f"size of DFGN {default}")
     add("--resolution", type=number(int, 8, 4096), default=32, help=f"side of the frames in pixels {default}")
+    add("--jobs", type=count, default=2, help=f"runs at a time, which share the CPU's cores {default}")
     work_flags(add, num_workers=0)
     args = parser.parse_args(words)
     args.cache_dir, args.output_dir = args.cache_dir or default_cache(), args.output_dir.resolve()
@@ -296,14 +346,8 @@ def parse_args(words=None):
 def main():
     with one_sentence("lab.compare"):
         args = parse_args()
-        try:
-            compare(args)
-        except Stopped:
-            print("lab.compare: stopped; the same command goes on", file=sys.stderr)
-            sys.exit(130)
-        except RuntimeError as error:
-            raise UserError(f"{error}. The same command tries again.") from error
-        print(f"wrote {args.output_dir}/peers.md, .json and .png")
+        compare(args)
+        print(f"wrote {args.output_dir}/peers.md, .json and .png, and samples.png")
 
 
 if __name__ == "__main__":

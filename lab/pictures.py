@@ -1,8 +1,10 @@
 """
-Pictures of a report: the loss of every (task, k), the loss over the diffusion step and sheets of samples.
+Pictures of a report: the loss of every (task, k), the loss over the diffusion step and sheets of samples;
+and the samples that an arm leaves.
 """
 
 import numpy as np
+from PIL import Image
 
 from lab import metrics
 from lab.items import given_frames
@@ -12,6 +14,7 @@ from support.pictures import pyplot, sheet
 
 plt = pyplot()
 SHEET_ITEMS = 8  # samples of each task on its sheet
+STRIPS = 0, 17  # which samples of each task samples.png has: of different rows of Table 7
 
 
 def save(image, path):
@@ -83,3 +86,30 @@ def sample_sheet(task, clips, readings):
         for lines, line in zip((rows, labels, marks), zip(*shown)):
             lines += line
     return sheet(rows, labels, marks=marks)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# samples.png of an arm
+
+
+def show_samples(items, made, real, path):
+    """Writes samples.png: for each of a few samples the real clip, and below it what was made, a row of 8
+    frames each, without gaps. Returns the (task, row) of each."""
+    strips, shown = [], []
+    for task in dict.fromkeys(item.task for item in items):
+        mine = [i for i, item in enumerate(items) if item.task == task]
+        for i in (mine[j % len(mine)] for j in STRIPS):
+            strips += [real[items[i].clip], made[i]]
+            shown.append((task, items[i].row))
+    picture = np.stack(strips).swapaxes(1, 2)  # (rows, 8, R, R, 3) -> (rows, R, 8, R, 3)
+    rows, height, frames, width, _ = picture.shape
+    save(Image.fromarray(picture.reshape(rows * height, frames * width, 3)), path)
+    return shown
+
+
+def read_samples(path):
+    """The real clips and the samples of a samples.png: two uint8 (N, 8, R, R, 3)"""
+    picture = np.asarray(Image.open(path))
+    side = picture.shape[1] // NUM_FRAMES
+    clips = picture.reshape(-1, side, NUM_FRAMES, side, 3).swapaxes(1, 2)
+    return clips[::2], clips[1::2]

@@ -228,7 +228,18 @@ def test_an_arm_trains_looks_and_measures(tmp_path, folder, cache, monkeypatch):
     monkeypatch.setattr(arm, "SAMPLING_STEPS", 2)
     monkeypatch.setattr(arm, "REAL_CLIPS", 4)
     out = tmp_path / "arm"
-    words = ["--course", "reversed", "--preset", "toy", "--resolution", "16", "--output_dir", str(out)]
+    words = [
+        "--course",
+        "reversed",
+        "--curriculum",
+        "none",
+        "--preset",
+        "toy",
+        "--resolution",
+        "16",
+        "--output_dir",
+        str(out),
+    ]
     words += ["--max_train_steps", "6", "--validation_steps", "2", "--no-prior", "--mixed_precision", "no"]
     words += ["--num_workers", "0", "--resume_from_checkpoint", "latest", "--cache_dir", str(cache)]
     monkeypatch.setattr(sys, "argv", ["lab.arm", *words])

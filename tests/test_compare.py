@@ -10,8 +10,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lab import arm, compare, peers
-from lab.items import CONDITIONED
+from lab.items import CONDITIONED, Item
+from lab.pictures import read_samples, show_samples
 from support.common import UserError
+from support.pictures import GAP, LINE
 
 TINY = dict(block_out_channels=(16, 32), layers_per_block=1, attention_head_dim=8, norm_num_groups=4)
 TINY |= {name: peers.LAPTOP[name] for name in ("down_block_types", "up_block_types", "cross_attention_dim")}
@@ -85,7 +87,12 @@ def called(monkeypatch, tmp_path):
         losses = {task: dict(mean=loss, se=0.0) for task in CONDITIONED}
         scores = {task: dict(network=dict(frechet=1.0, psnr=2.0, away=3.0)) for task in CONDITIONED}
         log = [dict(step=step, G1=0.5 / step) for step in (1, 2)]
-        (folder / "arm.json").write_text(json.dumps(dict(losses=losses, fit=losses, scores=scores, log=log)))
+        clips = {"a": np.full((8, 4, 4, 3), 9, np.uint8)}
+        items = [Item(task, CONDITIONED[task][0], "", "a", (), True) for task in CONDITIONED]
+        shown = show_samples(items, list(clips.values()) * 3, clips, folder / "samples.png")
+        (folder / "arm.json").write_text(
+            json.dumps(dict(losses=losses, fit=losses, scores=scores, log=log, samples=shown))
+        )
 
     monkeypatch.setattr(compare, "run", run)
     monkeypatch.setattr(compare, "draw_sets", lambda args: (tmp_path / "source", tmp_path / "target"))
@@ -117,6 +124,9 @@ def test_every_arm_is_run_once_at_its_best_rate(called, tmp_path, monkeypatch):
     assert "| 300 | prediction | B-simda | base + SimDA | 0.001 | 2 | 0.1000 ± 0.0000 |" in page
     assert "neither A nor the best B" in page
     assert Image.open(out / "peers.png").format == "PNG"
+    width, height = Image.open(out / "samples.png").size
+    rows = len(CONDITIONED) * (1 + len(compare.ARMS))
+    assert width == 16 * (4 + GAP) + GAP and height >= rows * (4 + GAP + LINE) + GAP
     with pytest.raises(UserError, match="--max_train_steps is 7"):
         call(*words, "--max_train_steps", 7)
 
@@ -164,6 +174,10 @@ def test_a_base_is_trained_and_then_its_adapters_alone(run_arm, folder):
     assert set(result["losses"]) == set(result["fit"]) == set(CONDITIONED)
     assert np.isfinite([x["mean"] for x in result["losses"].values()]).all()
     assert result["scores"]["image"]["network"].keys() == {"frechet", "psnr", "away"}
+    real, made = read_samples(peer / "samples.png")
+    assert real.shape == made.shape == (len(result["samples"]), 8, 16, 16, 3)
+    error = np.abs(real.astype(float) - made).mean(axis=(2, 3, 4))
+    assert (error[:, 0] < error.max(axis=1) / 2).all()  # the first frame is given
 
 
 @pytest.mark.parametrize(

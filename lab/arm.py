@@ -334,8 +334,10 @@ def finish(run, training, dataset, clips, arm):
         )
         if trained := usable(run.clips):
             result["fit"] = task_losses(run, denoiser, run.dataset, trained)
-        scores = sample_scores(run, denoiser, dataset, clips, folder, arm.away)
-        result["scores"], result["samples"] = scores
+        result["scores"], result["samples"] = {}, []
+        if not arm.no_samples:
+            scores = sample_scores(run, denoiser, dataset, clips, folder, arm.away)
+            result["scores"], result["samples"] = scores
         if args.ddu == "on" and args.curriculum == "none":  # an order that no curriculum made
             result["cells"] = cell_losses(run, denoiser, dataset, clips)
     if args.ddu == "on":
@@ -361,6 +363,8 @@ def parse_args():
     parser.add_argument("--course", metavar="NAME|DIR", type=filled, help=course)
     order = "JSON file of 3 x 6 difficulties in the place of the paper's"
     parser.add_argument("--order", metavar="FILE", type=filled, help=order)
+    alone = "no samples, so losses alone are measured"
+    parser.add_argument("--no_samples", action="store_true", help=alone)
     arm, rest = parser.parse_known_args()
     sys.argv = [sys.argv[0], *rest]
     args = train.parse_args(train.PRESETS)

@@ -71,7 +71,7 @@ TASK_FLAGS = {  # one task at k = 8
 }
 RATES = 3e-4, 1e-3, 3e-3  # peak rates that are tried for each arm: as many for each
 NOTHING = 1e-12  # the rate of C3
-LOOKS = 48  # of every run at a fixed batch; every fourth also at held-out clips
+LOOKS = 24  # of every run at a fixed batch; every fourth also at held-out clips
 SETTINGS = "preset", "resolution", "max_train_steps"  # equal for all runs in a folder
 SETTINGS += "source", "base_clips", "base_steps", "base_rate", "target_clips"
 
@@ -81,12 +81,12 @@ SETTINGS += "source", "base_clips", "base_steps", "base_rate", "target_clips"
 
 class Job(NamedTuple):
     folder: Path
-    arm: str
+    arm: str  # or "base"
     task: str  # or "all"
     flags: str  # of lab.arm
-    clips: int
+    clips: int | None  # None: all
     seed: int
-    rate: float | None = None  # of a trial
+    rate: float | None = None  # of a trial and of the base
 
 
 def draw_sets(args):
@@ -100,19 +100,20 @@ def draw_sets(args):
     return source, stickers.draw_stickers(root / f"target-{count}", count, words=stickers.half(2))
 
 
-def call_arm(args, folder, flags, data, seed, rate, steps, clips=None, threads=None):
-    """Runs lab.arm unless it is finished. Returns its arm.json."""
+def call_arm(args, job, data, rate, steps, jobs):
+    """Runs lab.arm unless it is finished. jobs: at a time. Returns its arm.json."""
+    folder = job.folder
     if not (folder / "arm.json").is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        words = ["-m", "lab.arm", *shlex.split(flags), "--data", str(data), "--output_dir", str(folder)]
-        words += ["--preset", args.preset, "--resolution", str(args.resolution), "--seed", str(seed)]
+        words = ["-m", "lab.arm", *shlex.split(job.flags), "--data", str(data), "--output_dir", str(folder)]
+        words += ["--preset", args.preset, "--resolution", str(args.resolution), "--seed", str(job.seed)]
         words += ["--max_train_steps", str(steps), "--validation_steps", str(max(1, steps // LOOKS))]
         words += ["--learning_rate", str(rate)]
-        words += ["--max_train_samples", str(clips)] if clips else []
+        words += ["--max_train_samples", str(job.clips)] if job.clips else []
         words += ["--checkpointing_steps", "300", "--checkpoints_total_limit", "1"]
         words += ["--resume_from_checkpoint", "latest", "--num_workers", str(args.num_workers)]
         words += ["--cache_dir", str(args.cache_dir)]
-        threads = threads or max(1, (os.cpu_count() or 1) // args.jobs)
+        threads = max(1, (os.cpu_count() or 1) // jobs)
         run(words, folder.with_name(f"{folder.name}.log"), quiet=True, threads=threads)
     return json.loads((folder / "arm.json").read_text())
 
@@ -133,7 +134,7 @@ def list_jobs(args, base, source):
         first, fewest = next(iter(tasks)), min(args.clips)
         for rate in RATES if arm != "C3" else ():  # the rate of the first task is that of all
             folder = args.output_dir / "rates" / f"{arm}-{rate:g}-{fewest}"
-            trials.append(Job(folder, arm, first, tasks[first], fewest, 0, rate))
+            trials.append(Job(folder, arm, first, f"{tasks[first]} --no_samples", fewest, 0, rate))
         for clips, seed in product(args.clips, args.seeds):
             for task in tasks:
                 folder = args.output_dir / f"{arm}-{task}-{clips}-{seed}"
@@ -145,17 +146,18 @@ def compare(args):
     """Every run that is not finished, and the report after each. Raises UserError if some failed."""
     check_settings(args, SETTINGS)
     source, target = draw_sets(args)
-    base = args.output_dir / f"base-{args.source}"
-    trained = base / f"checkpoint-{args.base_steps}"
+    every = "--network base --ddu condition --course constant --no_samples"
+    base = Job(args.output_dir / f"base-{args.source}", "base", "all", every, None, 0, args.base_rate)
+    trained = base.folder / f"checkpoint-{args.base_steps}"
     trials, runs = list_jobs(args, trained, source)
-    if any(ARMS[job.arm][3] and not (job.folder / "arm.json").is_file() for job in (*trials, *runs)):
-        if not trained.is_dir():  # its report may have come from another machine, without it
-            (base / "arm.json").unlink(missing_ok=True)
-        every = "--network base --ddu condition --course constant"
-        call_arm(args, base, every, source, 0, args.base_rate, args.base_steps, threads=os.cpu_count())
+    wanted = any(ARMS[job.arm][3] and not (job.folder / "arm.json").is_file() for job in (*trials, *runs))
+    if wanted and not trained.is_dir():  # what was found may have come from another machine, without it
+        (base.folder / "arm.json").unlink(missing_ok=True)
     losses, found = {arm: {} for arm in args.arms}, {}
 
     def work(job):
+        if job is base:
+            return call_arm(args, job, source, job.rate, args.base_steps, jobs=1)
         rate, steps = job.rate, args.max_train_steps
         if rate:
             steps = max(1, steps // 4)
@@ -165,9 +167,11 @@ def compare(args):
             rate = min(losses[job.arm], key=losses[job.arm].get)
         else:
             raise RuntimeError(f"{job.folder.name} needs the trials of its rate first")
-        return call_arm(args, job.folder, job.flags, target, job.seed, rate, steps, job.clips)
+        return call_arm(args, job, target, rate, steps, args.jobs)
 
     def done(job, result):
+        if job is base:
+            return
         if job.rate:
             held_out = [result["losses"][task]["mean"] for task in tasks_of(job.task)]
             losses[job.arm][job.rate] = np.mean(held_out)
@@ -177,7 +181,7 @@ def compare(args):
         found[key] = dict(result, curve=curve, folder=job.folder)
         write_report(args, found, {arm: min(tried, key=tried.get) for arm, tried in losses.items() if tried})
 
-    in_parallel([trials, runs], work, done, args, "comparison")
+    in_parallel([[base] * wanted, trials, runs], work, done, args, "comparison")
 
 
 # ------------------------------------------------------------------------------------------------------------

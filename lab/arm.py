@@ -51,6 +51,7 @@ from masks import LENGTHS, NUM_FRAMES, ROWS, TASKS
 from model import NUM_TIMESTEPS
 from sample import SAMPLING
 from support.common import UserError, evenly, one_sentence, replacing
+from support.encoders import MAX_TOKENS
 from support.flags import Parser, filled
 from support.folder import scan_folder
 from support.log import read_log
@@ -282,17 +283,25 @@ def make_network(arm):
     def build(args, world, encoders, fresh):
         channels = encoders.codec.latent_channels
         condition = channels if encoders.prior is None else 2 * channels
+        settings = dict(text_tokens=MAX_TOKENS) if args.clip else {}
         torch.manual_seed(args.seed)
         if arm.base:
-            base = peers.load_base(arm.base)
+            base, settings = peers.load_base(arm.base)
             found = base.config.out_channels, base.config.in_channels
             if found != (channels, condition):
                 what = f"--base {arm.base} has {found[0]} channels of latents and takes {found[1]}"
-                raise UserError(f"{what}, not {channels} and {condition}: give a base of this --vae.")
+                way_out = "add --no-prior" if found == (channels, channels) else "give a base of this --vae"
+                raise UserError(f"{what}, not {channels} and {condition}: {way_out}.")
         else:
             base = peers.make_base(channels, condition, **peers.LAPTOP)
-        widths = dict(clip_dim=encoders.clip.width, t5_dim=encoders.t5.width)
-        peer = peers.build_peer(arm.network, base, **widths)
+        settings |= dict(clip_dim=encoders.clip.width, t5_dim=encoders.t5.width)
+        if settings.get("prediction") == "v":  # I2VGen-XL's own weights know a first frame alone
+            settings["learn_condition"] = args.ddu == "condition"
+        peer = peers.build_peer(arm.network, base, **settings)
+        if args.mixed_precision == "bf16":
+            for weight in peer.parameters():
+                if not weight.requires_grad:  # half of the memory of a frozen base
+                    weight.data = weight.data.to(torch.bfloat16)
         return prepare(peer, world.device).train()
 
     return build
@@ -328,10 +337,9 @@ def finish(run, training, dataset, clips, arm):
     aims = [entry["aim"] for entry in log] if args.curriculum == "dcl" and not arm.course else []
     about = dict(machine=machine(), clips=len(run.clips), test_clips=len(clips))
     about |= dict(global_batch=run.global_batch, latents=dataset.identity)
+    result = dict(about=about, **digest(log), aims=aims)
     with averaged(training.unet, training.average):
-        result = dict(
-            about=about, **digest(log), aims=aims, losses=task_losses(run, denoiser, dataset, clips)
-        )
+        result["losses"] = task_losses(run, denoiser, dataset, clips)
         if trained := usable(run.clips):
             result["fit"] = task_losses(run, denoiser, run.dataset, trained)
         result["scores"], result["samples"] = {}, []
@@ -355,7 +363,7 @@ def parse_args():
     parser = Parser("python -m lab.arm", description="Train and measure one arm; other flags are train.py's.")
     network = "what is trained: dfgn, or of lab/peers.py base, cav, i2v or simda"
     parser.add_argument("--network", choices=("dfgn", *peers.CHOICES["name"]), default="dfgn", help=network)
-    base = "a trained base for --network, a folder or hub id (default: random weights)"
+    base = "trained base of --network: a folder or hub id, ali-vilab/i2vgen-xl too (default: random weights)"
     parser.add_argument("--base", metavar="DIR", type=filled, help=base)
     away = "a folder of another domain: how far samples are from that, too"
     parser.add_argument("--away", metavar="DIR", type=filled, help=away)

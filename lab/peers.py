@@ -45,6 +45,7 @@ from support.prior import nearest_given
 # base: the network itself, of which everything learns
 CHOICES = dict(name=("base", "cav", "i2v", "simda"), absorber=("space", "none"), prediction=("eps", "v"))
 FPS = 16  # what I2VGen-XL's own pipeline says unless told otherwise: key frames have no rate
+I2VGEN_XL = dict(prediction="v", text_tokens=77)  # how its weights were trained
 # A base that two CPU cores train. For latents of 16 channels beside a prior's estimate it has 7.5M weights;
 # 1.6M of them embed an image that is never given, the others are 1.5 times those of `tiny`, as in the paper.
 LAPTOP = dict(block_out_channels=(48, 80), layers_per_block=1, attention_head_dim=16, norm_num_groups=8)
@@ -207,8 +208,9 @@ def make_base(latent_channels=4, condition_channels=None, **shape):
 
 def load_base(source):
     """The base in a folder or hub id: I2VGen-XL's, whole or its unet/ alone, or a model of ours that was
-    trained as `base`, averaged weights first. Raises UserError (EncoderError) if it is of another class, its
-    weights are missing or do not fit its config.json, or are not safetensors."""
+    trained as `base`, averaged weights first. Returns it and the settings of Peer that it was trained under.
+    Raises UserError (EncoderError) if it is of another class, its weights are missing or do not fit its
+    config.json, or are not safetensors."""
 
     def network_of(config):
         for network in (I2VGenXLUNet, Peer):
@@ -227,11 +229,11 @@ def load_base(source):
 
     found = load_pretrained("--base", source, ("unet_ema", "unet"), load, build)
     if isinstance(found, I2VGenXLUNet):
-        return mend(found)
+        return mend(found), dict(I2VGEN_XL)
     with torch.device("meta"):  # another one, without the hook of that Peer
         base = make_base(found.config.latent_channels, found.config.condition_channels, **found.config.shape)
     base.load_state_dict(found.base.state_dict(), assign=True)
-    return base
+    return base, {name: found.config[name] for name in I2VGEN_XL}
 
 
 def matched_timesteps():
@@ -263,7 +265,7 @@ class Peer(ModelMixin, ConfigMixin):
         condition_channels=None,  # None: C, the given frames; 2 C: the prior's estimate, too
         clip_dim=1024,  # width of the text states; those of T5 are not looked at
         t5_dim=1024,
-        text_tokens=24,  # all captions have as many, since the base has no mask for text; CLIP: 77
+        text_tokens=24,  # all captions have as many, since the base has no mask for text; more are cut
         rank=4,  # cav: of LoRA
         absorber="space",  # cav: S-LoRA learns with T-LoRA and stays; "none": T-LoRA alone
         learn_condition=False,  # let the way in of given latents learn, made for a first frame alone

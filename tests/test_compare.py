@@ -3,9 +3,12 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from diffusers import I2VGenXLUNet
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -13,7 +16,10 @@ from lab import arm, compare, peers
 from lab.items import CONDITIONED, Item
 from lab.pictures import read_samples, show_samples
 from support.common import UserError
+from support.machine import precision
 from support.pictures import GAP, LINE
+from tests.tiny_parts import make_parts
+from tests.toys import toy_inputs
 
 TINY = dict(block_out_channels=(16, 32), layers_per_block=1, attention_head_dim=8, norm_num_groups=4)
 TINY |= {name: peers.LAPTOP[name] for name in ("down_block_types", "up_block_types", "cross_attention_dim")}
@@ -178,6 +184,40 @@ def test_a_base_is_trained_and_then_its_adapters_alone(run_arm, folder):
     assert real.shape == made.shape == (len(result["samples"]), 8, 16, 16, 3)
     error = np.abs(real.astype(float) - made).mean(axis=(2, 3, 4))
     assert (error[:, 0] < error.max(axis=1) / 2).all()  # the first frame is given
+
+
+def test_adapters_are_trained_on_the_weights_of_i2vgen_xl(run_arm, tmp_path):
+    """A folder as diffusers saves it, with pre-trained parts: velocities under their own schedule."""
+    vae, clip, t5 = make_parts(tmp_path / "parts")
+    shape = {name: value for name, value in TINY.items() if name != "cross_attention_dim"}
+    unet = I2VGenXLUNet(in_channels=4, out_channels=4, **shape, cross_attention_dim=32)
+    unet.save_pretrained(tmp_path / "i2vgen-xl" / "unet")
+    words = ["--network", "cav", "--base", tmp_path / "i2vgen-xl", "--vae", vae, "--clip", clip, "--t5", t5]
+    with pytest.raises(SystemExit):
+        run_arm("refused", *words, "--ddu", "off")
+    peer, result = run_arm("peer", *words, "--ddu", "condition", "--course", "prediction", "--no-prior")
+    config = json.loads((peer / "checkpoint-2" / "unet" / "config.json").read_text())
+    wanted = dict(prediction="v", text_tokens=77, learn_condition=True, condition_channels=4)
+    assert wanted.items() <= config.items()
+    after, learn = weights(peer, "unet"), ("image_latents_proj_in", "image_latents_temporal_encoder")
+    for name, before in unet.state_dict().items():
+        assert (before == after[name]).all() != name.startswith(learn), name
+    assert np.isfinite([x["mean"] for x in result["losses"].values()]).all()
+
+
+def test_a_frozen_base_is_held_in_half_precision(monkeypatch):
+    monkeypatch.setattr(peers, "LAPTOP", TINY)
+    text, codec = SimpleNamespace(width=256), SimpleNamespace(latent_channels=4)
+    encoders = SimpleNamespace(codec=codec, prior=None, clip=text, t5=text)
+    args = SimpleNamespace(seed=0, clip=None, ddu="off", mixed_precision="bf16")
+    arm_ = SimpleNamespace(network="i2v", base=None)
+    peer = arm.make_network(arm_)(args, SimpleNamespace(device=torch.device("cpu")), encoders, True)
+    kinds = {weight.requires_grad: weight.dtype for weight in peer.parameters()}
+    assert kinds == {True: torch.float32, False: torch.bfloat16}
+    assert all(weight.dtype == kinds[weight.requires_grad] for weight in peer.parameters())
+    with precision("cpu", "bf16"):
+        peer(*toy_inputs(peer)).square().mean().backward()
+    assert all(weight.grad is not None for weight in peer.trainable().values())
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ PROGRAMS = ["train", "sample", "data", "support.stickers"]
 PROGRAMS += [
     "lab.evaluate",
     "lab.ablate",
+    "lab.arm",
     "lab.bench",
     "lab.simulate_curriculum",
     "lab.train_vae",

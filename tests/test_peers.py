@@ -381,7 +381,9 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("whole", [False, True])
 def test_a_base_of_diffusers_is_loaded(folder, whole):
     assert json.loads((folder / "config.json").read_text())["_class_name"] == "I2VGenXLUNet"
-    peer = build_peer("base", load_base(folder.parent if whole else folder)).eval()
+    base, settings = load_base(folder.parent if whole else folder)
+    assert settings == dict(prediction="v", text_tokens=77)
+    peer = build_peer("base", base).eval()
     inputs = toy_inputs(peer)
     assert alike(peer(*inputs), shared_peer("base")(*inputs))
 
@@ -391,7 +393,9 @@ def test_a_base_that_was_trained_here_is_loaded(tmp_path):
     """Latents of six channels, and the prior's estimate, for which diffusers' own class has no field."""
     trained = tiny_peer("base", (6, 12))
     trained.save_pretrained(tmp_path / "unet")
-    peer, inputs = build_peer("cav", load_base(tmp_path)).eval(), toy_inputs(trained)
+    base, settings = load_base(tmp_path)
+    assert settings == dict(prediction="eps", text_tokens=24)
+    peer, inputs = build_peer("cav", base, **settings).eval(), toy_inputs(trained)
     assert alike(peer(*inputs), trained(*inputs))
     with pytest.raises(ValueError, match="part of another Peer"):
         build_peer("simda", peer.base)

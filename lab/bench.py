@@ -10,7 +10,7 @@ Speed and memory, each figure with its baseline in the same run.
     python -m lab.bench scaling      step time over frames, resolution and batch; two processes against one
     python -m lab.bench cache        latents read back from the cache
     python -m lab.bench save         one checkpoint of `full`, written to this folder (needs 20 GB of memory)
-    python -m lab.bench memory       peak of one step of `full`, a row per set of flags (needs a GPU)
+    python -m lab.bench memory       peak of one step of `full`, a row per set of flags (on a CPU: 24 GB)
 
 What is compared takes turns, round after round, after one warm-up round: a machine that other programs slow
 down slows them all. (Not where one model fills a GPU, and not the runs of train.py.) Times are medians over

@@ -3,8 +3,11 @@ Speed and memory of one training step. bench.py calls these as `train` and `memo
 """
 
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -222,34 +225,50 @@ MODES = {
 }
 
 
-def frozen_base_step():
-    """The step of the fine-tuning that the paper says cannot be afforded, at its cheapest."""
-    with torch.device("meta"):
-        base = make_base()
-    return adapter_step(materialized(base))
+FROZEN = f"I2VGen-XL frozen in {HALF_NAME.replace('no', 'fp32')}, SimDA's adapters learn"
+
+
+def make_memory_step(name):
+    if name == FROZEN:  # the fine-tuning that the paper says cannot be afforded, at its cheapest
+        with torch.device("meta"):
+            base = make_base()
+        return adapter_step(materialized(base))
+    return training_step(Step("full", 1, lengths=(8,), averages=False, **MODES[name]))
+
+
+def resident():
+    """The most memory that this process has held so far, in GB (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e9
+
+
+def peak_of(name):
+    """(seconds of a step, the peak of memory in GB): on a GPU of its allocator, on a CPU of this process,
+    less what it held before. Raises UserError if torchao is missing."""
+    forget()
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+        seconds = timed({name: make_memory_step(name)})[name]
+        return seconds, torch.cuda.max_memory_allocated() / 1e9
+    before = resident()
+    seconds = timed({name: make_memory_step(name)}, repeats=1)[name]
+    return seconds, resident() - before
 
 
 def bench_memory(quick):
     """One optimizer step of `full`, and of SimDA's adapters beside it, on one clip of eight 256 x 256 frames,
-    without averaged weights."""
-    if not CUDA:
-        raise UserError("memory needs a GPU: the figure is the peak of its allocator.")
+    without averaged weights. On a CPU each in a process of its own."""
     rows = []
-    modes = {name: flags for name, flags in MODES.items() if not (quick and "compiled" in flags)}
-    steps = {
-        name: partial(training_step, Step("full", 1, lengths=(8,), averages=False, **flags))
-        for name, flags in modes.items()
-    }
-    steps[f"I2VGen-XL frozen in {HALF_NAME}, SimDA's adapters learn"] = frozen_base_step
-    for name, make_step in tqdm(steps.items(), desc="memory"):
-        forget()
-        torch.cuda.reset_peak_memory_stats()
+    names = [name for name, flags in MODES.items() if not ((quick or not CUDA) and "compiled" in flags)]
+    for name in tqdm([*names, FROZEN], desc="memory"):
         try:
-            step = make_step()
-        except UserError as error:  # torchao is missing
+            if CUDA:
+                seconds, peak = peak_of(name)
+            else:
+                with ProcessPoolExecutor(1, get_context("spawn")) as alone:
+                    seconds, peak = alone.submit(peak_of, name).result()
+        except (UserError, BrokenProcessPool) as error:  # torchao is missing; it was killed for its memory
             print(f"{name}: not measured, {error}", file=sys.stderr)
             continue
-        seconds = timed({name: step})[name]
-        rows.append(row(name, seconds, peak_gb=torch.cuda.max_memory_allocated() / 1e9))
-        del step
+        rows.append(row(name, seconds, peak_gb=peak))
     return rows

@@ -33,7 +33,7 @@ def by_row(arms):
     return dict(sorted(groups.items(), key=lambda item: rows.index(item[0][0]) if item[0][0] in rows else 99))
 
 
-def draw_curves(axis, groups, clips, name, smooth=1):
+def draw_curves(axis, groups, clips, name, smooth=1, legend=True):
     """The mean over seeds of a logged number over steps, and the range of the seeds as a band. smooth: over
     how many entries of the log a mean is taken"""
     for (row, count), runs in groups.items():
@@ -48,7 +48,8 @@ def draw_curves(axis, groups, clips, name, smooth=1):
             axis.fill_between(steps, values.min(axis=0), values.max(axis=0), color=COLOURS[row], alpha=0.15)
     axis.set(xlabel="step")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    if legend:
+        axis.legend(fontsize=8)
 
 
 def zoom(axis, groups, clips, name):
@@ -141,20 +142,37 @@ def plot_table4(arms):
         return None
     clips = next(iter(groups))[1]
     figure, axes = plt.subplots(2, 3, figsize=(14, 7.6), dpi=100)
-    for axis, name, title in (
-        (axes[0, 0], "G1", "held-out loss, image + text to video"),
-        (axes[0, 1], "probe", "loss of a fixed batch, weights as they are"),
-    ):
-        draw_curves(axis, groups, clips, name)
-        zoom(axis, groups, clips, name)
-        axis.set_title(title, fontsize=10)
-    draw_curves(axes[0, 2], groups, clips, "mean_k", smooth=100)
-    axes[0, 2].set_title("mean k of a batch, over 100 steps", fontsize=10)
+    draw_differences(axes[0, 0], arms, clips)
+    draw_curves(axes[0, 1], groups, clips, "probe")
+    zoom(axes[0, 1], groups, clips, "probe")
+    axes[0, 1].set_title("loss of a fixed batch, weights as they are", fontsize=10)
+    draw_curves(axes[0, 2], groups, clips, "mean_k", smooth=4, legend=False)
+    axes[0, 2].set_title("mean k of what was drawn, over four looks", fontsize=10)
     draw_course(axes[1, 0], arms)
     draw_jumps(axes[1, 1], groups)
     draw_order(axes[1, 2], arms)
     figure.tight_layout()
     return figure
+
+
+def draw_differences(axis, arms, clips):
+    """The held-out loss over steps less that of uniform draws, in percent of it: mean and standard error of
+    the seeds that both have."""
+    for row in COLOURS:
+        seeds = [s for r, c, s in arms if (r, c) == (row, clips) and ("ddu", clips, s) in arms]
+        pairs = [[curve(arms[r, clips, s], "G1") for r in (row, "ddu")] for s in seeds]
+        if row == "ddu" or not pairs:
+            continue
+        change = np.stack([100 * (a[1] / b[1] - 1) for a, b in pairs])
+        steps, mean = pairs[0][0][0], change.mean(axis=0)
+        axis.plot(steps, mean, color=COLOURS[row], linewidth=1.4)
+        if len(pairs) > 1:
+            error = change.std(axis=0, ddof=1) / len(pairs) ** 0.5
+            axis.fill_between(steps, mean - error, mean + error, color=COLOURS[row], alpha=0.15)
+    axis.axhline(0, color=COLOURS["ddu"], linewidth=1.4)
+    axis.set(xlabel="step")
+    axis.set_title("held-out loss, image + text to video, against ddu, %", fontsize=10)
+    axis.grid(alpha=0.3)
 
 
 def draw_course(axis, arms):

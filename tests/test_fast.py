@@ -202,8 +202,13 @@ def test_a_compiled_layer_has_few_graphs_for_all_batches_of_a_run():
     assert 40 * seen[-1] < torch._dynamo.config.accumulated_recompile_limit
 
 
+COMPILED = ("STI", "transformer")  # the others take a minute more, of compiling: with -m slow
+
+
 @pytest.mark.skipif(not (torch.cuda.is_available() or shutil.which("g++")), reason="no compiler")
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(
+    "name", [n if n in COMPILED else pytest.param(n, marks=pytest.mark.slow) for n in LAYERS]
+)
 def test_compiled_layers(name):
     """bf16 and channels_last under torch.compile: gradients of GroupNorm's weights were wrong there in some
     releases (pytorch issue 140913)."""

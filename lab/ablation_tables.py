@@ -12,7 +12,7 @@ from curriculum import HORIZON, K_P
 from lab.ablation_pictures import plot_table3, plot_table4
 from lab.pictures import save
 from lab.simulate_curriculum import swings
-from masks import LENGTHS, TASKS
+from masks import LENGTHS, NUM_FRAMES, TASKS
 from support.common import replacing, table
 
 NAMES = {
@@ -35,7 +35,8 @@ PAIRS = {
     3: [("sti", "conv3d"), ("sti", "conv1d"), ("condition", "sti"), ("loss", "sti"), ("ddu", "sti"),
         ("ddu", "loss"), ("dcl", "ddu"), ("dcl", "sti"), ("ddu-prior", "sti-prior")],
     4: [("linear", "constant"), ("linear", "reversed"), ("dcl", "ddu"), ("dcl", "linear"), ("dcl", "yoked"),
-        ("measured", "dcl")],
+        ("measured", "dcl"), ("linear", "ddu"), ("reversed", "ddu"), ("constant", "ddu"), ("yoked", "ddu"),
+        ("measured", "ddu")],
 }  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------------------
@@ -73,6 +74,9 @@ def read_arm(folder):
     }
     if "G1_equal" in seen[-1]:
         numbers["loss, equal frames"] = seen[-1]["G1_equal"]
+    for task, loss in arm.get("losses", {}).items():
+        if task != "image":  # that is "loss"
+            numbers[f"{task}, loss"] = loss["mean"]
     for task, score in scores.items():
         numbers[f"{task}, Frechet"] = score["frechet"]
         numbers[f"{task}, dB"] = score["psnr"]
@@ -148,8 +152,10 @@ def summarize_order(arms):
             name = f"{task}, {k}"
             cells[name] = spread([arm["cells"][name]["relative"] for arm in with_cells.values()])
     drawn = {}
-    for row in ("ddu", "linear", "dcl"):
-        shares = [arm["drawn"] for key, arm in arms.items() if key[0] == row]
+    for row in ("ddu", "linear", "dcl", "measured"):
+        shares = [dict(arm["drawn"]) for key, arm in arms.items() if key[0] == row]
+        for share in shares:
+            share["all with k = 8"] = sum(share.get(f"{task}, {NUM_FRAMES}", 0.0) for task in TASKS)
         names = dict.fromkeys(name for share in shares for name in share)
         drawn[row] = {name: spread([share.get(name, 0.0) for share in shares]) for name in names}
     return dict(cells=cells, drawn=drawn)
@@ -162,7 +168,8 @@ COLUMNS = {  # number -> digits
     3: {"loss": 4, "lowest loss": 4, "loss, equal frames": 4, "image, Frechet": 2, "interpolation, dB": 2,
         "interpolation, Frechet": 2, "prediction, dB": 2, "prediction, Frechet": 2},
     4: {"loss at 1/4": 4, "loss at 2/4": 4, "loss at 3/4": 4, "loss": 4, "jumps": 4, "swings": 4,
-        "image, Frechet": 2, "interpolation, dB": 2, "prediction, dB": 2},
+        "interpolation, loss": 4, "prediction, loss": 4, "image, Frechet": 2, "interpolation, dB": 2,
+        "prediction, dB": 2},
 }  # fmt: skip
 
 

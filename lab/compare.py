@@ -4,14 +4,16 @@ was trained elsewhere (lab/peers.py).
 
     python -m lab.compare --output_dir runs/compare --clips 300             # hours to days on two CPU cores
     python -m lab.compare --output_dir runs/compare --clips 300 1200        # goes on from there
+    python -m lab.compare --output_dir runs/roads --clips 300 --target roads   # another domain: Tables 9, 10
 
 Elsewhere is `far`: landscapes (lab.scenes), or `near`: stickers of other words. The target is stickers of the
-other half of the words. All networks have the same VAE, text vectors, loss, sampler and clips, of which those
-without loss mask can use the half that has 8 frames; each has a Gaussian fitted to what it can use. All take
-as many steps: the peers as many for each task as RDTF for all together, which favours them. The base is
-trained with every row of Table 7 at 8 frames, which I2VGen-XL is not. DFGN learns with Muon, as `tiny` does,
-everything else with AdamW, as adapters are published; each arm tries the same rates on the fewest clips, seed
-0, by the held-out loss of its tasks, or of image + text to video if it has one network for each.
+other half of the words, or roads (lab.driving): 8 frames each, no captions. All networks have the same VAE,
+text vectors, loss, sampler and clips, of which those without loss mask can use the ones of 8 frames, half of
+the stickers; each has a Gaussian fitted to what it can use. All take as many steps: the peers as many for
+each task as RDTF for all together, which favours them. The base is trained with every row of Table 7 at 8
+frames, which I2VGen-XL is not. DFGN learns with Muon, as `tiny` does, everything else with AdamW, as adapters
+are published; each arm tries the same rates on the fewest clips, seed 0, by the held-out loss of its tasks,
+or of image + text to video if it has one network for each.
 
     A     DFGN, dual masks, DCL              from scratch, one network for all tasks
     D     DFGN                               from scratch, one for each task, 8 frames: A without dual masks
@@ -40,7 +42,7 @@ from typing import NamedTuple
 import numpy as np
 
 import masks
-from lab import scenes
+from lab import driving, scenes
 from lab.ablate import check_settings, in_parallel, run
 from lab.ablation_tables import cell, spread
 from lab.items import CONDITIONED
@@ -73,7 +75,7 @@ RATES = 3e-4, 1e-3, 3e-3  # peak rates that are tried for each arm: as many for 
 NOTHING = 1e-12  # the rate of C3
 LOOKS = 24  # of every run at a fixed batch; every fourth also at held-out clips
 SETTINGS = "preset", "resolution", "max_train_steps"  # equal for all runs in a folder
-SETTINGS += "source", "base_clips", "base_steps", "base_rate", "target_clips"
+SETTINGS += "source", "base_clips", "base_steps", "base_rate", "target", "target_clips"
 
 # ------------------------------------------------------------------------------------------------------------
 # Runs
@@ -97,7 +99,9 @@ def draw_sets(args):
     else:
         words = stickers.half(1)
         source = stickers.draw_stickers(root / f"near-{args.base_clips}", args.base_clips, words=words)
-    return source, stickers.draw_stickers(root / f"target-{count}", count, words=stickers.half(2))
+    if args.target == "roads":
+        return source, driving.draw_driving(root / f"roads-{count}", count)
+    return source, stickers.draw_stickers(root / f"stickers-{count}", count, words=stickers.half(2))
 
 
 def call_arm(args, job, data, rate, steps, jobs):
@@ -241,9 +245,9 @@ def write_report(args, found, rates):
         lines.append([clips, task, arm, ARMS[arm][0], f"{rates.get(arm, 0):g}", len(values["loss"]), *cells])
     about = (
         f"`{args.preset}` at {args.resolution} pixels, {args.max_train_steps} steps; base: {args.base_steps} "
-        f"steps on {args.base_clips} clips, {args.source}. Loss over unknown frames at k = 8, of held-out "
-        "clips; dB: of unknown frames; frechet: to the target, away: to what the base was trained on; mean "
-        "± standard error of the seeds."
+        f"steps on {args.base_clips} clips, {args.source}; target: {args.target}. Loss over unknown frames "
+        "at k = 8, of held-out clips; dB: of unknown frames; frechet: to the target, away: to what the base "
+        "was trained on; mean ± standard error of the seeds."
     )
     text = [about, table(["clips", "task", "arm", "", "rate", "seeds", *names], lines)]
     text.append(verdict(rows, args.clips))
@@ -332,6 +336,7 @@ def parse_args(words=None):
         default=1e-3,
         help=f"peak rate of the base's training {default}",
     )
+    add("--target", choices=("stickers", "roads"), default="stickers", help=f"what all arms learn {default}")
     add("--target_clips", type=number(int, 64), default=1500, help=f"drawn of the target {default}")
     add("--max_train_steps", type=count, default=1200, help=f"of every run {default}")
     add("--preset", choices=SIZES, default="tiny", help=f"size of DFGN {default}")

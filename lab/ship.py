@@ -34,7 +34,7 @@ def ship(checkpoint, folder):
     with tempfile.TemporaryDirectory(dir=folder, prefix=".ship-") as writing:
         writing = Path(writing)
         write_unet(writing / "unet", unet, halves)
-        write_parts(writing, encoders, make_scheduler(), kept)
+        write_parts(writing, unet, encoders, make_scheduler(), kept)
         for part in ("unet", "prior", "scheduler"):
             shutil.rmtree(folder / part, ignore_errors=True)
             if (writing / part).is_dir():

@@ -206,22 +206,27 @@ def whole_weights(unet):
     return get_model_state_dict(unet, options=WHOLE)
 
 
+def class_of(unet):
+    """The class of a network, before which sharding puts one of its own."""
+    return next(kind for kind in type(unet).__mro__ if not kind.__name__.startswith("FSDP"))
+
+
 def write_unet(folder, unet, weights):
     """unet/ as `DFGN.from_pretrained` reads it, or that of another class of network."""
     folder.mkdir(parents=True)
-    name = type(unet).__name__.removeprefix("FSDP")  # sharding renames the class
-    config = json.loads(unet.to_json_string()) | dict(_class_name=name)
+    config = json.loads(unet.to_json_string()) | dict(_class_name=class_of(unet).__name__)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_file(
         {name: weight.contiguous() for name, weight in weights.items()}, folder / WEIGHTS, dict(format="pt")
     )
 
 
-def write_parts(folder, encoders, scheduler, settings):
-    """What a diffusers-style folder holds besides the U-Net. Parts that were named are not copied."""
+def write_parts(folder, unet, encoders, scheduler, settings):
+    """What a diffusers-style folder holds besides weights of the U-Net. Named parts are not copied."""
     scheduler.save_pretrained(folder / "scheduler")
     encoders.save(folder)
-    classes = dict(unet=["model", "DFGN"], scheduler=["diffusers", "DDIMScheduler"])
+    network = class_of(unet)
+    classes = dict(unet=[network.__module__, network.__name__], scheduler=["diffusers", "DDIMScheduler"])
     index = dict(_class_name="RDTF", **classes, **encoders.sources(), **settings)
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
@@ -251,7 +256,7 @@ def save_checkpoint(output_dir, training, parts, about, limit, main=True):
         for name, tensor in weights.items():
             write_unet(writing / name, unet, tensor)
         encoders, scheduler, settings = parts
-        write_parts(writing, encoders, scheduler, dict(settings, step=step))
+        write_parts(writing, unet, encoders, scheduler, dict(settings, step=step))
         torch.save(dict(tensors, optimizer=moments), writing / "optimizer.pt")
         (writing / "state.json").write_text(json.dumps(state, indent=2) + "\n")
         (writing / "files.json").write_text(json.dumps(digests(writing), indent=2) + "\n")
@@ -307,7 +312,7 @@ def write_finished(output_dir, training, parts, card, main=True):
     with removed_on_failure(writing, output_dir):
         shutil.rmtree(writing, ignore_errors=True)
         write_unet(writing / "unet", training.unet, weights)
-        write_parts(writing, encoders, scheduler, dict(settings, step=training.step))
+        write_parts(writing, unet, encoders, scheduler, dict(settings, step=training.step))
         # An --output_dir of letters that this locale lacks stands in it as surrogates.
         (writing / "README.md").write_text(card, encoding="utf-8", errors="surrogateescape")
         # Parts of another run that this model does not have, and the index of the model that goes

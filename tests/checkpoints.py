@@ -39,5 +39,5 @@ def toy_model(preconditioned=False):
 def write_model(folder, unet, encoders, settings=SETTINGS):
     """Writes the folder of a finished run. Returns it."""
     write_unet(folder / "unet", unet, unet.state_dict())
-    write_parts(folder, encoders, make_scheduler(), settings)
+    write_parts(folder, unet, encoders, make_scheduler(), settings)
     return folder

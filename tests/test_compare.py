@@ -12,7 +12,7 @@ from diffusers import I2VGenXLUNet
 from PIL import Image
 from safetensors.torch import load_file
 
-from lab import arm, compare, peers
+from lab import arm, compare, driving, peers
 from lab.items import CONDITIONED, Item
 from lab.pictures import read_samples, show_samples
 from support.common import UserError
@@ -75,6 +75,24 @@ def test_without_all_runs_there_is_no_verdict():
     assert compare.verdict(without, [300]).startswith("No verdict")
     one_seed = rows_of({key: [values["loss"][0]] for key, values in rows.items()})
     assert compare.verdict(one_seed, [300]).startswith("No verdict")
+
+
+# The sets that are drawn
+
+
+def test_source_and_target_share_no_word_or_are_other_domains(tmp_path):
+    def draw(source, target):
+        words = dict(source=source, base_clips=3, target=target, target_clips=3)
+        return compare.draw_sets(SimpleNamespace(output_dir=tmp_path, **words))
+
+    near, target = draw("near", "stickers")
+    said = [dict.fromkeys("colour subject motion".split(), ()) for _ in range(2)]
+    for folder, words in zip((near, target), said):
+        for line in (folder / "metadata.jsonl").read_text().splitlines():
+            words.update({part: (*words[part], json.loads(line)[part]) for part in words})
+    assert all(said[0][part] and not set(said[0][part]) & set(said[1][part]) for part in said[0])
+    assert {path.suffix for path in draw("far", "roads")[0].iterdir()} >= {".webp"}
+    assert {path.suffix for path in draw("far", "roads")[1].iterdir()} == {".mp4", ".json"}
 
 
 # Runs, with a stand-in for lab.arm
@@ -146,7 +164,7 @@ def run_arm(tmp_path, folder, cache, monkeypatch):
     monkeypatch.setattr("support.stickers.default_folder", lambda **_: folder)
     monkeypatch.setattr("support.stickers.draw_stickers", lambda _: folder)
     monkeypatch.setattr("lab.eight_frames.COUNT", 4)
-    for name, value in dict(G1_DRAWS=4, PROBE_DRAWS=3, NUM_CLIPS=2, SAMPLING_STEPS=2, REAL_CLIPS=4).items():
+    for name, value in dict(G1_DRAWS=4, PROBE_DRAWS=18, NUM_CLIPS=2, SAMPLING_STEPS=2, REAL_CLIPS=4).items():
         monkeypatch.setattr(arm, name, value)
     monkeypatch.setattr(peers, "LAPTOP", TINY)
     monkeypatch.setattr("train.plot_progress", None)  # which it replaces: put back after this test
@@ -173,6 +191,10 @@ def test_a_base_is_trained_and_then_its_adapters_alone(run_arm, folder):
     peer, result = run_arm(
         "peer", "--network", "simda", "--base", base / "checkpoint-2", "--ddu", "off", "--away", folder
     )
+    assert json.loads((peer / "checkpoint-2" / "model_index.json").read_text())["unet"] == [
+        "lab.peers",
+        "Peer",
+    ]
     before = weights(base, "unet_ema")
     for part in ("unet", "unet_ema"):
         after = weights(peer, part)
@@ -184,6 +206,20 @@ def test_a_base_is_trained_and_then_its_adapters_alone(run_arm, folder):
     assert real.shape == made.shape == (len(result["samples"]), 8, 16, 16, 3)
     error = np.abs(real.astype(float) - made).mean(axis=(2, 3, 4))
     assert (error[:, 0] < error.max(axis=1) / 2).all()  # the first frame is given
+
+
+@pytest.mark.parametrize("words", [["--curriculum", "dcl"], ["--network", "i2v", "--ddu", "off"]])
+def test_films_without_captions_are_learned_too(run_arm, tmp_path_factory, words):
+    """Tables 9 and 10: DFGN and peers in another domain."""
+    roads = tmp_path_factory.getbasetemp() / "roads"  # drawn once
+    for split, count in (("train", 4), ("validation", 2)):
+        driving.draw_driving(roads / split, count)
+    out, result = run_arm("roads", "--data", roads, *words)
+    assert result["about"]["test_clips"] == 2 and not list(roads.rglob("metadata*"))
+    assert set(result["losses"]) == set(CONDITIONED)
+    assert np.isfinite([x["mean"] for x in result["losses"].values()]).all()
+    assert set(result["scores"]) == (set(CONDITIONED) if "dcl" in words else {"image"})
+    assert read_samples(out / "samples.png")[1].any()
 
 
 def test_adapters_are_trained_on_the_weights_of_i2vgen_xl(run_arm, tmp_path):

@@ -48,7 +48,7 @@ def call(tmp_path_factory):
     prior = fit_to_noise(GaussianPrior(CHANNELS, 16 // toy_vae().factor, WIDTH), 4)
     write_unet(root / "run" / "unet", unet, unet.state_dict())
     settings = dict(resolution=16, mixed_precision="no", guidance_scale=3.0, image_guidance_scale=1.5)
-    write_parts(root / "run", Encoders(codec=toy_vae(), prior=prior), make_scheduler(), settings)
+    write_parts(root / "run", unet, Encoders(codec=toy_vae(), prior=prior), make_scheduler(), settings)
 
     def call(output_dir, *flags):
         words = ["--checkpoint", root / "run", "--data", folder, "--cache_dir", root / "cache"]

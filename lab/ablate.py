@@ -13,6 +13,7 @@ docs/ablations.md are in docs/ablation: given as --output_dir, the tables come o
 All is small, to be repeated on a laptop, and built so that the masks and the curriculum can show: few clips,
 most of them shorter than 8 frames; the loss over unknown frames of image + text to video, the task that the
 paper's tables are of; no Gaussian beside the network (--prior), but for two rows that say what it changes.
+Those two, and the 3D convolutions, have the first number of clips alone.
 """
 
 import json
@@ -55,7 +56,7 @@ TABLES = {
     3: ("conv3d", "conv1d", "sti", "condition", "loss", "ddu", "dcl", "sti-prior", "ddu-prior"),
     4: ("ddu", "constant", "linear", "reversed", "dcl", "yoked", "measured"),
 }
-WITH_PRIOR = ("sti-prior", "ddu-prior")  # a check, at the first number of clips alone
+AT_ONE_COUNT = ("conv3d", "conv1d", "sti-prior", "ddu-prior")  # at the first number of clips alone
 SECOND_WAVE = ("yoked", "measured")  # take over what other runs of the folder found
 SETTINGS = ("preset", "resolution", "max_train_steps", "data")  # equal for all runs in a folder
 
@@ -164,7 +165,7 @@ def list_jobs(args):
     for seed in args.seeds:
         for clips in args.clips:
             for row in args.rows:
-                if row not in WITH_PRIOR or clips == args.clips[0]:
+                if row not in AT_ONE_COUNT or clips == args.clips[0]:
                     waves[row in SECOND_WAVE].append((row, clips, seed))
     return waves
 

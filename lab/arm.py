@@ -14,14 +14,15 @@ those it was trained on. A folder of yours has few such clips: its held-out ones
                  averaged weights, on the same draws for every arm; G1_ranges: by range of timesteps;
                  G1_equal: of equally spaced frames in the place of key frames, for a folder of yours;
                  probe: the loss of the weights as they are, on one fixed batch of all levels
-    arm.json     written last: the loss of every task, on held-out clips and as "fit" on trained ones, and
-                 without a curriculum that of every (task, k); Frechet distances and PSNR; what was drawn;
-                 machine and commit; what the tables need of the log. This file alone is a finished arm: the
-                 rest may be deleted
+    arm.json     written last: the loss of every task, on held-out clips and as "fit" on trained ones, as
+                 "gaussian" that of the Gaussian alone, and without a curriculum that of every (task, k);
+                 Frechet distances and PSNR; what was drawn; machine and commit; what the tables need of the
+                 log. This file alone is a finished arm: the rest may be deleted
     samples.png  some samples below the real clips, as arm.json says under "samples"
 """
 
 import json
+import math
 import sys
 from collections import Counter
 from contextlib import ExitStack
@@ -57,7 +58,7 @@ from support.folder import scan_folder
 from support.log import read_log
 from support.machine import prepare, stop_requests
 from support.optim import averaged
-from support.prior import precondition
+from support.prior import Preconditioned, balanced_weights, precondition
 
 G1_DRAWS, PROBE_DRAWS, CELL_DRAWS = 192, 36, 96  # held-out samples behind each loss
 G1_EVERY = 4  # of the times that the probe is looked at, which is every --validation_steps
@@ -153,10 +154,10 @@ class HeldOut:
 
     def __init__(self, run, dataset, clips, lengths=LENGTHS):
         size = run.args.train_batch_size
-        image, equal = [("image", NUM_FRAMES)] * G1_DRAWS, run.args.data is not None
+        image = [("image", NUM_FRAMES)] * G1_DRAWS
         self.batches = {"G1": fixed_batches(dataset, clips, image, size)}
-        if equal:
-            self.batches["G1_equal"] = fixed_batches(dataset, clips, image, size, equal)
+        if any((clip.rows[-1] != clip.rows[-2]).any() for clip in clips):  # key frames are not equally spaced
+            self.batches["G1_equal"] = fixed_batches(dataset, clips, image, size, equal=True)
         levels = [(task, k) for task in TASKS for k in lengths]
         self.probe = fixed_batches(dataset, clips, levels * (PROBE_DRAWS // len(levels)), size)
         self.timesteps = torch.cat([batch.timesteps for batch in self.batches["G1"]]).numpy()
@@ -198,28 +199,41 @@ def cell_losses(run, denoiser, dataset, clips):
     return table
 
 
-def task_losses(run, denoiser, dataset, clips):
-    """The loss over unknown frames of each task at k = 8: {task: {"mean", "se"}}; what is drawn is the same
-    for every network."""
+def task_losses(run, denoiser, dataset, clips, tasks, equal=False):
+    """The loss over unknown frames of each task at k = 8: {task: {"mean", "se", "ranges", "balanced"}}; what
+    is drawn is the same for every network. ranges: means by range of timesteps; balanced: the mean under the
+    weights that a network beside a Gaussian trains with. equal: of equally spaced frames"""
     losses = {}
-    for task in CONDITIONED:
-        batches = fixed_batches(dataset, clips, [(task, NUM_FRAMES)] * G1_DRAWS, run.args.train_batch_size)
-        losses[task] = mean_se(unknown_loss(run, denoiser, batches))
+    for task in tasks:
+        cells = [(task, NUM_FRAMES)] * G1_DRAWS
+        batches = fixed_batches(dataset, clips, cells, run.args.train_batch_size, equal)
+        loss = unknown_loss(run, denoiser, batches)
+        timesteps = torch.cat([batch.timesteps for batch in batches])
+        std = float(torch.cat([batch.latents for batch in batches]).std())  # of the clips: equal for all arms
+        weight = balanced_weights(std, run.scheduler.alphas_cumprod.cpu())[timesteps].double().numpy()
+        losses[task] = mean_se(loss) | dict(ranges=by_range(loss, timesteps.numpy()))
+        losses[task]["balanced"] = float((weight * loss).mean())
     return losses
+
+
+def gaussian_alone(run):
+    """A denoiser that answers with the estimate of the fitted Gaussian, where there is one."""
+    answer = Preconditioned(lambda x, *_: x, run.encoders.prior, run.scheduler.alphas_cumprod, math.inf)
+    return answer.eval()
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Samples, and what was drawn
 
 
-def sample_scores(run, denoiser, dataset, clips, folder, away=None):
-    """Samples held-out clips: image and text to video, and with condition masks interpolation and prediction.
-    Returns {task: {rival: {"frechet", "psnr"}}} and what samples.png shows, [(task, row)]. away: a folder of
-    another domain; then "away", the Frechet distance to that, is there, too."""
-    trained = run.args.ddu in masks.CONDITION_MASK_ON
+def sample_scores(run, denoiser, dataset, clips, tasks, folder, away=None):
+    """Samples held-out clips, with the given frames of each task. Returns {task: {rival: {"frechet",
+    "psnr"}}} and what samples.png shows, [(task, row)]. away: a folder of another domain; then "away", the
+    Frechet distance to that, is there, too."""
     items = []
-    for task, rows in CONDITIONED.items():
-        for i, clip in enumerate(evenly(clips, NUM_CLIPS) if trained or task == "image" else ()):
+    for task in tasks:
+        rows = CONDITIONED[task]
+        for i, clip in enumerate(evenly(clips, NUM_CLIPS)):
             items.append(Item(task, rows[i % len(rows)], clip.caption, clip.name, (), True))
     recorded = {name: getattr(run.args, name) for name in ("resolution", "mixed_precision", *SAMPLING)}
     model = denoiser, run.encoders, recorded
@@ -238,20 +252,19 @@ def sample_scores(run, denoiser, dataset, clips, folder, away=None):
         other = data.open_dataset(Path(away), scan_folder(Path(away))[0], codec, *where)
         far = list(real_clips(codec, other, evenly(usable(other.clips), REAL_CLIPS)).values())
     scores = {}
-    for task in CONDITIONED:
+    for task in tasks:
         mine = [i for i, item in enumerate(items) if item.task == task]
-        if not mine:
-            continue
         given = [given_frames(items[i]) for i in mine]
         rows = line_up(mine, seen)
         reference, truth = vectors(list(train_set.values()), given), rows["real clips"]
+        distant = vectors(far, given) if away else None
         scores[task] = {}
         for name, clips_made in rows.items():
             psnr = [metrics.psnr(a[~g], b[~g]).mean() for a, b, g in zip(clips_made, truth, given)]
             frechet = metrics.standardized_frechet(vectors(clips_made, given), reference)
             scores[task][name] = dict(frechet=frechet, psnr=float(np.mean(psnr)))
             if away:
-                distance = metrics.standardized_frechet(vectors(clips_made, given), vectors(far, given))
+                distance = metrics.standardized_frechet(vectors(clips_made, given), distant)
                 scores[task][name]["away"] = distance
     return scores, shown
 
@@ -338,17 +351,22 @@ def finish(run, training, dataset, clips, arm):
     about = dict(machine=machine(), clips=len(run.clips), test_clips=len(clips))
     about |= dict(global_batch=run.global_batch, latents=dataset.identity)
     result = dict(about=about, **digest(log), aims=aims)
+    tasks = [arm.course] if arm.course in CONDITIONED else list(CONDITIONED)
+    if run.encoders.prior is not None:
+        result["gaussian"] = task_losses(run, gaussian_alone(run), dataset, clips, tasks)
     with averaged(training.unet, training.average):
-        result["losses"] = task_losses(run, denoiser, dataset, clips)
-        if trained := usable(run.clips):
-            result["fit"] = task_losses(run, denoiser, run.dataset, trained)
+        result["losses"] = task_losses(run, denoiser, dataset, clips, tasks)
         result["scores"], result["samples"] = {}, []
         if not arm.no_samples:
-            scores = sample_scores(run, denoiser, dataset, clips, folder, arm.away)
+            if trained := usable(run.clips):
+                equal = args.ddu not in masks.LOSS_MASK_ON  # the frames that it was trained on
+                result["fit"] = task_losses(run, denoiser, run.dataset, trained, tasks, equal)
+            sampled = tasks if args.ddu in masks.CONDITION_MASK_ON else ["image"]
+            scores = sample_scores(run, denoiser, dataset, clips, sampled, folder, arm.away)
             result["scores"], result["samples"] = scores
         if args.ddu == "on" and args.curriculum == "none":  # an order that no curriculum made
             result["cells"] = cell_losses(run, denoiser, dataset, clips)
-    if args.ddu == "on":
+    if args.ddu == "on" and len(log) == args.max_train_steps:  # a step that was skipped has no line
         if arm.course:
             course = make_course(arm.course, args.max_train_steps)
         else:
@@ -371,7 +389,7 @@ def parse_args():
     parser.add_argument("--course", metavar="NAME|DIR", type=filled, help=course)
     order = "JSON file of 3 x 6 difficulties in the place of the paper's"
     parser.add_argument("--order", metavar="FILE", type=filled, help=order)
-    alone = "no samples, so losses alone are measured"
+    alone = "measure the losses of held-out clips alone: no samples, no losses of trained clips"
     parser.add_argument("--no_samples", action="store_true", help=alone)
     arm, rest = parser.parse_known_args()
     sys.argv = [sys.argv[0], *rest]
@@ -385,7 +403,7 @@ def parse_args():
     for name in ("init_unet", "init_from", "shard", "gradient_checkpointing", "compile", "low_memory"):
         if getattr(args, name):
             raise UserError(f"--{name} is for DFGN: leave it out with --network {arm.network}.")
-    args.muon = False  # adapters are published with AdamW
+    args.muon &= arm.network == "base"  # adapters are published with AdamW
     return arm, args
 
 

@@ -21,16 +21,17 @@ COUNT = 96  # of stickers
 RESOLUTION = 64  # at which the frames of a clip have to be distinct
 
 
-def draw_test_stickers(root=None):
+def draw_test_stickers(root=None, half=None):
     """Draws COUNT of them into `root` (default: the user's cache), unless they are there. Returns the folder:
-    GIFs and metadata.jsonl, all of the split "validation"."""
-    count = COUNT
-    folder = Path(root or default_cache()) / f"test-stickers-v{stickers.VERSION}-n{count}"
+    GIFs and metadata.jsonl, all of the split "validation". half: 1 or 2, of the words of stickers.half"""
+    count, suffix = COUNT, f"-half{half}" if half else ""
+    folder = Path(root or default_cache()) / f"test-stickers-v{stickers.VERSION}-n{count}{suffix}"
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f"{folder.name}.part-", dir=folder.parent))
-    words = [combination for combination in stickers.COMBINATIONS if stickers.is_held_out(*combination)]
+    words = stickers.half(half) if half else stickers.COMBINATIONS
+    words = [combination for combination in words if stickers.is_held_out(*combination)]
     order, lines, i = np.random.default_rng((0, 80)).permutation(len(words)), [], 0
     with tqdm(desc="drawing test stickers", total=count, unit="GIF", disable=None) as bar:
         while len(lines) < count:

@@ -40,7 +40,8 @@ def make_optimizer(unet, learning_rate, eight_bit=False, low_memory=False, muon=
     Raises UserError if torchao is missing."""
     inside, weights, gates = [], [], []
     for name, weight in unet.named_parameters():
-        to_or_from = name.startswith(("conv_in.", "conv_out.", "clip_", "t5_")) or ".fusion." in name
+        ends = "conv_in.", "conv_out.", "clip_", "t5_", "text_projection."  # of lab/peers.py, too
+        to_or_from = name.removeprefix("base.").startswith(ends) or ".fusion." in name
         matrix = muon and weight.ndim > 1 and not to_or_from
         (gates if name.endswith(".alpha") else inside if matrix else weights).append(weight)
     groups = [dict(params=weights), dict(params=gates, lr=ALPHA_LR * learning_rate, weight_decay=0.0)]

@@ -1,6 +1,7 @@
 """The comparison with adapters: its rules by hand, its runs with a stand-in, one peer trained for real."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -80,17 +81,22 @@ def test_without_all_runs_there_is_no_verdict():
 # The sets that are drawn
 
 
-def test_source_and_target_share_no_word_or_are_other_domains(tmp_path):
+def test_source_and_target_share_no_word_or_are_other_domains(tmp_path, monkeypatch):
+    monkeypatch.setattr("lab.eight_frames.COUNT", 3)
+
     def draw(source, target):
         words = dict(source=source, base_clips=3, target=target, target_clips=3)
         return compare.draw_sets(SimpleNamespace(output_dir=tmp_path, **words))
 
     near, target = draw("near", "stickers")
-    said = [dict.fromkeys("colour subject motion".split(), ()) for _ in range(2)]
-    for folder, words in zip((near, target), said):
+    (held_out,) = target.glob("test-stickers-*")
+    said = [dict.fromkeys("colour subject motion".split(), ()) for _ in range(3)]
+    tested = said[2]
+    for folder, words in zip((near, target / "train", held_out), said):
         for line in (folder / "metadata.jsonl").read_text().splitlines():
             words.update({part: (*words[part], json.loads(line)[part]) for part in words})
     assert all(said[0][part] and not set(said[0][part]) & set(said[1][part]) for part in said[0])
+    assert not set(zip(*said[1].values())) & set(zip(*tested.values()))
     assert {path.suffix for path in draw("far", "roads")[0].iterdir()} >= {".webp"}
     assert {path.suffix for path in draw("far", "roads")[1].iterdir()} == {".mp4", ".json"}
 
@@ -108,7 +114,7 @@ def called(monkeypatch, tmp_path):
         folder, rate = Path(words[words.index("--output_dir") + 1]), words[words.index("--learning_rate") + 1]
         folder.mkdir(parents=True)
         loss = abs(float(rate) - compare.RATES[1]) + 0.1
-        losses = {task: dict(mean=loss, se=0.0) for task in CONDITIONED}
+        losses = {task: dict(mean=2 * loss, se=0.0, balanced=loss) for task in CONDITIONED}
         scores = {task: dict(network=dict(frechet=1.0, psnr=2.0, away=3.0)) for task in CONDITIONED}
         log = [dict(step=step, G1=0.5 / step) for step in (1, 2)]
         clips = {"a": np.full((8, 4, 4, 3), 9, np.uint8)}
@@ -140,7 +146,9 @@ def test_every_arm_is_run_once_at_its_best_rate(called, tmp_path, monkeypatch):
     last = [words for words in called if "300" in words and "simda" in words and "1200" in words]
     assert {words[words.index("--learning_rate") + 1] for words in last} == {str(compare.RATES[1])}
     with_base = [words for words in called if "--base" in words]
-    assert len(with_base) == (4 * 3 + 1) * 2 + 4 * 3  # runs of B and C2, and of C3; trials of rates
+    assert len(with_base) == (4 * 3 + 1) * 2 + 4 * len(
+        compare.RATES
+    )  # runs of B and C2, and of C3; trials of rates
     assert all(
         words[words.index("--base") + 1] == str(out / "base-far" / "checkpoint-3000") for words in with_base
     )
@@ -153,6 +161,26 @@ def test_every_arm_is_run_once_at_its_best_rate(called, tmp_path, monkeypatch):
     assert width == 16 * (4 + GAP) + GAP and height >= rows * (4 + GAP + LINE) + GAP
     with pytest.raises(UserError, match="--max_train_steps is 7"):
         call(*words, "--max_train_steps", 7)
+
+
+def test_a_rate_that_fails_is_out(called, tmp_path, monkeypatch):
+    stand_in, rates = compare.run, compare.RATES
+
+    def run(words, log, quiet, threads):
+        if words[words.index("--learning_rate") + 1] == str(rates[1]):  # the best one
+            raise RuntimeError("20 steps in a row were not finite")
+        stand_in(words, log, quiet, threads)
+
+    words = ["--output_dir", tmp_path / "out", "--clips", 300, "--seeds", 0, "--arms", "A"]
+    monkeypatch.setattr(compare, "run", run)
+    call(*words)
+    assert called[-1][called[-1].index("--learning_rate") + 1] == str(rates[0])
+    for rate in rates:
+        shutil.rmtree(tmp_path / "out" / "rates" / f"A-{rate:g}-300", ignore_errors=True)
+    shutil.rmtree(tmp_path / "out" / "A-all-300-0")
+    monkeypatch.setattr(compare, "RATES", rates[1:2])
+    with pytest.raises(UserError, match="A-all-300-0 has no rate: see the logs"):
+        call(*words)
 
 
 # A peer, for real
@@ -202,6 +230,9 @@ def test_a_base_is_trained_and_then_its_adapters_alone(run_arm, folder):
     assert set(result["losses"]) == set(result["fit"]) == set(CONDITIONED)
     assert np.isfinite([x["mean"] for x in result["losses"].values()]).all()
     assert result["scores"]["image"]["network"].keys() == {"frechet", "psnr", "away"}
+    assert set(result["gaussian"]) == set(CONDITIONED)
+    for loss in result["losses"].values():
+        assert len(loss["ranges"]) == 5 and 0 < loss["balanced"] and loss["balanced"] != loss["mean"]
     real, made = read_samples(peer / "samples.png")
     assert real.shape == made.shape == (len(result["samples"]), 8, 16, 16, 3)
     error = np.abs(real.astype(float) - made).mean(axis=(2, 3, 4))

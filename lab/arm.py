@@ -200,9 +200,9 @@ def cell_losses(run, denoiser, dataset, clips):
 
 
 def task_losses(run, denoiser, dataset, clips, tasks, equal=False):
-    """The loss over unknown frames of each task at k = 8: {task: {"mean", "se", "ranges", "balanced"}}; what
-    is drawn is the same for every network. ranges: means by range of timesteps; balanced: the mean under the
-    weights that a network beside a Gaussian trains with. equal: of equally spaced frames"""
+    """The loss over unknown frames of each task at k = 8: {task: {"mean", "se", "balanced"}}; what is drawn
+    is the same for every network. balanced: the mean under the weights that a network beside a Gaussian
+    trains with. equal: of equally spaced frames"""
     losses = {}
     for task in tasks:
         cells = [(task, NUM_FRAMES)] * G1_DRAWS
@@ -211,8 +211,7 @@ def task_losses(run, denoiser, dataset, clips, tasks, equal=False):
         timesteps = torch.cat([batch.timesteps for batch in batches])
         std = float(torch.cat([batch.latents for batch in batches]).std())  # of the clips: equal for all arms
         weight = balanced_weights(std, run.scheduler.alphas_cumprod.cpu())[timesteps].double().numpy()
-        losses[task] = mean_se(loss) | dict(ranges=by_range(loss, timesteps.numpy()))
-        losses[task]["balanced"] = float((weight * loss).mean())
+        losses[task] = mean_se(loss) | dict(balanced=float((weight * loss).mean()))
     return losses
 
 

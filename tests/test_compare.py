@@ -146,9 +146,8 @@ def test_every_arm_is_run_once_at_its_best_rate(called, tmp_path, monkeypatch):
     last = [words for words in called if "300" in words and "simda" in words and "1200" in words]
     assert {words[words.index("--learning_rate") + 1] for words in last} == {str(compare.RATES[1])}
     with_base = [words for words in called if "--base" in words]
-    assert len(with_base) == (4 * 3 + 1) * 2 + 4 * len(
-        compare.RATES
-    )  # runs of B and C2, and of C3; trials of rates
+    # runs of B and C2, and of C3; trials of rates
+    assert len(with_base) == (4 * 3 + 1) * 2 + 4 * len(compare.RATES)
     assert all(
         words[words.index("--base") + 1] == str(out / "base-far" / "checkpoint-3000") for words in with_base
     )
@@ -219,10 +218,8 @@ def test_a_base_is_trained_and_then_its_adapters_alone(run_arm, folder):
     peer, result = run_arm(
         "peer", "--network", "simda", "--base", base / "checkpoint-2", "--ddu", "off", "--away", folder
     )
-    assert json.loads((peer / "checkpoint-2" / "model_index.json").read_text())["unet"] == [
-        "lab.peers",
-        "Peer",
-    ]
+    index = json.loads((peer / "checkpoint-2" / "model_index.json").read_text())
+    assert index["unet"] == ["lab.peers", "Peer"]
     before = weights(base, "unet_ema")
     for part in ("unet", "unet_ema"):
         after = weights(peer, part)
@@ -231,8 +228,8 @@ def test_a_base_is_trained_and_then_its_adapters_alone(run_arm, folder):
     assert np.isfinite([x["mean"] for x in result["losses"].values()]).all()
     assert result["scores"]["image"]["network"].keys() == {"frechet", "psnr", "away"}
     assert set(result["gaussian"]) == set(CONDITIONED)
-    for loss in result["losses"].values():
-        assert len(loss["ranges"]) == 5 and 0 < loss["balanced"] and loss["balanced"] != loss["mean"]
+    for task, loss in result["losses"].items():
+        assert 0 < loss["balanced"] != loss["mean"] and loss["mean"] != result["gaussian"][task]["mean"]
     real, made = read_samples(peer / "samples.png")
     assert real.shape == made.shape == (len(result["samples"]), 8, 16, 16, 3)
     error = np.abs(real.astype(float) - made).mean(axis=(2, 3, 4))
@@ -250,7 +247,7 @@ def test_films_without_captions_are_learned_too(run_arm, tmp_path_factory, words
     assert set(result["losses"]) == set(CONDITIONED)
     assert np.isfinite([x["mean"] for x in result["losses"].values()]).all()
     assert set(result["scores"]) == (set(CONDITIONED) if "dcl" in words else {"image"})
-    assert read_samples(out / "samples.png")[1].any()
+    assert read_samples(out / "samples.png")[1].shape == (len(result["samples"]), 8, 16, 16, 3)
 
 
 def test_adapters_are_trained_on_the_weights_of_i2vgen_xl(run_arm, tmp_path):

@@ -96,21 +96,26 @@ class Job(NamedTuple):
     rate: float | None = None  # of a trial and of the base
 
 
+def find_sets(args):
+    """The folders (source, target), drawn or not."""
+    root = args.output_dir / "data"
+    return root / f"{args.source}-{args.base_clips}", root / f"{args.target}-{args.target_clips}"
+
+
 def draw_sets(args):
-    """The folders (source, target), each drawn once. What is held out of the target has exactly 8 frames: key
-    frames, equal frames and all frames are the same there, whatever an arm was trained on."""
-    root, count = args.output_dir / "data", args.target_clips
+    """Draws what is missing of both. What is held out of the target has exactly 8 frames: key frames, equal
+    frames and all frames are the same there, whatever an arm was trained on."""
+    source, target = find_sets(args)
     if args.source == "far":
-        source = scenes.draw_scenes(root / f"far-{args.base_clips}", args.base_clips)
+        scenes.draw_scenes(source, args.base_clips)
     else:
-        words = stickers.half(1)
-        source = stickers.draw_stickers(root / f"near-{args.base_clips}", args.base_clips, words=words)
+        stickers.draw_stickers(source, args.base_clips, words=stickers.half(1))
     if args.target == "roads":
-        return source, driving.draw_driving(root / f"roads-{count}", count)
-    target, words = root / f"stickers-{count}", [w for w in stickers.half(2) if not stickers.is_held_out(*w)]
-    stickers.draw_stickers(target / "train", count, words=words)
-    draw_test_stickers(target, half=2)
-    return source, target
+        driving.draw_driving(target, args.target_clips)
+    else:
+        words = [w for w in stickers.half(2) if not stickers.is_held_out(*w)]
+        stickers.draw_stickers(target / "train", args.target_clips, words=words)
+        draw_test_stickers(target, half=2)
 
 
 def call_arm(args, job, data, rate, steps, jobs):
@@ -159,12 +164,15 @@ def list_jobs(args, base, source):
 def compare(args):
     """Every run that is not finished, and the report after each. Raises UserError if some failed."""
     check_settings(args, SETTINGS)
-    source, target = draw_sets(args)
+    source, target = find_sets(args)
     every = "--network base --ddu condition --course constant --no_samples"
     base = Job(args.output_dir / f"base-{args.source}", "base", "all", every, None, 0, args.base_rate)
     trained = base.folder / f"checkpoint-{args.base_steps}"
     trials, runs = list_jobs(args, trained, source)
-    wanted = any(ARMS[job.arm][3] and not (job.folder / "arm.json").is_file() for job in (*trials, *runs))
+    missing = [job.arm for job in (*trials, *runs) if not (job.folder / "arm.json").is_file()]
+    wanted = any(ARMS[arm][3] for arm in missing)
+    if missing:
+        draw_sets(args)
     if wanted and not trained.is_dir():  # what was found may have come from another machine, without it
         (base.folder / "arm.json").unlink(missing_ok=True)
         if any(ARMS[job.arm][3] and (job.folder / "arm.json").is_file() for job in runs):

@@ -86,7 +86,9 @@ def test_source_and_target_share_no_word_or_are_other_domains(tmp_path, monkeypa
 
     def draw(source, target):
         words = dict(source=source, base_clips=3, target=target, target_clips=3)
-        return compare.draw_sets(SimpleNamespace(output_dir=tmp_path, **words))
+        args = SimpleNamespace(output_dir=tmp_path, **words)
+        compare.draw_sets(args)
+        return compare.find_sets(args)
 
     near, target = draw("near", "stickers")
     (held_out,) = target.glob("test-stickers-*")
@@ -125,7 +127,7 @@ def called(monkeypatch, tmp_path):
         )
 
     monkeypatch.setattr(compare, "run", run)
-    monkeypatch.setattr(compare, "draw_sets", lambda args: (tmp_path / "source", tmp_path / "target"))
+    monkeypatch.setattr(compare, "draw_sets", lambda args: calls.append(["drawn"]))
     return calls
 
 
@@ -142,7 +144,9 @@ def test_every_arm_is_run_once_at_its_best_rate(called, tmp_path, monkeypatch):
         call(*words)
     each, every = ("D", "B-cav", "B-i2v", "B-simda", "C2", "C4"), ("A", "C1", "C3")
     runs = 2 * (3 * len(each) + len(every))
-    assert len(called) == 1 + len(compare.RATES) * (len(compare.ARMS) - 1) + runs  # C3 learns nothing
+    trials = len(compare.RATES) * (len(compare.ARMS) - 1)  # C3 learns nothing
+    assert called[0] == ["drawn"] and called.count(["drawn"]) == 1  # not where all is finished
+    assert len(called) == 1 + 1 + trials + runs
     last = [words for words in called if "300" in words and "simda" in words and "1200" in words]
     assert {words[words.index("--learning_rate") + 1] for words in last} == {str(compare.RATES[1])}
     with_base = [words for words in called if "--base" in words]

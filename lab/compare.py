@@ -43,6 +43,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from matplotlib.ticker import ScalarFormatter
 
 import masks
 from lab import driving, scenes
@@ -162,15 +163,16 @@ def list_jobs(args, base, source):
 
 
 def compare(args):
-    """Every run that is not finished, and the report after each. Raises UserError if some failed."""
+    """Every run that is not finished, and the report after each and at the end. Raises UserError if some
+    failed."""
     check_settings(args, SETTINGS)
     source, target = find_sets(args)
     every = "--network base --ddu condition --course constant --no_samples"
     base = Job(args.output_dir / f"base-{args.source}", "base", "all", every, None, 0, args.base_rate)
     trained = base.folder / f"checkpoint-{args.base_steps}"
     trials, runs = list_jobs(args, trained, source)
-    missing = [job.arm for job in (*trials, *runs) if not (job.folder / "arm.json").is_file()]
-    wanted = any(ARMS[arm][3] for arm in missing)
+    missing = [job for job in (*trials, *runs) if not (job.folder / "arm.json").is_file()]
+    wanted = any(ARMS[job.arm][3] for job in missing)
     if missing:
         draw_sets(args)
     if wanted and not trained.is_dir():  # what was found may have come from another machine, without it
@@ -208,7 +210,9 @@ def compare(args):
         curve = [(look["step"], look["G1"]) for look in result["log"] if "G1" in look]
         key = job.arm, job.task, job.clips, job.seed
         found[key] = dict(result, curve=curve, folder=job.folder)
-        write_report(args, found, {arm: min(tried, key=tried.get) for arm, tried in losses.items() if tried})
+        if job in missing or len(found) == len(runs):
+            rates = {arm: min(tried, key=tried.get) for arm, tried in losses.items() if tried}
+            write_report(args, found, rates)
 
     in_parallel([[base] * wanted, trials, runs], work, done, args, "comparison")
 
@@ -268,7 +272,9 @@ def write_report(args, found, rates):
     rows, lines = numbers(found), []
     names = {"loss": 4, "of its Gaussian": 4, "on trained clips": 4, "of Eq. 1": 4}
     names |= {"dB": 2, "frechet": 2, "away": 2}
-    for (arm, task, clips), values in sorted(rows.items(), key=lambda item: (item[0][2], item[0][1])):
+    order = {name: place for place, name in enumerate((*CONDITIONED, *ARMS))}
+    for arm, task, clips in sorted(rows, key=lambda key: (key[2], order[key[1]], order[key[0]])):
+        values = rows[arm, task, clips]
         cells = [cell(spread(list(values[n].values())), digits) for n, digits in names.items()]
         lines.append([clips, task, arm, ARMS[arm][0], f"{rates.get(arm, 0):g}", len(values["loss"]), *cells])
     about = (
@@ -290,28 +296,35 @@ def write_report(args, found, rates):
 
 
 def plot(rows, found, counts):
-    """Above the held-out loss of each arm by task and number of clips, a point per seed; below the curves of
-    the first task, at the fewest clips."""
+    """Above the held-out loss of each arm by task and number of clips, a point per seed, and a dash for the
+    Gaussian that it starts from; below the curves of the first task, at the fewest clips."""
     figure, axes = plt.subplots(2, len(CONDITIONED), figsize=(13, 7), dpi=100)
     colours = dict(zip(ARMS, plt.get_cmap("tab10").colors))
     for axis, task in zip(axes[0], CONDITIONED):
         for i, arm in enumerate(ARMS):
             for place, clips in enumerate(sorted(counts)):
-                losses = list(rows.get((arm, task, clips), {}).get("loss", {}).values())
-                axis.plot([place + i / 12] * len(losses), losses, "o", color=colours[arm], alpha=0.7)
+                values = rows.get((arm, task, clips), {})
+                for name, marker in (("loss", "o"), ("of its Gaussian", "_")):
+                    losses = [x for x in values.get(name, {}).values() if x is not None]
+                    axis.plot([place + i / 12] * len(losses), losses, marker, color=colours[arm], alpha=0.7)
         axis.set_title(f"held-out loss, {task}", fontsize=10)
         axis.set_xticks(
             [place + 1 / 3 for place in range(len(counts))], [f"{c} clips" for c in sorted(counts)]
         )
-        axis.grid(alpha=0.3, axis="y")
     for (arm, task, clips, seed), result in found.items():
         if task in ("image", "all") and clips == min(counts) and len(result["curve"]) > 1:
             axes[1, 0].plot(*zip(*result["curve"]), color=colours[arm], linewidth=1)
     axes[1, 0].set(xlabel="step")
     axes[1, 0].set_title(f"held-out loss, image, {min(counts)} clips", fontsize=10)
-    axes[1, 0].grid(alpha=0.3)
+    for axis in (*axes[0], axes[1, 0]):
+        axis.set_yscale("log")  # a base of random weights is far above all others
+        axis.yaxis.set_minor_formatter(ScalarFormatter())
+        axis.yaxis.set_major_formatter(ScalarFormatter())
+        axis.grid(alpha=0.3, axis="y", which="both")
     handles = [plt.Line2D([], [], marker="o", linestyle="", color=colours[arm]) for arm in ARMS]
-    axes[1, 1].legend(handles, [f"{arm}: {ARMS[arm][0]}" for arm in ARMS], fontsize=9, loc="center")
+    handles.append(plt.Line2D([], [], marker="_", linestyle="", color="grey"))
+    names = [*(f"{arm}: {ARMS[arm][0]}" for arm in ARMS), "the Gaussian alone"]
+    axes[1, 1].legend(handles, names, fontsize=9, loc="center")
     for axis in axes[1, 1:]:
         axis.set_axis_off()
     figure.tight_layout()
@@ -387,7 +400,7 @@ def main():
     with one_sentence("lab.compare"):
         args = parse_args()
         compare(args)
-        print(f"wrote {args.output_dir}/peers.md, .json and .png, and samples.png")
+        print(f"the report is in {args.output_dir}: peers.md, peers.json, peers.png")
 
 
 if __name__ == "__main__":

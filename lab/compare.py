@@ -5,6 +5,7 @@ was trained elsewhere (lab/peers.py).
     python -m lab.compare --output_dir runs/compare --clips 300             # hours to days on two CPU cores
     python -m lab.compare --output_dir runs/compare --clips 300 1200        # goes on from there
     python -m lab.compare --output_dir runs/roads --clips 300 --target roads   # another domain: Tables 9, 10
+    python -m lab.compare --output_dir runs/eps --clips 300 --arms A B-cav --no-prior  # without the Gaussian
 
 Elsewhere is `far`: landscapes (lab.scenes), or `near`: stickers of other words. The target is stickers of the
 other half of the words, or roads (lab.driving): 8 frames each, no captions. All networks have the same VAE,
@@ -38,6 +39,7 @@ import json
 import os
 import shlex
 import sys
+from argparse import BooleanOptionalAction
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -80,7 +82,7 @@ RATES = 3e-4, 1e-3, 3e-3, 1e-2  # peak rates that are tried for each arm: the sa
 WARM_UP = 12  # a run is as many times as long as its warm-up
 NOTHING = 1e-12  # the rate of C3
 LOOKS = 24  # of every run at a fixed batch; every fourth also at held-out clips
-SETTINGS = "preset", "resolution", "max_train_steps"  # equal for all runs in a folder
+SETTINGS = "preset", "resolution", "prior", "max_train_steps"  # equal for all runs in a folder
 SETTINGS += "source", "base_clips", "base_steps", "base_rate", "target", "target_clips"
 
 # ------------------------------------------------------------------------------------------------------------
@@ -129,6 +131,7 @@ def call_arm(args, job, data, rate, steps, jobs):
         words += ["--max_train_steps", str(steps), "--validation_steps", str(max(1, steps // LOOKS))]
         words += ["--learning_rate", str(rate), "--lr_warmup_steps", str(max(1, steps // WARM_UP))]
         words += ["--mixed_precision", "no"]  # as every machine has it: runs may come from several
+        words += [] if args.prior else ["--no-prior"]
         words += ["--max_train_samples", str(job.clips)] if job.clips else []
         words += ["--checkpointing_steps", "300", "--checkpoints_total_limit", "1"]
         words += ["--resume_from_checkpoint", "latest", "--num_workers", str(args.num_workers)]
@@ -204,7 +207,7 @@ def compare(args):
             return
         if job.rate:
             tasks = tasks_of(job.task) if result else ()
-            loss = np.mean([result["losses"][task]["balanced"] for task in tasks] or np.inf)
+            loss = np.mean([result["losses"][task][args.weights] for task in tasks] or np.inf)
             losses[job.arm][job.rate] = loss if np.isfinite(loss) else np.inf
             return
         curve = [(look["step"], look["G1"]) for look in result["log"] if "G1" in look]
@@ -221,17 +224,18 @@ def compare(args):
 # Report
 
 
-def numbers(found):
-    """{(arm, task, clips): {number: {seed: value}}} of every task that an arm was trained for."""
+def numbers(found, weights):
+    """{(arm, task, clips): {number: {seed: value}}} of every task that an arm was trained for. weights: those
+    of the loss, "balanced" or, for Eq. 1, "mean" """
     rows = {}
     for (arm, trained, clips, seed), result in found.items():
         for task in tasks_of(trained):
             network = result["scores"].get(task, {}).get("network", {})
-            values = dict(loss=result["losses"][task]["balanced"], dB=network.get("psnr"))
+            values = dict(loss=result["losses"][task][weights], dB=network.get("psnr"))
             values |= dict(frechet=network.get("frechet"), away=network.get("away"))
             values |= {"of Eq. 1": result["losses"][task]["mean"]}
-            values |= {"of its Gaussian": result.get("gaussian", {}).get(task, {}).get("balanced")}
-            values |= {"on trained clips": result.get("fit", {}).get(task, {}).get("balanced")}
+            values |= {"of its Gaussian": result.get("gaussian", {}).get(task, {}).get(weights)}
+            values |= {"on trained clips": result.get("fit", {}).get(task, {}).get(weights)}
             for name, value in values.items():
                 rows.setdefault((arm, task, clips), {}).setdefault(name, {})[seed] = value
     return rows
@@ -269,7 +273,8 @@ def verdict(rows, counts):
 
 def write_report(args, found, rates):
     """peers.json, peers.md and peers.png of what is finished."""
-    rows, lines = numbers(found), []
+    found = dict(sorted(found.items()))  # finished in any order
+    rows, lines = numbers(found, args.weights), []
     names = {"loss": 4, "of its Gaussian": 4, "on trained clips": 4, "of Eq. 1": 4}
     names |= {"dB": 2, "frechet": 2, "away": 2}
     order = {name: place for place, name in enumerate((*CONDITIONED, *ARMS))}
@@ -278,7 +283,8 @@ def write_report(args, found, rates):
         cells = [cell(spread(list(values[n].values())), digits) for n, digits in names.items()]
         lines.append([clips, task, arm, ARMS[arm][0], f"{rates.get(arm, 0):g}", len(values["loss"]), *cells])
     about = (
-        f"`{args.preset}` at {args.resolution} pixels, {args.max_train_steps} steps; base: {args.base_steps} "
+        f"`{args.preset}` at {args.resolution} pixels, {args.max_train_steps} steps"
+        f"{', without the Gaussian' * (not args.prior)}; base: {args.base_steps} "
         f"steps on {args.base_clips} clips, {args.source}; target: {args.target}. Loss over unknown frames "
         "at k = 8, of held-out clips, by the weights of the training (of Eq. 1: without weights), beside "
         "that of the Gaussian that the arm starts from; dB: of unknown frames; frechet: to the target's key "
@@ -381,12 +387,15 @@ def parse_args(words=None):
     add("--target", choices=("stickers", "roads"), default="stickers", help=f"what all arms learn {default}")
     add("--target_clips", type=number(int, 64), default=1500, help=f"drawn of the target {default}")
     add("--max_train_steps", type=count, default=1200, help=f"of every run {default}")
+    beside = "all networks stand beside the Gaussian; without it all learn plain Eq. 1 (default: they do)"
+    add("--prior", action=BooleanOptionalAction, default=True, help=beside)
     add("--preset", choices=SIZES, default="tiny", help=f"size of DFGN {default}")
     add("--resolution", type=number(int, 8, 4096), default=32, help=f"side of the frames in pixels {default}")
     add("--jobs", type=count, default=2, help=f"runs at a time, which share the CPU's cores {default}")
     work_flags(add, num_workers=0)
     args = parser.parse_args(words)
     args.cache_dir, args.output_dir = args.cache_dir or default_cache(), args.output_dir.resolve()
+    args.weights = "balanced" if args.prior else "mean"  # of timesteps in the loss of the training
     for name in ("clips", "seeds", "arms"):
         setattr(args, name, list(dict.fromkeys(getattr(args, name))))
     if max(args.clips) > 0.85 * args.target_clips:

@@ -164,6 +164,17 @@ def test_every_arm_is_run_once_at_its_best_rate(called, tmp_path, monkeypatch):
     assert width == 16 * (4 + GAP) + GAP and height >= rows * (4 + GAP + LINE) + GAP
     with pytest.raises(UserError, match="--max_train_steps is 7"):
         call(*words, "--max_train_steps", 7)
+    with pytest.raises(UserError, match="--prior is False"):
+        call(*words, "--no-prior")
+
+
+def test_without_the_gaussian_all_learn_plain_eq_1_and_are_judged_by_it(called, tmp_path):
+    words = ["--output_dir", tmp_path / "out", "--clips", 300, "--seeds", 0, "--arms", "A", "C3"]
+    call(*words, "--no-prior")
+    assert all("--no-prior" in words for words in called if words != ["drawn"])
+    page = (tmp_path / "out" / "peers.md").read_text()
+    assert "1200 steps, without the Gaussian; base" in page
+    assert "| 300 | image | A | DFGN, dual masks, DCL | 0.001 | 1 | 0.2000 |" in page  # not by other weights
 
 
 def test_a_rate_that_fails_is_out(called, tmp_path, monkeypatch):

@@ -121,6 +121,12 @@ def in_parallel(waves, work, done, args, what):
         raise UserError(f"{failed}. The same command tries again.")
 
 
+def finished_first(waves, is_finished):
+    """The same waves, what is finished of them before all else: a report shows at once all there is."""
+    finished = [[job for job in wave if is_finished(job)] for wave in waves]
+    return finished + [[job for job in wave if not is_finished(job)] for wave in waves]
+
+
 def measured_order(folders):
     """The difficulty of every (task, k) as the rank of its measured loss, 0..1 (3, 6), a mean over runs."""
     cells = [json.loads((folder / "arm.json").read_text())["cells"] for folder in folders]
@@ -129,10 +135,14 @@ def measured_order(folders):
     return ranks / (ranks.size - 1)
 
 
+def folder_of(job, args):
+    row, clips, seed = job
+    return args.output_dir / f"{row}-{clips}-{seed}"
+
+
 def finish(job, args, quiet):
     """Trains and measures one (row, clips, seed), as far as that is not done. Returns its folder."""
-    row, clips, seed = job
-    folder = args.output_dir / f"{row}-{clips}-{seed}"
+    folder, (row, clips, seed) = folder_of(job, args), job
     if (folder / "arm.json").is_file():
         return folder
     other = args.seeds[(args.seeds.index(seed) + 1) % len(args.seeds)]
@@ -229,16 +239,20 @@ def check_settings(args, names):
 
 
 def ablate(args):
-    """Every run that is not finished, and the table after each. Raises UserError if some failed."""
+    """Every run that is not finished, and the table of all that are, anew after each. Raises UserError if
+    some failed."""
     check_settings(args, SETTINGS)
+    finished = [j for wave in list_jobs(args) for j in wave if (folder_of(j, args) / "arm.json").is_file()]
     arms = {}
 
     def done(job, folder):
         arms[job] = read_arm(folder)
-        write_tables(args.table, arms, args)
+        if len(arms) >= len(finished):
+            write_tables(args.table, arms, args)
 
     work = partial(finish, args=args, quiet=args.jobs > 1)
-    in_parallel(list_jobs(args), work, done, args, f"Table {args.table}")
+    waves = finished_first(list_jobs(args), finished.__contains__)
+    in_parallel(waves, work, done, args, f"Table {args.table}")
 
 
 def main():

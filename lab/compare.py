@@ -49,7 +49,7 @@ from matplotlib.ticker import ScalarFormatter
 
 import masks
 from lab import driving, scenes
-from lab.ablate import check_settings, in_parallel, run
+from lab.ablate import check_settings, finished_first, in_parallel, run
 from lab.ablation_tables import cell, spread
 from lab.eight_frames import draw_test_stickers
 from lab.items import CONDITIONED
@@ -166,21 +166,22 @@ def list_jobs(args, base, source):
 
 
 def compare(args):
-    """Every run that is not finished, and the report after each and at the end. Raises UserError if some
-    failed."""
+    """Every run that is not finished, and the report of all that are, anew after each. Raises UserError if
+    some failed."""
     check_settings(args, SETTINGS)
     source, target = find_sets(args)
     every = "--network base --ddu condition --course constant --no_samples"
     base = Job(args.output_dir / f"base-{args.source}", "base", "all", every, None, 0, args.base_rate)
     trained = base.folder / f"checkpoint-{args.base_steps}"
     trials, runs = list_jobs(args, trained, source)
-    missing = [job for job in (*trials, *runs) if not (job.folder / "arm.json").is_file()]
+    finished = [job for job in (*trials, *runs) if (job.folder / "arm.json").is_file()]
+    missing = [job for job in (*trials, *runs) if job not in finished]
     wanted = any(ARMS[job.arm][3] for job in missing)
     if missing:
         draw_sets(args)
     if wanted and not trained.is_dir():  # what was found may have come from another machine, without it
         (base.folder / "arm.json").unlink(missing_ok=True)
-        if any(ARMS[job.arm][3] and (job.folder / "arm.json").is_file() for job in runs):
+        if any(ARMS[job.arm][3] and job in finished for job in runs):
             print(
                 f"{trained} is gone and is trained again; finished arms stood on the old one", file=sys.stderr
             )
@@ -213,11 +214,12 @@ def compare(args):
         curve = [(look["step"], look["G1"]) for look in result["log"] if "G1" in look]
         key = job.arm, job.task, job.clips, job.seed
         found[key] = dict(result, curve=curve, folder=job.folder)
-        if job in missing or len(found) == len(runs):
+        if len(found) >= sum(job in finished for job in runs):
             rates = {arm: min(tried, key=tried.get) for arm, tried in losses.items() if tried}
             write_report(args, found, rates)
 
-    in_parallel([[base] * wanted, trials, runs], work, done, args, "comparison")
+    waves = finished_first([[base] * wanted, trials, runs], finished.__contains__)
+    in_parallel(waves, work, done, args, "comparison")
 
 
 # ------------------------------------------------------------------------------------------------------------

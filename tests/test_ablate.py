@@ -168,6 +168,16 @@ def test_finished_runs_are_not_repeated_and_settings_stay(tmp_path, called):
         call(*words, "--max_train_steps", 7)
 
 
+def test_a_table_shows_from_its_start_on_what_is_finished(tmp_path, called, monkeypatch):
+    write_arm(tmp_path / "dcl-100-1", [4, 3, 2, 1])
+    tables = []
+    monkeypatch.setattr(ablate, "write_tables", lambda table, arms, args: tables.append(set(arms)))
+    call("--table", 3, "--output_dir", tmp_path, "--rows", "dcl", "--clips", 100, "--jobs", 1)
+    finished = {("dcl", 100, 1)}
+    assert tables == [finished, finished | {("dcl", 100, 0)}, {("dcl", 100, seed) for seed in (0, 1, 2)}]
+    assert len(called) == 2
+
+
 def test_what_table_3_leaves(tmp_path, called):
     call("--table", 3, "--output_dir", tmp_path, "--seeds", 0, 1, "--clips", 100, "all")
     page = (tmp_path / "table3.md").read_text()

@@ -121,10 +121,11 @@ def in_parallel(waves, work, done, args, what):
         raise UserError(f"{failed}. The same command tries again.")
 
 
-def finished_first(waves, is_finished):
-    """The same waves, what is finished of them before all else: a report shows at once all there is."""
-    finished = [[job for job in wave if is_finished(job)] for wave in waves]
-    return finished + [[job for job in wave if not is_finished(job)] for wave in waves]
+def finished_first(waves, finished):
+    """The same waves, those jobs of them before all else that are finished: a report shows at once all there
+    is."""
+    missing = [[job for job in wave if job not in finished] for wave in waves]
+    return [finished, *missing]
 
 
 def measured_order(folders):
@@ -251,8 +252,7 @@ def ablate(args):
             write_tables(args.table, arms, args)
 
     work = partial(finish, args=args, quiet=args.jobs > 1)
-    waves = finished_first(list_jobs(args), finished.__contains__)
-    in_parallel(waves, work, done, args, f"Table {args.table}")
+    in_parallel(finished_first(list_jobs(args), finished), work, done, args, f"Table {args.table}")
 
 
 def main():

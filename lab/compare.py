@@ -175,9 +175,8 @@ def compare(args):
     trained = base.folder / f"checkpoint-{args.base_steps}"
     trials, runs = list_jobs(args, trained, source)
     finished = [job for job in (*trials, *runs) if (job.folder / "arm.json").is_file()]
-    missing = [job for job in (*trials, *runs) if job not in finished]
-    wanted = any(ARMS[job.arm][3] for job in missing)
-    if missing:
+    wanted = any(ARMS[job.arm][3] for job in (*trials, *runs) if job not in finished)
+    if len(finished) < len(trials) + len(runs):
         draw_sets(args)
     if wanted and not trained.is_dir():  # what was found may have come from another machine, without it
         (base.folder / "arm.json").unlink(missing_ok=True)
@@ -186,6 +185,7 @@ def compare(args):
                 f"{trained} is gone and is trained again; finished arms stood on the old one", file=sys.stderr
             )
     losses, found = {arm: {} for arm in args.arms}, {}
+    first = sum(job in finished for job in runs)  # of the runs: with them begins the report
 
     def work(job):
         if job is base:
@@ -214,11 +214,11 @@ def compare(args):
         curve = [(look["step"], look["G1"]) for look in result["log"] if "G1" in look]
         key = job.arm, job.task, job.clips, job.seed
         found[key] = dict(result, curve=curve, folder=job.folder)
-        if len(found) >= sum(job in finished for job in runs):
+        if len(found) >= first:
             rates = {arm: min(tried, key=tried.get) for arm, tried in losses.items() if tried}
             write_report(args, found, rates)
 
-    waves = finished_first([[base] * wanted, trials, runs], finished.__contains__)
+    waves = finished_first([[base] * wanted, trials, runs], finished)
     in_parallel(waves, work, done, args, "comparison")
 
 

@@ -77,6 +77,8 @@ def read_arm(folder):
     for task, loss in arm.get("losses", {}).items():
         if task != "image":  # that is "loss"
             numbers[f"{task}, loss"] = loss["mean"]
+    if "gaussian" in arm:
+        numbers["Gaussian alone"] = arm["gaussian"]["image"]["mean"]
     for task, score in scores.items():
         numbers[f"{task}, Frechet"] = score["frechet"]
         numbers[f"{task}, dB"] = score["psnr"]
@@ -165,8 +167,8 @@ def summarize_order(arms):
 # Pages
 
 COLUMNS = {  # number -> digits
-    3: {"loss": 4, "lowest loss": 4, "loss, equal frames": 4, "image, Frechet": 2, "interpolation, dB": 2,
-        "interpolation, Frechet": 2, "prediction, dB": 2, "prediction, Frechet": 2},
+    3: {"loss": 4, "lowest loss": 4, "Gaussian alone": 4, "loss, equal frames": 4, "image, Frechet": 2,
+        "interpolation, dB": 2, "interpolation, Frechet": 2, "prediction, dB": 2, "prediction, Frechet": 2},
     4: {"loss at 1/4": 4, "loss at 2/4": 4, "loss at 3/4": 4, "loss": 4, "jumps": 4, "swings": 4,
         "interpolation, loss": 4, "prediction, loss": 4, "image, Frechet": 2, "interpolation, dB": 2,
         "prediction, dB": 2},
@@ -245,7 +247,7 @@ def write_tables(number, arms, args):
         "clips, after the last step."
     )
     parts = [about, *number_table(number, result)]
-    parts.append(rivals_line(max(arms.values(), key=lambda arm: len(arm["scores"]))))
+    parts.append(rivals_line(max(arms.values(), key=lambda arm: sum(map(len, arm["scores"].values())))))
     if number == 4 and any("cells" in arm for key, arm in arms.items() if key[0] == "ddu"):
         result["order"] = summarize_order(arms)
         parts += order_table(result["order"])

@@ -84,6 +84,23 @@ def test_the_measured_order_is_that_of_the_losses(tmp_path):
     assert order.shape == (3, 6) and order.flatten().tolist() == pytest.approx(np.linspace(0, 1, 18).tolist())
 
 
+def test_a_table_has_the_scores_of_the_gaussian_beside_those_of_its_networks(tmp_path):
+    losses = {("ddu", 300, 0): [4, 3], ("sti-prior", 300, 0): [4, 2], ("ddu-prior", 300, 0): [4, 1]}
+    read(tmp_path, losses)
+    for name in ("sti-prior", "ddu-prior"):
+        path = tmp_path / f"{name}-300-0" / "arm.json"
+        result = json.loads(path.read_text()) | dict(gaussian={"image": dict(mean=2.5)})
+        result["scores"]["image"]["Gaussian"] = dict(frechet=7.0, psnr=11.0)
+        path.write_text(json.dumps(result))
+    arms = {key: ablation_tables.read_arm(tmp_path / "{}-{}-{}".format(*key)) for key in losses}
+    ablation_tables.write_tables(3, arms, ablate.parse_args(["--table", "3", "--output_dir", str(tmp_path)]))
+    text = (tmp_path / "table3.md").read_text()
+    assert "image, Gaussian: Frechet 7.00, 11.00 dB" in text
+    with_it, without = ablation_tables.NAMES["sti-prior"], ablation_tables.NAMES["ddu"]
+    assert f"| {with_it} | 1 | 2.0000 | 2.0000 | 2.5000 |" in text
+    assert f"| {without} | 1 | 3.0000 | 3.0000 | - |" in text
+
+
 # Courses
 
 

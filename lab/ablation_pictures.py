@@ -79,7 +79,8 @@ def plot_table3(arms):
         zoom(axis, groups, clips, "G1")
         axis.set_title(f"loss, image + text to video: {trained} clips", fontsize=10)
     draw_gains(axes[1, 0], arms, counts)
-    draw_ranges(axes[1, 1], arms, counts[-1] if len(counts) < 2 else counts[1])
+    for axis, clips in zip(axes[1, 1:], counts):
+        draw_ranges(axis, arms, clips)
     for axis in axes.flat:
         if not axis.has_data():
             axis.set_axis_off()
@@ -111,9 +112,7 @@ def draw_gains(axis, arms, counts):
 
 def draw_ranges(axis, arms, clips):
     """The same by range of timesteps, a mean over seeds."""
-    rows = [
-        r for r in ("conv3d", "conv1d", "condition", "loss", "ddu", "dcl") if any(k[0] == r for k in arms)
-    ]
+    rows = [row for row in COLOURS if row != BASELINE and any(key[:2] == (row, clips) for key in arms)]
     for i, row in enumerate(rows):
         gains = []
         for (r, c, seed), arm in arms.items():

@@ -72,9 +72,10 @@ def assert_equal(a, b, tolerance):
 PRECISIONS = pytest.mark.parametrize("mixed_precision, tolerance", [("no", 5e-5), ("bf16", 0.08)])
 
 
-@pytest.mark.parametrize("valid_frames", [NUM_FRAMES, 5])
 @PRECISIONS
-@pytest.mark.parametrize("temporal", ["sti", "conv3d", "conv1d"])
+@pytest.mark.parametrize(
+    "temporal, valid_frames", [("sti", NUM_FRAMES), ("sti", 5), ("conv3d", 5), ("conv1d", 5)]
+)
 def test_weights_channels_last(temporal, mixed_precision, tolerance, valid_frames):
     """The network brings its input to that layout in any case; contiguous weights let go of it at every
     convolution that prefers the other one."""

@@ -77,6 +77,8 @@ def read_arm(folder):
     for task, loss in arm.get("losses", {}).items():
         if task != "image":  # that is "loss"
             numbers[f"{task}, loss"] = loss["mean"]
+        elif "balanced" in loss:
+            numbers["loss, balanced weights"] = loss["balanced"]
     if "gaussian" in arm:
         numbers["Gaussian alone"] = arm["gaussian"]["image"]["mean"]
     for task, score in scores.items():
@@ -163,12 +165,24 @@ def summarize_order(arms):
     return dict(cells=cells, drawn=drawn)
 
 
+def common_share(arms):
+    """How alike the feedback of the seeds of dcl was: the share, 0..1, of what their controllers added to the
+    set point that is common to all; None of fewer than two."""
+    runs = [arm["log"] for (row, *_), arm in arms.items() if row == "dcl"]
+    if len(runs) < 2:
+        return None
+    added = np.array([[look["aim"] - look["set_point"] for look in log] for log in runs])
+    apart = np.square(added - added.mean(axis=0)).mean()
+    return float(1 - apart / max(np.square(added).mean(), 1e-12))
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Pages
 
 COLUMNS = {  # number -> digits
-    3: {"loss": 4, "lowest loss": 4, "Gaussian alone": 4, "loss, equal frames": 4, "image, Frechet": 2,
-        "interpolation, dB": 2, "interpolation, Frechet": 2, "prediction, dB": 2, "prediction, Frechet": 2},
+    3: {"loss": 4, "lowest loss": 4, "Gaussian alone": 4, "loss, balanced weights": 4,
+        "loss, equal frames": 4, "image, Frechet": 2, "interpolation, dB": 2,
+        "interpolation, Frechet": 2, "prediction, dB": 2, "prediction, Frechet": 2},
     4: {"loss at 1/4": 4, "loss at 2/4": 4, "loss at 3/4": 4, "loss": 4, "jumps": 4, "swings": 4,
         "interpolation, loss": 4, "prediction, loss": 4, "image, Frechet": 2, "interpolation, dB": 2,
         "prediction, dB": 2},
@@ -251,6 +265,11 @@ def write_tables(number, arms, args):
     if number == 4 and any("cells" in arm for key, arm in arms.items() if key[0] == "ddu"):
         result["order"] = summarize_order(arms)
         parts += order_table(result["order"])
+    if number == 4 and (share := common_share(arms)) is not None:
+        parts.append(
+            f"What the controllers of dcl added to the set point is to {100 * share:.0f} % common to all "
+            "seeds: a yoked run differs from dcl by the rest alone."
+        )
     for name, text in (("json", json.dumps(result, indent=1)), ("md", "\n\n".join(parts) + "\n")):
         with replacing(args.output_dir / f"table{number}.{name}") as writing:
             writing.write_text(text, encoding="utf-8")

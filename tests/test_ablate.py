@@ -101,6 +101,17 @@ def test_a_table_has_the_scores_of_the_gaussian_beside_those_of_its_networks(tmp
     assert f"| {without} | 1 | 3.0000 | 3.0000 | - |" in text
 
 
+@pytest.mark.parametrize("signs, share", [((1, 1), 1.0), ((1, -1), 0.0), ((3, 1), 0.8)])
+def test_what_the_feedback_of_all_seeds_has_in_common(signs, share):
+    looks = np.array([0, 0.1, -0.2])
+    arms = {}
+    for seed, sign in enumerate(signs):
+        log = [dict(aim=0.5 + sign * x, set_point=0.5) for x in looks]
+        arms["dcl", "all", seed] = dict(log=log)
+    assert ablation_tables.common_share(arms) == pytest.approx(share)
+    assert ablation_tables.common_share({("dcl", "all", 0): arms["dcl", "all", 0]}) is None
+
+
 # Courses
 
 

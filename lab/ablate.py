@@ -49,12 +49,13 @@ FLAGS = {  # of lab.arm
     "constant": "--course constant --no-prior",
     "linear": "--curriculum linear --no-prior",
     "reversed": "--course reversed --no-prior",
+    "set-point": "--course set_point --no-prior",
     "yoked": "--course {yoke} --no-prior",
     "measured": "--order {order} --curriculum dcl --no-prior",
 }
 TABLES = {
     3: ("conv3d", "conv1d", "sti", "condition", "loss", "ddu", "dcl", "sti-prior", "ddu-prior"),
-    4: ("ddu", "constant", "linear", "reversed", "dcl", "yoked", "measured"),
+    4: ("ddu", "constant", "linear", "reversed", "dcl", "set-point", "yoked", "measured"),
 }
 AT_ONE_COUNT = ("conv3d", "conv1d", "sti-prior", "ddu-prior")  # at the first number of clips alone
 SECOND_WAVE = ("yoked", "measured")  # take over what other runs of the folder found
@@ -159,6 +160,7 @@ def finish(job, args, quiet):
     flags = FLAGS[row].format(yoke=args.output_dir / f"dcl-{clips}-{other}", order=order).split()
     flags += ["--preset", args.preset, "--resolution", str(args.resolution), "--seed", str(seed)]
     flags += ["--max_train_steps", str(args.max_train_steps), "--validation_steps", str(args.look_every)]
+    flags += ["--mixed_precision", "no"]  # as every machine has it: runs may come from several
     flags += ["--data", args.data] if args.data else []
     flags += [] if clips == "all" else ["--max_train_samples", str(clips)]
     flags += ["--checkpointing_steps", "300", "--checkpoints_total_limit", "1"]

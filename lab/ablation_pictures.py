@@ -13,7 +13,7 @@ plt = pyplot()
 COLOURS = {
     "conv3d": "#c4c4c4", "conv1d": "#8a8a8a", "sti": "#1a1a1a", "condition": "#e6801a", "loss": "#1b9e77",
     "ddu": "#1f5fa8", "dcl": "#d6337c", "constant": "#8a8a8a", "linear": "#e6801a", "reversed": "#7570b3",
-    "yoked": "#1b9e77", "measured": "#e6a700",
+    "set-point": "#a6522b", "yoked": "#1b9e77", "measured": "#e6a700",
 }  # fmt: skip
 BASELINE = "sti"
 

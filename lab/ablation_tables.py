@@ -28,15 +28,16 @@ NAMES = {
     "constant": "the linear curriculum's average, always",
     "linear": "linear (LCL)",
     "reversed": "linear, backwards",
+    "set-point": "DCL without feedback: the set point alone",
     "yoked": "DCL, yoked: the course of another seed",
     "measured": "DCL with the measured order",
 }
 PAIRS = {
     3: [("sti", "conv3d"), ("sti", "conv1d"), ("condition", "sti"), ("loss", "sti"), ("ddu", "sti"),
         ("ddu", "loss"), ("dcl", "ddu"), ("dcl", "sti"), ("ddu-prior", "sti-prior")],
-    4: [("linear", "constant"), ("linear", "reversed"), ("dcl", "ddu"), ("dcl", "linear"), ("dcl", "yoked"),
-        ("measured", "dcl"), ("linear", "ddu"), ("reversed", "ddu"), ("constant", "ddu"), ("yoked", "ddu"),
-        ("measured", "ddu")],
+    4: [("linear", "constant"), ("linear", "reversed"), ("dcl", "ddu"), ("dcl", "linear"),
+        ("dcl", "set-point"), ("dcl", "yoked"), ("measured", "dcl"), ("linear", "ddu"), ("reversed", "ddu"),
+        ("constant", "ddu"), ("set-point", "ddu"), ("yoked", "ddu"), ("measured", "ddu")],
 }  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------------------
@@ -156,7 +157,7 @@ def summarize_order(arms):
             name = f"{task}, {k}"
             cells[name] = spread([arm["cells"][name]["relative"] for arm in with_cells.values()])
     drawn = {}
-    for row in ("ddu", "linear", "dcl", "measured"):
+    for row in ("ddu", "linear", "dcl", "set-point", "measured"):
         shares = [dict(arm["drawn"]) for key, arm in arms.items() if key[0] == row]
         for share in shares:
             share["all with k = 8"] = sum(share.get(f"{task}, {NUM_FRAMES}", 0.0) for task in TASKS)

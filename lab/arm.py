@@ -96,7 +96,11 @@ def course_of(strategy, total_steps, aims=()):
 
 def make_course(name, total_steps):
     """ "constant": the mean of the linear curriculum over a training; "reversed": the linear one, backwards;
-    a task: that alone; else the folder of an arm whose course is replayed."""
+    "set_point": dcl without feedback; a task: that alone; else the folder of an arm whose course is
+    replayed."""
+    if name == "set_point":
+        aims = [curriculum.set_point(step / max(total_steps - 1, 1)) for step in range(total_steps)]
+        return course_of("dcl", total_steps, aims)
     linear = course_of("linear", total_steps)
     if name == "constant":
         return np.broadcast_to(linear.mean(axis=0), linear.shape)
@@ -348,7 +352,7 @@ def finish(run, training, dataset, clips, arm):
     log = read_log(args.output_dir / "log.jsonl")
     aims = [entry["aim"] for entry in log] if args.curriculum == "dcl" and not arm.course else []
     about = dict(machine=machine(), clips=len(run.clips), test_clips=len(clips))
-    about |= dict(global_batch=run.global_batch, latents=dataset.identity)
+    about |= dict(global_batch=run.global_batch, latents=dataset.identity, precision=args.mixed_precision)
     result = dict(about=about, **digest(log), aims=aims)
     tasks = [arm.course] if arm.course in CONDITIONED else list(CONDITIONED)
     if run.encoders.prior is not None:
@@ -384,7 +388,7 @@ def parse_args():
     parser.add_argument("--base", metavar="DIR", type=filled, help=base)
     away = "a folder of another domain: how far samples are from that, too"
     parser.add_argument("--away", metavar="DIR", type=filled, help=away)
-    course = "constant, reversed, a task, or the folder of a dcl arm: the curriculum that is followed"
+    course = "constant, reversed, set_point, a task, or the folder of a dcl arm: what is followed"
     parser.add_argument("--course", metavar="NAME|DIR", type=filled, help=course)
     order = "JSON file of 3 x 6 difficulties in the place of the paper's"
     parser.add_argument("--order", metavar="FILE", type=filled, help=order)

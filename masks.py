@@ -81,7 +81,8 @@ def draw_row(task, k, rng):
 
 def is_trained(given, k):
     """Whether some row of Table 7 shows exactly the slots in `given`, a set of numbers below k, at this k."""
-    return any(set(np.flatnonzero(condition_mask(row, k))) == set(given) for row in TABLE7)
+    shown = [condition_mask(row, k) for task in TASKS for row in admissible_rows(task, k)]
+    return any(set(np.flatnonzero(mask)) == set(given) for mask in shown)
 
 
 # ------------------------------------------------------------------------------------------------------------

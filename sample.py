@@ -158,10 +158,10 @@ def windows(num_frames, interpolate=1, loop=False):
     is one window. interpolate: rows I2 (2) and I3 (3), cut at 7, where both begin and end with a given frame.
     """
     n, i, total = num_frames, interpolate, count_frames(num_frames, interpolate, loop)
-    coarse = [list(range(n if loop else min(n, masks.NUM_FRAMES)))]
-    for start in range(masks.NUM_FRAMES, n, masks.NUM_FRAMES - 1) if not loop else ():
-        stop = min(start + masks.NUM_FRAMES - 1, n)
-        coarse.append(list(range(min(start - 1, stop - masks.LENGTHS[0]), stop)))
+    ends = [*range(masks.NUM_FRAMES, n, masks.NUM_FRAMES - 1), n] if not loop else [n]
+    if ends[-1] - 1 in ends:  # two frames are too few for the last window: it takes one of those before
+        ends[-2] -= 1
+    coarse = [range(start, end) for start, end in zip([0, *(end - 1 for end in ends)], ends)]
     plan = [Window([f * i for f in frames]) for frames in coarse]
     last = total if loop else total - 1  # in a loop frame 0 comes after the last one, too
     for start in range(0, last, 6) if i > 1 else ():
@@ -344,6 +344,8 @@ def check_args(args):
         )
     if not args.prompt and not args.image:
         raise UserError("nothing to start from: give --prompt, --image, or both.")
+    if len(slots) == args.num_frames and args.interpolate == 1:
+        raise UserError("--image gives every frame: leave one out to be drawn, or add --interpolate 2.")
     outputs.check(args)
 
 
@@ -355,7 +357,8 @@ def main():
         print(f"{which}: {args.checkpoint}")
     denoiser, encoders, settings = load(args.checkpoint, machine.device(), args.vae, args.clip, args.t5)
     pictures = {slot: read_picture(file, settings["resolution"]) for slot, file in args.image}
-    if pictures and not masks.is_trained(pictures, min(args.num_frames, masks.NUM_FRAMES)):
+    first = min(len(windows(args.num_frames, loop=args.loop)[0].frames), masks.NUM_FRAMES)
+    if pictures and not masks.is_trained(pictures, first):
         print(
             f"sample.py: warning: no row of Table 7 shows frames {sorted(pictures)} of {args.num_frames}: "
             "the model was not trained on this pattern and may do worse.",

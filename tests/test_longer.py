@@ -50,7 +50,7 @@ def test_windows_draw_every_frame_and_are_not_longer_than_the_network(count, int
     assert sum(not known for _, shown in patterns(count, interpolate, loop) for known in shown) == total
 
 
-@pytest.mark.parametrize("count", [10, 15, 20, 21])
+@pytest.mark.parametrize("count", [9, 10, 15, 16, 20, 21, 23])
 def test_what_goes_on_is_a_row_of_table_7(count):
     """The given frames of every window beyond the first are those of row G1, cut at its length."""
     for frames, shown in patterns(count)[1:]:

@@ -108,6 +108,7 @@ def test_trained_patterns():
     assert masks.is_trained({0, 3, 6}, 8)
     assert masks.is_trained(set(), 5)
     assert not masks.is_trained({0, 7}, 8)
+    assert not masks.is_trained({0, 1, 2}, 3)  # P1, cut: nothing is left to predict
 
 
 def test_loss_is_a_mean_per_sample_over_valid_frames():

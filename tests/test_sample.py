@@ -360,6 +360,7 @@ def test_several_samples_become_rows_of_a_sheet(tmp_path):
         ("--image a.png", "SLOT:FILE"),
         ("--image 0:absent.png", "absent.png"),
         ("--image 0:a.png 0:a.png", "more than once"),
+        ("--image 0:a.png 1:a.png 2:a.png --num_frames 3", "leave one out"),
         ("--prompt x --output x.bmp", ".bmp"),
         ("--prompt x --num_frames 2", "--num_frames: 2 must"),
         ("--prompt x --interpolate 4", "--interpolate"),

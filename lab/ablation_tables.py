@@ -263,10 +263,11 @@ def write_tables(number, arms, args):
     )
     parts = [about, *number_table(number, result)]
     parts.append(rivals_line(max(arms.values(), key=lambda arm: sum(map(len, arm["scores"].values())))))
-    if number == 4 and any("cells" in arm for key, arm in arms.items() if key[0] == "ddu"):
-        result["order"] = summarize_order(arms)
+    once = {key: arm for key, arm in arms.items() if key[1] == args.clips[0]}  # for what shows one number
+    if number == 4 and any("cells" in arm for key, arm in once.items() if key[0] == "ddu"):
+        result["order"] = summarize_order(once)
         parts += order_table(result["order"])
-    if number == 4 and (share := common_share(arms)) is not None:
+    if number == 4 and (share := common_share(once)) is not None:
         parts.append(
             f"What the controllers of dcl added to the set point is to {100 * share:.0f} % common to all "
             "seeds: a yoked run differs from dcl by the rest alone."
@@ -274,6 +275,6 @@ def write_tables(number, arms, args):
     for name, text in (("json", json.dumps(result, indent=1)), ("md", "\n\n".join(parts) + "\n")):
         with replacing(args.output_dir / f"table{number}.{name}") as writing:
             writing.write_text(text, encoding="utf-8")
-    figure = plot_table3(arms) if number == 3 else plot_table4(arms)
+    figure = plot_table3(arms) if number == 3 else plot_table4(once)
     if figure:
         save(figure, args.output_dir / f"table{number}.png")

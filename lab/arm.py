@@ -51,7 +51,7 @@ from lab.timing import machine
 from masks import LENGTHS, NUM_FRAMES, ROWS, TASKS
 from model import NUM_TIMESTEPS
 from sample import SAMPLING
-from support.common import UserError, evenly, one_sentence, replacing
+from support.common import UserError, evenly, one_sentence, printable, replacing
 from support.encoders import MAX_TOKENS
 from support.flags import Parser, filled
 from support.folder import scan_folder
@@ -117,9 +117,16 @@ def make_course(name, total_steps):
 
 
 def set_order(path):
-    """The levels take the difficulties of a JSON file, 3 x 6 numbers of 0..1, in the place of the paper's."""
-    order = np.array(json.loads(Path(path).read_text()), float)
-    curriculum.DIFFICULTY = order.reshape(len(TASKS), len(LENGTHS))
+    """The levels take the difficulties of a JSON file, 3 x 6 numbers of 0..1, in the place of the paper's.
+    Raises UserError."""
+    try:
+        order = np.array(json.loads(Path(path).read_text(encoding="utf-8")), float)
+    except (OSError, ValueError, TypeError, RecursionError):
+        order = np.zeros(0)
+    if order.shape != curriculum.DIFFICULTY.shape or not ((order >= 0) & (order <= 1)).all():
+        rows = f"{len(TASKS)} lists of {len(LENGTHS)} numbers of 0..1"
+        raise UserError(f"--order {printable(path)} is no file of difficulties: it needs {rows}, as JSON.")
+    curriculum.DIFFICULTY = order
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -296,10 +296,6 @@ class Peer(ModelMixin, ConfigMixin):
             steps = matched_timesteps() if prediction == "v" else torch.arange(len(alphas)).float()
         self.schedule = alphas, steps  # (1000,) each
 
-    def trainable(self):
-        """{name: weight} of what learns."""
-        return {name: weight for name, weight in self.named_parameters() if weight.requires_grad}
-
     def show_earliest(self, embedding, inputs):
         """A hook: the base makes tokens of slot 0, here of the earliest given frame."""
         return (self.call.earliest,)

@@ -262,6 +262,17 @@ def test_a_yoked_row_needs_two_seeds(tmp_path):
 # An arm
 
 
+@pytest.mark.parametrize("content", ["[[0, 1]]", "[1", "[[2,2,2,2,2,2],[0,0,0,0,0,0],[0,0,0,0,0,0]]", '"x"'])
+def test_an_order_that_is_none_gets_one_sentence(tmp_path, content):
+    path, before = tmp_path / "order.json", curriculum.DIFFICULTY
+    path.write_text(content)
+    with pytest.raises(UserError, match="order.json is no file of difficulties"):
+        arm.set_order(path)
+    with pytest.raises(UserError, match="absent.json is no file"):
+        arm.set_order(tmp_path / "absent.json")
+    assert curriculum.DIFFICULTY is before
+
+
 def test_an_arm_trains_looks_and_measures(tmp_path, folder, cache, monkeypatch):
     """The real program at toy size, with a control in the place of the curriculum."""
     monkeypatch.setattr("support.stickers.default_folder", lambda **_: folder)

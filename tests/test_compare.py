@@ -20,7 +20,7 @@ from support.common import UserError
 from support.machine import precision
 from support.pictures import GAP, LINE
 from tests.tiny_parts import make_parts
-from tests.toys import toy_inputs
+from tests.toys import toy_inputs, trainable
 
 TINY = dict(block_out_channels=(16, 32), layers_per_block=1, attention_head_dim=8, norm_num_groups=4)
 TINY |= {name: peers.LAPTOP[name] for name in ("down_block_types", "up_block_types", "cross_attention_dim")}
@@ -296,7 +296,7 @@ def test_a_frozen_base_is_held_in_half_precision(monkeypatch):
     assert all(weight.dtype == kinds[weight.requires_grad] for weight in peer.parameters())
     with precision("cpu", "bf16"):
         peer(*toy_inputs(peer)).square().mean().backward()
-    assert all(weight.grad is not None for weight in peer.trainable().values())
+    assert all(weight.grad is not None for weight in trainable(peer).values())
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from support.common import UserError
 from support.finished import read_unet
 from support.machine import precision, prepare
 from support.prior import GaussianPrior, Preconditioned, precondition
-from tests.toys import first_frames, fit_to_noise, given_frames, toy_inputs
+from tests.toys import first_frames, fit_to_noise, given_frames, toy_inputs, trainable
 
 METHODS = CHOICES["name"][1:]
 TINY = LAPTOP | dict(
@@ -154,7 +154,7 @@ def test_full_size_has_the_parameters_of_the_papers(full, name):
     for module in full.modules():  # so that the next case can have it
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
-    assert sum(p.numel() for p in peer.trainable().values()) == count
+    assert sum(p.numel() for p in trainable(peer).values()) == count
     assert sum(p.numel() for p in peer.base.parameters()) == 1_420_469_224
     assert len(list(positions(peer.base))) == 16
     assert peer.config.clip_dim == 1024 and not list(peer.text_projection.parameters())
@@ -169,12 +169,12 @@ def test_adapters_learn_and_the_base_never_changes(name):
     for step in range(2):
         peer(noisy, latents, given, *rest).square().mean().backward()
         got = {key for key, weight in peer.named_parameters() if weight.grad is not None}
-        assert got == set(peer.trainable())
+        assert got == set(trainable(peer))
         optimizer.step()
         optimizer.zero_grad()
     after = peer.state_dict()
     changed = {key for key in before if not torch.equal(before[key], after[key])}
-    assert changed == set(peer.trainable())
+    assert changed == set(trainable(peer))
     way_in = ("base.image_latents_proj_in.", "base.image_latents_temporal_encoder.")
     learns = ("adapters.", *(way_in if name == "simda" else ()))
     assert all(key.startswith(learns) for key in changed)
@@ -347,7 +347,7 @@ def test_a_base_in_bf16_stays_so_and_its_adapters_learn(name):
     peer = prepare(peer, "cpu").train()
     with precision("cpu", "bf16"):
         peer(*toy_inputs(peer)).float().square().mean().backward()
-    assert all(weight.grad.dtype == torch.float32 for weight in peer.trainable().values())
+    assert all(weight.grad.dtype == torch.float32 for weight in trainable(peer).values())
     assert {weight.dtype for weight in peer.base.parameters()} == {torch.bfloat16}
 
 
@@ -364,7 +364,7 @@ def test_save_and_load(tmp_path, name):
     again = read_unet(tmp_path, Peer)
     inputs = toy_inputs(peer)
     assert alike(peer(*inputs), again(*inputs))
-    assert set(peer.trainable()) == set(again.trainable())
+    assert set(trainable(peer)) == set(trainable(again))
     for field in peer.config:  # as a resumed run compares them
         assert field.startswith("_") or json.dumps(peer.config[field]) == json.dumps(again.config[field])
 
@@ -426,7 +426,7 @@ def test_a_resumed_run_with_a_frozen_base_is_the_unbroken_one(tmp_path):
     checkpoint.load_checkpoint(tmp_path / "checkpoint-2", resumed)
     weights = [train_to(training, 4).unet.state_dict() for training in (unbroken, resumed)]
     assert all(torch.equal(weight, weights[1][key]) for key, weight in weights[0].items())
-    assert len(unbroken.optimizer.state) == len(unbroken.unet.trainable())
+    assert len(unbroken.optimizer.state) == len(trainable(unbroken.unet))
 
 
 def change(folder, **entries):

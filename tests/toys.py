@@ -32,6 +32,11 @@ def toy_unet(alpha=1.0, **changes):
     return unet.eval()
 
 
+def trainable(network):
+    """{name: weight} of what learns."""
+    return {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
+
+
 def given_frames(*slots, count=NUM_FRAMES, batch=2):
     """A condition mask, bool (B, count), with these frames given."""
     mask = torch.zeros(batch, count, dtype=torch.bool)

@@ -233,7 +233,7 @@ def load(checkpoint, device="cpu", vae=None, clip=None, t5=None):
 
 def validation_sheet(denoiser, encoders, dataset, clips, prompts, args):
     """Samples the sheet: for held-out clips the real frames above interpolated, predicted and image-to-video
-    ones (given frames framed), then a row per prompt. Returns (PIL.Image, {prompt: frames})."""
+    ones (given frames outlined), then a row per prompt. Returns (PIL.Image, {prompt: frames})."""
     names = ("seed", "mixed_precision", "guidance_scale", "image_guidance_scale")
     settings = {name: getattr(args, name) for name in names} | dict(num_inference_steps=SHEET_STEPS)
     rows, labels, marks = [], [], []

@@ -103,7 +103,7 @@ def sample_cells(denoiser, encoders, settings, cells):
 
 
 def draw_cell(cell, lines, frame, now, height):
-    """Frame number `now` of a cell, (side, side, 3) uint8: framed if it is given, the caption below.
+    """Frame number `now` of a cell, (side, side, 3) uint8: outlined if it is given, the caption below.
 
     Where any frame of the clip is given, each has a mark below the picture: in the colour of the border if it
     is given, taller while it is shown. Returns uint8 (height, side + GAP, 3)."""

@@ -56,7 +56,7 @@ Given frames count in the loss, as in training, and are easy: the views of unkno
     "order": """
 Does the paper's order hold? H(task, k) is the loss; differences, right minus left, are taken draw by draw.
 Refuted: by more than two standard errors.""",
-    "sheet": "Given frames are framed. {sampler}.",
+    "sheet": "Given frames are outlined. {sampler}.",
 }
 
 # ------------------------------------------------------------------------------------------------------------

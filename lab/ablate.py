@@ -8,7 +8,8 @@ The paper's ablations: trains and measures the rows of Tables 3 and 4, equal see
 Each (row, number of clips, seed) is a folder ROW-CLIPS-SEED of lab.arm, called as a program. What is finished
 (has an arm.json) is skipped and what was interrupted goes on, so the same command may be given again over
 days, with more --seeds too. tableN.md, .json and .png are written anew after every run. The runs behind
-docs/ablations.md are in docs/ablation: given as --output_dir, the tables come out without training.
+docs/ablations.md are in docs/ablation and, of real stickers, docs/ablation-real: given as --output_dir, with
+the flags of that page, the tables come out without training.
 
 All is small, to be repeated on a laptop, and built so that the masks and the curriculum can show: few clips,
 most of them shorter than 8 frames; the loss over unknown frames of image + text to video, the task that the

@@ -47,7 +47,7 @@ CHOICES = dict(name=("base", "cav", "i2v", "simda"), absorber=("space", "none"),
 FPS = 16  # what I2VGen-XL's own pipeline says unless told otherwise: key frames have no rate
 I2VGEN_XL = dict(prediction="v", text_tokens=77)  # how its weights were trained
 # A base that two CPU cores train. For latents of 16 channels beside a prior's estimate it has 7.5M weights;
-# 1.6M of them embed an image that is never given, the others are 1.7 times those of `tiny` (1.5 in the paper).
+# 1.6M of them embed an image that is never given, the others are 1.7 times `tiny`'s (1.5 in the paper).
 LAPTOP = dict(block_out_channels=(48, 80), layers_per_block=1, attention_head_dim=16, norm_num_groups=8)
 LAPTOP |= dict(down_block_types=("DownBlock3D", "CrossAttnDownBlock3D"), cross_attention_dim=256)
 LAPTOP |= dict(up_block_types=("CrossAttnUpBlock3D", "UpBlock3D"))

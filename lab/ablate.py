@@ -7,9 +7,10 @@ The paper's ablations: trains and measures the rows of Tables 3 and 4, equal see
 
 Each (row, number of clips, seed) is a folder ROW-CLIPS-SEED of lab.arm, called as a program. What is finished
 (has an arm.json) is skipped and what was interrupted goes on, so the same command may be given again over
-days, with more --seeds too. tableN.md, .json and .png are written anew after every run. The runs behind
-docs/ablations.md are in docs/ablation and, of real stickers, docs/ablation-real: given as --output_dir, with
-the flags of that page, the tables come out without training.
+days. Rows that need more --seeds than others get them by --rows: a table has all that are finished. It is
+written anew, as tableN.md, .json and .png, after every run. The runs behind docs/ablations.md are in
+docs/ablation and, of real stickers, docs/ablation-real: given as --output_dir, with the flags of that page,
+the tables come out without training.
 
 All is small, to be repeated on a laptop, and built so that the masks and the curriculum can show: few clips,
 most of them shorter than 8 frames; the loss over unknown frames of image + text to video, the task that the
@@ -242,20 +243,31 @@ def check_settings(args, names):
         writing.write_text(json.dumps(now, indent=1))
 
 
+def finished_runs(args):
+    """Every finished (row, clips, seed) of these rows and numbers of clips, whatever its seed."""
+    found = []
+    for path in sorted(args.output_dir.glob("*-*-*/arm.json")):
+        row, clips, seed = path.parent.name.rsplit("-", 2)
+        if row in args.rows and clips in map(str, args.clips) and seed.isdecimal():
+            found.append((row, clips if clips == "all" else int(clips), int(seed)))
+    return found
+
+
 def ablate(args):
-    """Every run that is not finished, and the table of all that are, anew after each. Raises UserError if
-    some failed."""
+    """Every run that is not finished, and the table of all that are, of other seeds too, anew after each.
+    Raises UserError if some failed."""
     check_settings(args, SETTINGS)
-    finished = [j for wave in list_jobs(args) for j in wave if (folder_of(j, args) / "arm.json").is_file()]
-    arms = {}
+    wanted, found = list_jobs(args), finished_runs(args)
+    finished = [job for wave in wanted for job in wave if job in found]
+    arms = {job: read_arm(folder_of(job, args)) for job in found if job not in finished}
 
     def done(job, folder):
         arms[job] = read_arm(folder)
-        if len(arms) >= len(finished):
+        if len(arms) >= len(found):
             write_tables(args.table, arms, args)
 
     work = partial(finish, args=args, quiet=args.jobs > 1)
-    in_parallel(finished_first(list_jobs(args), finished), work, done, args, f"Table {args.table}")
+    in_parallel(finished_first(wanted, finished), work, done, args, f"Table {args.table}")
 
 
 def main():

@@ -206,11 +206,12 @@ def test_finished_runs_are_not_repeated_and_settings_stay(tmp_path, called):
 
 def test_a_table_shows_from_its_start_on_what_is_finished(tmp_path, called, monkeypatch):
     write_arm(tmp_path / "dcl-100-1", [4, 3, 2, 1])
+    write_arm(tmp_path / "dcl-100-7", [4, 3, 2, 1])
     tables = []
     monkeypatch.setattr(ablate, "write_tables", lambda table, arms, args: tables.append(set(arms)))
     call("--table", 3, "--output_dir", tmp_path, "--rows", "dcl", "--clips", 100, "--jobs", 1)
-    finished = {("dcl", 100, 1)}
-    assert tables == [finished, finished | {("dcl", 100, 0)}, {("dcl", 100, seed) for seed in (0, 1, 2)}]
+    finished = {("dcl", 100, 1), ("dcl", 100, 7)}  # 7 is none of the seeds that are asked for
+    assert tables == [finished, finished | {("dcl", 100, 0)}, {("dcl", 100, seed) for seed in (0, 1, 2, 7)}]
     assert len(called) == 2
 
 

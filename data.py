@@ -272,6 +272,14 @@ def hash_words(caption, rng):
     return " ".join("#" if rng.random() < HASH_PROBABILITY else word for word in caption.split())
 
 
+def draw_timestep(seed, step, index, global_batch):
+    """A uniform timestep. Those of a batch are spread evenly (Kingma et al. 2021): what a step draws of them
+    is most of the noise of its loss, which the curriculum reads."""
+    # A key that no sample has. (seed, step) would be that of sample 0: numpy fills a short key up with zeros.
+    shift = np.random.default_rng((seed, step, global_batch)).random()
+    return int(NUM_TIMESTEPS * ((index / global_batch + shift) % 1))
+
+
 def draw_sample(dataset, clips, probabilities, seed, step, index, global_batch, ddu):
     """One training sample: the fields of Batch for sample `index` of the global batch of `step`.
 
@@ -297,11 +305,8 @@ def draw_sample(dataset, clips, probabilities, seed, step, index, global_batch, 
     given = masks.condition_mask(row, k) & keep_image
     latents = np.zeros((NUM_FRAMES, *frames.shape[1:]), np.float32)
     latents[:k] = frames
-    # The timesteps of a batch are spread evenly, each of them uniform (Kingma et al. 2021): what a step draws
-    # of them is most of the noise of its loss, which the curriculum reads.
-    shift = np.random.default_rng((seed, step)).random()
-    timestep = int(NUM_TIMESTEPS * ((index / global_batch + shift) % 1))
     noise = rng.standard_normal(latents.shape, dtype=np.float32)
+    timestep = draw_timestep(seed, step, index, global_batch)
     return latents, noise, timestep, given, masks.loss_mask(k), caption, row.task, k
 
 

@@ -280,6 +280,16 @@ def test_timesteps_are_uniform_and_those_of_a_batch_spread_evenly(squares):
     assert np.abs(np.histogram(one, 4, (0, 1000))[0] - 50).max() < 25  # whichever its place in the batch
 
 
+@pytest.mark.parametrize("index, global_batch", [(0, 1), (0, 8), (3, 8), (7, 8)])
+def test_a_timestep_does_not_tell_the_level(squares, index, global_batch):
+    drawn = [draw(squares, [index], step=step, global_batch=global_batch) for step in range(300)]
+    timesteps = np.array([batch.timesteps.item() for batch in drawn])
+    task, k = [masks.TASKS.index(batch.tasks[0]) for batch in drawn], [batch.lengths[0] for batch in drawn]
+    text, image = [bool(batch.captions[0]) for batch in drawn], [batch.given.any().item() for batch in drawn]
+    for other in (task, k, text, image):
+        assert abs(np.corrcoef(timesteps, other)[0, 1]) < 0.2
+
+
 def test_k_shrinks_to_the_distinct_frames_before_the_row_is_drawn(squares):
     short = [clip for clip in squares.clips if clip.longest == 3]
     only_prediction_at_8 = np.zeros_like(UNIFORM)

@@ -27,7 +27,7 @@ SET_POINT_START, SET_POINT_END = 0.05, 0.95  # difficulty that the adaptive part
 K_P, K_I, K_D = 5.0, 3.0, 1.3  # feedback constants (Table 6)
 SMOOTHING = 20  # steps over which the current loss is a mean
 HORIZON = 0.1  # of the training; how far "history" and the integral look back
-RANGES = 10  # of timesteps, each with a history of its own: the loss tells its timestep before all else
+NUM_RANGES = 10  # of timesteps, each with a history of its own: the loss tells its timestep before all else
 KERNEL_WIDTH = 0.15  # of the adaptive part, in units of difficulty
 ADAPTIVE_WEIGHT = 0.5  # w, balance of the static and the adaptive part
 LARGEST_SIGNAL = 1000.0  # of L_s: nothing overflows
@@ -93,14 +93,14 @@ def initial_state(shape=()):
     """Of `feedback`, before the first loss, for an array of independent runs. history, seen: of every range
     of timesteps, its mean loss and the number of steps that drew from it."""
     zeros = {name: np.zeros(shape) for name in ("L_s", "integral", "p", "i", "d", "usual")}
-    return dict(count=0, history=np.zeros((*shape, RANGES)), seen=np.zeros((*shape, RANGES)), **zeros)
+    return dict(count=0, history=np.zeros((*shape, NUM_RANGES)), seen=np.zeros((*shape, NUM_RANGES)), **zeros)
 
 
 def feedback(state, losses, counts, horizon):
     """One turn of the loop: the state and the losses of the step just done -> the new state, in which p, i, d
     are the terms of P* for the next sample, and usual is their mean.
 
-    losses, counts: (..., RANGES), for every range of timesteps the sum of the samples' losses, >= 0, over
+    losses, counts: (..., NUM_RANGES), for every range of timesteps the sum of the samples' losses, >= 0, over
     unknown frames, and how many samples these are. horizon: steps. Every mean is a plain running mean until
     as many steps have passed as it looks back, and exponential from then on.
     """
@@ -160,8 +160,8 @@ class Curriculum:
         return balance(static, difficulty_map(self.aim(step)))
 
     def update(self, losses, counts):
-        """Take the step just done, over all ranks and micro-batches: for every range of timesteps (RANGES,)
-        the sum of its samples' losses over unknown frames, and the number of these samples.
+        """Take the step just done, over all ranks and micro-batches, (NUM_RANGES,) each: for every
+        range of timesteps the sum of its samples' losses over unknown frames, and how many samples these are.
 
         ValueError if a loss is not finite, or negative: such a step teaches the network nothing, and the
         curriculum neither.
@@ -254,7 +254,7 @@ def main():
             sentence, loss = phases[step]
             print(sentence)
         if step:
-            curriculum.update(np.full(RANGES, loss), np.ones(RANGES))
+            curriculum.update(np.full(NUM_RANGES, loss), np.ones(NUM_RANGES))
         print_step(step, f"{loss:.2f}" if step else "-", curriculum)
     P = curriculum.probabilities(STEPS - 1)
     print("\nP(task, k) of the last step, in percent. The bell is around u, Eq. 2 gives each row its share.")

@@ -185,9 +185,10 @@ def generate(denoiser, encoders, prompts, latents, given, interpolate=1, loop=Fa
     for i, (frames, between) in enumerate(windows(num_frames, interpolate, loop)):
         options = settings | (BETWEEN if between else dict(loop=loop))
         inputs = clip[:, frames], shown[:, frames] | done[frames]
-        drawn = generate_latents(denoiser, encoders, prompts, *inputs, window=i, **options).cpu()
-        new = ~done[frames]
-        clip[:, torch.tensor(frames)[new]] = drawn[:, new]
+        if not inputs[1].all():  # some frame is left to draw
+            drawn = generate_latents(denoiser, encoders, prompts, *inputs, window=i, **options).cpu()
+            new = ~done[frames]
+            clip[:, torch.tensor(frames)[new]] = drawn[:, new]
         done[frames] = True
     frames = encoders.codec.decode(clip.flatten(0, 1).to(denoiser.device))
     return frames.unflatten(0, clip.shape[:2]).cpu().numpy()
@@ -358,7 +359,7 @@ def main():
     denoiser, encoders, settings = load(args.checkpoint, machine.device(), args.vae, args.clip, args.t5)
     pictures = {slot: read_picture(file, settings["resolution"]) for slot, file in args.image}
     first = min(len(windows(args.num_frames, loop=args.loop)[0].frames), masks.NUM_FRAMES)
-    if pictures and not masks.is_trained(pictures, first):
+    if 0 < len(pictures) < first and not masks.is_trained(pictures, first):
         print(
             f"sample.py: warning: no row of Table 7 shows frames {sorted(pictures)} of {args.num_frames}: "
             "the model was not trained on this pattern and may do worse.",

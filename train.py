@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import data
 import masks
-from curriculum import RANGES, Curriculum
+from curriculum import NUM_RANGES, Curriculum
 from model import DFGN, NUM_TIMESTEPS, SIZES, make_scheduler
 from sample import SAMPLING, validation_sheet
 from support import checkpoint, hub, log, media, setup, stickers
@@ -94,14 +94,14 @@ class Run(NamedTuple):
     clips: list  # to train on
     held_out: list
     prompts: list  # of the validation sheet
-    network: Any  # the U-Net on all ranks
-    denoiser: Any  # the same as it is called, preconditioned or not
+    network: Any  # the U-Net (Training.unet) on all ranks
+    denoiser: Any  # the same, preconditioned or not: what the loop calls
     loss_weight: torch.Tensor  # (1000,), of each timestep; ones, but for a preconditioned network
     global_batch: int
     about: dict  # what a checkpoint says of the run
     summary: str  # of the data
     report: Any  # sends an entry of the log elsewhere
-    validate: Any  # `validate`, or what another program looks at in its place
+    validate: Any  # `validate`, or what lab/arm.py looks at in its place
 
     @property
     def parts(self):
@@ -136,7 +136,7 @@ def accumulate_gradients(run, training, probabilities, stop_signals):
     for each range of timesteps the sum of the losses over unknown frames and how many they are."""
     args, world, step = run.args, run.world, training.step
     size, micro_steps = args.train_batch_size, args.gradient_accumulation_steps
-    totals, by_range = (torch.zeros(*shape, device=world.device) for shape in ((3,), (2, RANGES)))
+    totals, by_range = (torch.zeros(*shape, device=world.device) for shape in ((3,), (2, NUM_RANGES)))
     for micro in range(micro_steps):
         first = (micro * world.size + world.rank) * size  # index of the sample in the global batch
         indices = range(first, first + size)
@@ -148,17 +148,17 @@ def accumulate_gradients(run, training, probabilities, stop_signals):
             training.scaler.scale(loss).backward()
         totals[0] += loss.detach()
         totals[1] += np.mean(batch.lengths) / micro_steps
-        ranges = to_device(batch.timesteps * RANGES // NUM_TIMESTEPS, world.device)
+        ranges = to_device(batch.timesteps * NUM_RANGES // NUM_TIMESTEPS, world.device)
         by_range.index_add_(1, ranges, torch.stack([unknown, torch.ones_like(unknown)]))
     totals[2] = len(stop_signals)
     totals = world.sum(torch.cat([totals, by_range.flatten()])).tolist()
     loss, mean_k, stop = (total / world.size for total in totals[:3])
-    return loss, mean_k, stop > 0, np.reshape(totals[3:], (2, RANGES))
+    return loss, mean_k, stop > 0, np.reshape(totals[3:], (2, NUM_RANGES))
 
 
 def update(training, loss, by_range):
     """Weights, averages and curriculum after one step; a step whose loss or gradients are not finite changes
-    none of them. Both numbers are sums over the ranks, so all ranks see it. Returns the step's log entry."""
+    none of them. Both are of all ranks, so each sees it. Returns the step's log entry."""
     training.scaler.unscale_(training.optimizer)
     grad_norm = clip_gradients(training.unet)
     good = math.isfinite(loss) and math.isfinite(grad_norm)
@@ -187,8 +187,9 @@ def train(run, training, stop_signals):
     args, world = run.args, run.world
     total = args.max_train_steps
     bar = tqdm(desc="training", unit="step", total=total, initial=training.step, disable=not world.main)
-    log_path, since, due = args.output_dir / "log.jsonl", (training.step, time.perf_counter()), False
+    log_path, due, logged, seconds = args.output_dir / "log.jsonl", False, training.step, 0.0
     while training.step < total:
+        began = time.perf_counter()
         # Static probabilities f_s, feedback P* (Eq. 2 to 4), difficulty map m_ad, their balance
         probabilities = training.curriculum.probabilities(training.step)
         terms = training.curriculum.terms(training.step)
@@ -196,6 +197,7 @@ def train(run, training, stop_signals):
         loss, mean_k, stop, by_range = accumulate_gradients(run, training, probabilities, stop_signals)
         # The network, and the current loss that the next step's feedback reads
         entry = update(training, loss, by_range)
+        seconds += time.perf_counter() - began
         bar.update()
         good, last = training.bad_in_row == 0, training.step == total
         if training.bad_in_row == MAX_BAD_STEPS:
@@ -208,8 +210,7 @@ def train(run, training, stop_signals):
         validates = last or (args.validation_steps and training.step % args.validation_steps == 0)
         seen = run.validate(run, training) if validates else {}
         if world.main and good and (validates or training.step % LOG_EVERY == 0):
-            clips = (training.step - since[0]) * run.global_batch
-            entry["clips_per_second"] = round(clips / (time.perf_counter() - since[1]), 2)
+            entry["clips_per_second"] = round((training.step - logged) * run.global_batch / seconds, 2)
             shares = zip(masks.TASKS, probabilities.sum(axis=1).tolist())
             entry |= {f"p_{task}": share for task, share in shares} | dict(mean_k=mean_k) | terms | seen
             bar.set_postfix(loss=f"{loss:.4f}")
@@ -218,7 +219,7 @@ def train(run, training, stop_signals):
                 run.report(entry)
                 if validates:
                     plot_progress(log_path, args.output_dir / "progress.png")
-            since = training.step, time.perf_counter()
+            logged, seconds = training.step, 0.0
         due |= training.step % args.checkpointing_steps == 0
         if not stop and (last or (due and good)):  # what was saved before bad steps makes no room for them
             save(run, training)
@@ -234,8 +235,7 @@ def held_out_loss(run, denoiser):
     same ones every time. Empty without any."""
     if not run.held_out:
         return {}
-    args, losses = run.args, []
-    uniform = Curriculum("none", 1).probabilities(0)
+    args, losses, uniform = run.args, [], Curriculum("none", 1).probabilities(0)
     for i in range(0, VALIDATION_SAMPLES, args.train_batch_size):
         indices = range(i, min(i + args.train_batch_size, VALIDATION_SAMPLES))
         where = args.seed, 0, indices, VALIDATION_SAMPLES
@@ -332,7 +332,7 @@ def begin_training(args, world, unet):
 def open_stickers(args, world, folder, found, notes, encoders):
     """Latents of the stickers, encoded where they are missing by all ranks together; says what is there."""
     setup.digest_first(args, world, folder, found)
-    workers = args.num_workers // world.local_size
+    workers = args.num_workers and max(1, args.num_workers // world.local_size)
     dataset = data.open_dataset(folder, found, encoders.codec, args.resolution, args.cache_dir, workers)
     clips = evenly(dataset.split("train"), args.max_train_samples or len(dataset.clips))
     clips, held_out = (data.usable(some, args.ddu) for some in (clips, dataset.split("validation")))

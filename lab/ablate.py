@@ -159,7 +159,8 @@ def finish(job, args, quiet):
             writing.write_text(json.dumps(measured_order(runs).tolist()))
     if row == "yoked" and not (args.output_dir / f"dcl-{clips}-{other}" / "arm.json").is_file():
         raise RuntimeError(f"yoked-{clips}-{seed} needs the run dcl-{clips}-{other} first")
-    flags = FLAGS[row].format(yoke=args.output_dir / f"dcl-{clips}-{other}", order=order).split()
+    yoke = args.output_dir / f"dcl-{clips}-{other}"
+    flags = [word.format(yoke=yoke, order=order) for word in FLAGS[row].split()]
     flags += ["--preset", args.preset, "--resolution", str(args.resolution), "--seed", str(seed)]
     flags += ["--max_train_steps", str(args.max_train_steps), "--validation_steps", str(args.look_every)]
     flags += ["--mixed_precision", "no"]  # as every machine has it: runs may come from several
@@ -244,18 +245,18 @@ def check_settings(args, names):
 
 
 def finished_runs(args):
-    """Every finished (row, clips, seed) of these rows and numbers of clips, whatever its seed."""
-    found = []
+    """Every finished (row, clips, seed) of this table and these numbers of clips."""
+    found, rows = [], {*TABLES[args.table], *args.rows}
     for path in sorted(args.output_dir.glob("*-*-*/arm.json")):
         row, clips, seed = path.parent.name.rsplit("-", 2)
-        if row in args.rows and clips in map(str, args.clips) and seed.isdecimal():
+        if row in rows and clips in map(str, args.clips) and seed.isdecimal():
             found.append((row, clips if clips == "all" else int(clips), int(seed)))
     return found
 
 
 def ablate(args):
-    """Every run that is not finished, and the table of all that are, of other seeds too, anew after each.
-    Raises UserError if some failed."""
+    """Every run that is not finished, and the table of all that are, of other rows and seeds too, anew after
+    each. Raises UserError if some failed."""
     check_settings(args, SETTINGS)
     wanted, found = list_jobs(args), finished_runs(args)
     finished = [job for wave in wanted for job in wave if job in found]

@@ -149,7 +149,7 @@ def summarize(arms, pairs):
 
 def summarize_order(arms):
     """{(task, k): spread of the loss over unknown frames relative to the mean level}, of rows without a
-    curriculum, and the shares that these and dcl drew."""
+    curriculum, and the shares that these and others drew."""
     with_cells = {key: arm for key, arm in arms.items() if key[0] == "ddu" and "cells" in arm}
     cells = {}
     for task in TASKS:

@@ -198,7 +198,7 @@ def cell_losses(run, denoiser, dataset, clips):
             batches = fixed_batches(dataset, clips, [(task, k)] * CELL_DRAWS, run.args.train_batch_size)
             losses[task, k] = unknown_loss(run, denoiser, batches)
     timesteps = torch.cat([batch.timesteps for batch in batches]).numpy()
-    ranges = timesteps * curriculum.RANGES // NUM_TIMESTEPS
+    ranges = timesteps * curriculum.NUM_RANGES // NUM_TIMESTEPS
     usual = np.array(
         [np.mean([x[ranges == r].mean() for x in losses.values()]) for r in range(ranges.max() + 1)]
     )

@@ -64,7 +64,7 @@ def real_clips(codec, dataset, clips):
 
 
 def scale_flags(add):
-    """How much is measured; ablate.py has the same flags."""
+    """How much is measured."""
     size = "(default %(default)s)"
     add("--num_prompts", type=number(int, 2), default=48, help=f"text prompts {size}")
     add("--num_clips", type=number(int, 2), default=24, help=f"clips of each task with given frames {size}")

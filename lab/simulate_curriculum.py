@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 import curriculum
-from curriculum import DIFFICULTY, HORIZON, RANGES, SMOOTHING
+from curriculum import DIFFICULTY, HORIZON, NUM_RANGES, SMOOTHING
 from masks import LENGTHS, TASKS
 from support.common import UserError, one_sentence, printable, replacing, table
 from support.flags import Parser
@@ -97,8 +97,8 @@ def read_levels(path):
 
 
 def base(total_steps):
-    """The loss of every step and range of timesteps, undisturbed: (steps, RANGES)"""
-    fifths, middles = ((np.arange(n) + 0.5) / n for n in (len(FIFTHS), RANGES))
+    """The loss of every step and range of timesteps, undisturbed: (steps, NUM_RANGES)"""
+    fifths, middles = ((np.arange(n) + 0.5) / n for n in (len(FIFTHS), NUM_RANGES))
     by_range = np.exp(np.interp(middles, fifths, np.log(FIFTHS)))
     return (1 + np.arange(total_steps) / total_steps / PACE)[:, None] ** -POWER * by_range
 
@@ -117,7 +117,7 @@ def draw(seeds, total_steps, batch):
             slow[step] = rho * slow[step - 1] + math.sqrt(1 - rho**2) * slow[step]
         turns = (steps + rng.integers(2 * memory)) // memory % 2
         disturbance = np.stack([0 * slow, slow, 0.15 - 0.3 * turns, slow], axis=1)
-        drawn.append((level, z, (RANGES * timestep).astype(int), disturbance))
+        drawn.append((level, z, (NUM_RANGES * timestep).astype(int), disturbance))
     level, z, ranges, disturbance = (np.stack(x, axis=1) for x in zip(*drawn))
     return level, z, ranges, np.moveaxis(disturbance, 1, 2)
 
@@ -146,8 +146,8 @@ def draw_levels(P, uniform):
 def simulate(levels, seeds=range(16), total_steps=1200, batch=8):
     """Trains every (learner, arm, seed). levels: of `read_levels`. Returns a dict of arrays, the step first:
     "P" (steps, learners, arms, seeds, 3, 6), "aim" and "L_s" that the step was drawn with, (steps, learners,
-    arms, seeds), and its answer: "losses" (steps, learners, arms, seeds, RANGES), sums over the samples of
-    each range of timesteps, and "counts", (steps, seeds, RANGES). And "horizon", a number of steps."""
+    arms, seeds), and its answer: "losses" (steps, learners, arms, seeds, NUM_RANGES), sums over the samples
+    of each range of timesteps, and "counts", (steps, seeds, NUM_RANGES). And "horizon", a number of steps."""
     uniform, z, ranges, disturbance = draw(seeds, total_steps, batch)
     factors = np.stack([*[levels["relative"]] * 3, 0.5 + DIFFICULTY])  # (learners, 3, 6)
     factors = factors.reshape(len(LEARNERS), 1, 1, -1)[..., EASY_TO_HARD]  # (learners, 1, 1, 18)
@@ -161,7 +161,7 @@ def simulate(levels, seeds=range(16), total_steps=1200, batch=8):
         loss = np.take_along_axis(factors, draw_levels(P, uniform[step]), axis=-1)
         loss *= course[step, ranges[step]] * noise[step]  # (learners, arms, seeds, batch)
         loss *= np.exp(disturbance[step])[:, None, :, None]
-        in_range = ranges[step][..., None] == np.arange(RANGES)  # (seeds, batch, RANGES)
+        in_range = ranges[step][..., None] == np.arange(NUM_RANGES)  # (seeds, batch, NUM_RANGES)
         losses, counts = np.einsum("lasb,sbr->lasr", loss, in_range), in_range.sum(axis=1)
         log.append(dict(P=P, aim=aims, L_s=state["L_s"], losses=losses, counts=counts))
         state = curriculum.feedback(state, losses, counts, horizon)

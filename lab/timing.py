@@ -39,8 +39,9 @@ def machine():
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     cpu = f"{len(names)} x {names[0]}" if names else cpu
     gpu = f", {torch.cuda.get_device_name()}" if CUDA else ""
+    half = "no bf16" if HALF_NAME == "no" else f"has {HALF_NAME}"
     return (
-        f"{cpu}{gpu}, {torch.get_num_threads()} threads, {HALF_NAME}, Python {platform.python_version()}, "
+        f"{cpu}{gpu}, {torch.get_num_threads()} threads, {half}, Python {platform.python_version()}, "
         f"torch {torch.__version__}, diffusers {diffusers.__version__}, commit {commit or 'unknown'}"
     )
 

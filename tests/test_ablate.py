@@ -129,7 +129,7 @@ def test_the_course_of_the_set_point_is_dcl_whose_loss_is_as_usual():
     this, course = Curriculum("dcl", 60), arm.make_course("set_point", 60)
     for step, drawn in enumerate(course):
         np.testing.assert_allclose(drawn, this.probabilities(step))
-        this.update(np.ones(curriculum.RANGES), np.ones(curriculum.RANGES))
+        this.update(np.ones(curriculum.NUM_RANGES), np.ones(curriculum.NUM_RANGES))
     assert not np.allclose(course[0], course[-1])
 
 
@@ -139,12 +139,14 @@ def test_a_yoked_course_is_what_the_other_run_drew(tmp_path):
     for step in range(60):
         drawn.append(this.probabilities(step))
         aims.append(this.terms(step)["aim"])
-        this.update(rng.uniform(0.5, 1.5, curriculum.RANGES), np.ones(curriculum.RANGES))
+        this.update(rng.uniform(0.5, 1.5, curriculum.NUM_RANGES), np.ones(curriculum.NUM_RANGES))
     (tmp_path / "arm.json").write_text(json.dumps(dict(aims=aims)))
     course = arm.make_course(tmp_path, 60)
     assert (course == np.stack(drawn)).all() and not np.allclose(course, arm.make_course("constant", 60))
     follower = arm.Course(course)
-    follower.update(np.full(curriculum.RANGES, 1e6), np.ones(curriculum.RANGES))  # whatever its own loss
+    follower.update(
+        np.full(curriculum.NUM_RANGES, 1e6), np.ones(curriculum.NUM_RANGES)
+    )  # whatever its own loss
     assert (follower.probabilities(33) == drawn[33]).all()
     with pytest.raises(UserError, match="has 60 steps, not 61"):
         arm.make_course(tmp_path, 61)
@@ -209,9 +211,15 @@ def test_a_table_shows_from_its_start_on_what_is_finished(tmp_path, called, monk
     write_arm(tmp_path / "dcl-100-7", [4, 3, 2, 1])
     tables = []
     monkeypatch.setattr(ablate, "write_tables", lambda table, arms, args: tables.append(set(arms)))
+    write_arm(tmp_path / "sti-100-0", [4, 3, 2, 1])  # a row that is not asked for
     call("--table", 3, "--output_dir", tmp_path, "--rows", "dcl", "--clips", 100, "--jobs", 1)
-    finished = {("dcl", 100, 1), ("dcl", 100, 7)}  # 7 is none of the seeds that are asked for
-    assert tables == [finished, finished | {("dcl", 100, 0)}, {("dcl", 100, seed) for seed in (0, 1, 2, 7)}]
+    finished = {
+        ("sti", 100, 0),
+        ("dcl", 100, 1),
+        ("dcl", 100, 7),
+    }  # 7 is none of the seeds that are asked for
+    made = {("dcl", 100, 0)}, {("dcl", 100, 0), ("dcl", 100, 2)}
+    assert tables == [finished, *(finished | more for more in made)]
     assert len(called) == 2
 
 
@@ -227,6 +235,7 @@ def test_what_table_3_leaves(tmp_path, called):
 
 
 def test_what_table_4_leaves(tmp_path, called):
+    tmp_path = tmp_path / "my runs"
     call("--table", 4, "--output_dir", tmp_path, "--seeds", 0, 1, 2, "--jobs", 1)
     last = [
         words for words in called if "--course" in words and "dcl-all" in words[words.index("--course") + 1]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import curriculum
-from curriculum import DIFFICULTY, RANGES, STRATEGIES, Curriculum
+from curriculum import DIFFICULTY, NUM_RANGES, STRATEGIES, Curriculum
 from masks import LENGTHS, TASKS
 
 HOSTILE = {  # losses of one sample, step by step
@@ -25,16 +25,16 @@ HOSTILE = {  # losses of one sample, step by step
     "one then zero": [1.0] * 30 + [0.0] * 300,
 }
 DRAWN = {  # which ranges of timesteps a step has samples of
-    "all": lambda step: np.ones(RANGES),
-    "one": lambda step: np.eye(RANGES)[step % RANGES],
-    "some, several times": lambda step: np.arange(RANGES) * (np.arange(RANGES) % 3 == step % 3),
-    "now and then none": lambda step: np.full(RANGES, step % 2),
+    "all": lambda step: np.ones(NUM_RANGES),
+    "one": lambda step: np.eye(NUM_RANGES)[step % NUM_RANGES],
+    "some, several times": lambda step: np.arange(NUM_RANGES) * (np.arange(NUM_RANGES) % 3 == step % 3),
+    "now and then none": lambda step: np.full(NUM_RANGES, step % 2),
 }
 
 
 def one_each(loss):
     """What Curriculum.update takes after a step of one sample in every range, all of the same loss."""
-    return np.full(RANGES, loss), np.ones(RANGES)
+    return np.full(NUM_RANGES, loss), np.ones(NUM_RANGES)
 
 
 def after(losses, strategy="dcl", total_steps=1000):
@@ -86,8 +86,8 @@ def test_losses_of_any_magnitude_leave_a_distribution(seed):
     with np.errstate(over="raise", invalid="raise", divide="raise"):
         for step in range(400):
             assert_distribution(this.probabilities(step))
-            counts = rng.integers(0, 3, RANGES)
-            this.update(10.0 ** rng.uniform(-320, 308, RANGES) * (counts > 0), counts)
+            counts = rng.integers(0, 3, NUM_RANGES)
+            this.update(10.0 ** rng.uniform(-320, 308, NUM_RANGES) * (counts > 0), counts)
 
 
 def test_dcl_never_starves_a_level():
@@ -215,9 +215,9 @@ def test_loss_above_history_makes_the_next_sample_easier_and_below_harder(step):
 def test_which_timesteps_were_drawn_moves_nothing():
     """Losses of the ranges differ a hundredfold, so that the mean loss of a step tells its timesteps."""
     rng, total = np.random.default_rng((2, 0, 0)), 300
-    loss, this, means = np.geomspace(0.01, 1, RANGES), Curriculum("dcl", total), []
+    loss, this, means = np.geomspace(0.01, 1, NUM_RANGES), Curriculum("dcl", total), []
     for step in range(total):
-        counts = rng.integers(0, 3, RANGES) * (rng.random(RANGES) < 0.3)
+        counts = rng.integers(0, 3, NUM_RANGES) * (rng.random(NUM_RANGES) < 0.3)
         this.update(loss * counts, counts)
         means.append((loss * counts).sum() / max(counts.sum(), 1))
         assert abs(float(this.state["L_s"])) < 1e-9
@@ -227,8 +227,8 @@ def test_which_timesteps_were_drawn_moves_nothing():
 
 
 def test_a_range_whose_loss_rises_is_noticed_whichever_it_is():
-    for where in range(RANGES):
-        this, counts = after([0.2] * 200), np.eye(RANGES)[where]
+    for where in range(NUM_RANGES):
+        this, counts = after([0.2] * 200), np.eye(NUM_RANGES)[where]
         this.update(0.4 * counts, counts)
         assert float(this.state["L_s"]) == pytest.approx(1 / 20)
 
@@ -245,7 +245,7 @@ def test_equations_3_and_4_against_numbers_by_hand():
     this = Curriculum("dcl", 30)
 
     def update(first_loss, first_count, second_loss, second_count):
-        losses, counts = np.zeros((2, RANGES))
+        losses, counts = np.zeros((2, NUM_RANGES))
         losses[[0, 7]], counts[[0, 7]] = (first_loss, second_loss), (first_count, second_count)
         this.update(losses, counts)
         return {name: float(this.state[name]) for name in ("L_s", "integral", "p", "i", "d")}
@@ -312,10 +312,10 @@ def test_many_runs_at_once_are_each_run_alone():
     together = curriculum.initial_state((2, 3))
     alone = [curriculum.initial_state() for _ in range(runs)]
     for _ in range(40):
-        counts = rng.integers(0, 3, (2, 3, RANGES))
+        counts = rng.integers(0, 3, (2, 3, NUM_RANGES))
         losses = rng.lognormal(0, 1, counts.shape) * counts
         together = curriculum.feedback(together, losses, counts, horizon)
-        each = zip(alone, losses.reshape(runs, RANGES), counts.reshape(runs, RANGES))
+        each = zip(alone, losses.reshape(runs, NUM_RANGES), counts.reshape(runs, NUM_RANGES))
         alone = [curriculum.feedback(state, *step, horizon) for state, *step in each]
     assert together.keys() == alone[0].keys() and together["count"] == alone[0]["count"] == 40
     for name in together.keys() - {"count"}:
@@ -336,8 +336,8 @@ def test_a_resumed_curriculum_repeats_the_unbroken_one_bit_for_bit():
             resumed.load_state_dict(json.loads(json.dumps(unbroken.state_dict())))
         assert (unbroken.probabilities(step) == resumed.probabilities(step)).all()
         assert unbroken.terms(step) == resumed.terms(step)
-        counts = rng.integers(0, 3, RANGES)
-        losses = rng.lognormal(-2, 1, RANGES) * counts
+        counts = rng.integers(0, 3, NUM_RANGES)
+        losses = rng.lognormal(-2, 1, NUM_RANGES) * counts
         unbroken.update(losses, counts)
         resumed.update(losses, counts)
     assert unbroken.state_dict() == resumed.state_dict()

@@ -84,6 +84,15 @@ def test_interpolation_keeps_the_frames_that_it_goes_between(model):
         assert len(clip) == 7 * interpolate + 1 and np.array_equal(clip[::interpolate], short)
 
 
+def test_between_frames_that_are_all_given_nothing_else_is_drawn(model, monkeypatch):
+    seen, draw = [], sample.generate_latents
+    monkeypatch.setattr(
+        sample, "generate_latents", lambda *a, **k: seen.append(a[4].tolist()) or draw(*a, **k)
+    )
+    assert len(make(model, 4, given=range(4), interpolate=2)) == 7
+    assert seen == [[[True, False, True, False, True, False, True]]]
+
+
 def test_a_loop_has_no_first_frame():
     """Every step cuts it elsewhere, into windows of neighbours that the network can see."""
     seen = []

@@ -414,7 +414,7 @@ def train_to(training, last):
     while training.step < last:
         out = training.unet(*toy_inputs(training.unet, seed=training.step))
         out.square().mean().backward()
-        train.update(training, 1.0, np.ones((2, train.RANGES)))
+        train.update(training, 1.0, np.ones((2, train.NUM_RANGES)))
     return training
 
 

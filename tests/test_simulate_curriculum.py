@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from curriculum import DIFFICULTY, RANGES, Curriculum
+from curriculum import DIFFICULTY, NUM_RANGES, Curriculum
 from lab import simulate_curriculum
 from lab.simulate_curriculum import (
     ARMS,
@@ -115,16 +115,16 @@ def test_a_loss_is_base_times_level(monkeypatch, task, k):
         lambda _, P_star, __: (np.broadcast_to(P, (*P_star.shape, *SHAPE)), P_star),
     )
     log = simulate(RISING | {"noise": 0.0}, seeds=[3], total_steps=30)
-    base = simulate_curriculum.base(30) * log["counts"][:, 0]  # (steps, RANGES)
+    base = simulate_curriculum.base(30) * log["counts"][:, 0]  # (steps, NUM_RANGES)
     expected = base[:, None] * RISING["relative"][task, k]
-    np.testing.assert_allclose(log["losses"][:, NOISE, :, 0], np.broadcast_to(expected, (30, 5, RANGES)))
+    np.testing.assert_allclose(log["losses"][:, NOISE, :, 0], np.broadcast_to(expected, (30, 5, NUM_RANGES)))
     factor = log["losses"][:, STRONG, 0, 0].sum(-1) / log["losses"][:, SLOW, 0, 0].sum(-1)
     np.testing.assert_allclose(factor, (0.5 + DIFFICULTY[task, k]) / RISING["relative"][task, k])
 
 
 def test_base_falls_and_is_larger_at_small_timesteps():
     base = simulate_curriculum.base(500)
-    assert base.shape == (500, RANGES)
+    assert base.shape == (500, NUM_RANGES)
     assert (np.diff(base, axis=0) < 0).all() and (np.diff(base, axis=1) <= 0).all()
     assert 5 < base[0, 0] / base[0, -1] < 10
 
@@ -140,7 +140,7 @@ def test_levels_come_as_often_as_their_probability():
 
 
 def test_timesteps_are_spread_over_a_batch_and_uniform(log):
-    counts = log["counts"]  # (steps, seeds, RANGES)
+    counts = log["counts"]  # (steps, seeds, NUM_RANGES)
     assert counts.max() == 1 and (counts.sum(-1) == 8).all()  # eight samples, no two of them in one range
     np.testing.assert_allclose(counts.mean((0, 1)), 0.8, atol=0.02)
 
@@ -149,7 +149,7 @@ def test_noise_has_mean_1_and_the_deviation_that_is_asked_for():
     log = simulate(EQUAL | {"noise": 0.8}, seeds=range(8), total_steps=300)
     factor = (
         log["losses"][:, NOISE, LINEAR] / simulate_curriculum.base(300)[:, None]
-    )  # (steps, seeds, RANGES)
+    )  # (steps, seeds, NUM_RANGES)
     factor = factor[log["counts"] == 1]  # single samples
     assert len(factor) == 300 * 8 * 8
     assert factor.mean() == pytest.approx(1, abs=0.03)

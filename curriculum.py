@@ -64,17 +64,17 @@ def feedback_terms(L_s, integral, derivative):
 
 
 # P* -> u
-def aim(P_star, usual, set_point):
-    """The difficulty u in 0..1 that the adaptive part aims at: sigmoid(logit(set point) - (P* - usual)). A
-    loss that falls lies below its history all the time: the usual P* leaves the set point where it is. As
-    tanh, since exp would overflow."""
-    return 0.5 + 0.5 * np.tanh(0.5 * (np.log(set_point / (1 - set_point)) - (P_star - usual)))
+def aim(P_star, usual, s):
+    """The difficulty u in 0..1 that the adaptive part aims at, from the set point s: sigmoid(logit(s) -
+    (P* - usual)). A loss that falls lies below its history all the time: the usual P* leaves the set point
+    where it is. As tanh, since exp would overflow."""
+    return 0.5 + 0.5 * np.tanh(0.5 * (np.log(s / (1 - s)) - (P_star - usual)))
 
 
 # m_ad in Algorithm 1
-def difficulty_map(aim):
-    """Adaptive P(task, k): a smooth kernel over the levels around `aim` 0..1; (...) -> (..., 3, 6)."""
-    distance = DIFFICULTY - np.asarray(aim)[..., None, None]
+def difficulty_map(u):
+    """Adaptive P(task, k): a smooth kernel over the levels around the aim u, 0..1; (...) -> (..., 3, 6)."""
+    distance = DIFFICULTY - np.asarray(u)[..., None, None]
     weight = np.exp(-0.5 * (distance / KERNEL_WIDTH) ** 2)
     return weight / weight.sum((-2, -1), keepdims=True)
 

@@ -15,9 +15,10 @@ those it was trained on. A folder of yours has few such clips: its held-out ones
                  G1_equal: of equally spaced frames in the place of key frames, for a folder of yours;
                  probe: the loss of the weights as they are, on one fixed batch of all levels
     arm.json     written last: the loss of every task, on held-out clips and as "fit" on trained ones, as
-                 "gaussian" that of the Gaussian alone, and without a curriculum that of every (task, k);
-                 Frechet distances and PSNR; what was drawn; machine and commit; what the tables need of the
-                 log. This file alone is a finished arm: the rest may be deleted
+                 "gaussian" that of the Gaussian alone, and without a curriculum that of every (task, k), on
+                 held-out clips of the training set; Frechet distances and PSNR; what was drawn; machine and
+                 commit; what the tables need of the log. This file alone is a finished arm: the rest may be
+                 deleted
     samples.png  some samples below the real clips, as arm.json says under "samples"
 """
 
@@ -375,7 +376,9 @@ def finish(run, training, dataset, clips, arm):
             scores = sample_scores(run, denoiser, dataset, clips, sampled, folder, arm.away)
             result["scores"], result["samples"] = scores
         if args.ddu == "on" and args.curriculum == "none":  # an order that no curriculum made
-            result["cells"] = cell_losses(run, denoiser, dataset, clips)
+            apart = usable(run.held_out)  # else an order would be found on what arms are compared by
+            where = (run.dataset, apart) if apart else (dataset, clips)
+            result["cells"] = cell_losses(run, denoiser, *where)
     if args.ddu == "on" and len(log) == args.max_train_steps:  # a step that was skipped has no line
         if arm.course:
             course = make_course(arm.course, args.max_train_steps)

@@ -50,7 +50,7 @@ from matplotlib.ticker import ScalarFormatter
 import masks
 from lab import driving, scenes
 from lab.ablate import check_settings, finished_first, in_parallel, run
-from lab.ablation_tables import cell, spread
+from lab.ablation_tables import cell, rivals_line, spread
 from lab.eight_frames import draw_test_stickers
 from lab.items import CONDITIONED
 from lab.pictures import read_samples, save
@@ -293,7 +293,7 @@ def write_report(args, found, rates):
         "frames, away: to what the base was trained on; mean ± standard error of the seeds."
     )
     text = [about, table(["clips", "task", "arm", "", "rate", "seeds", *names], lines)]
-    text.append(verdict(rows, args.clips))
+    text += [verdict(rows, args.clips), rivals_line(found.values())]
     result = {", ".join(map(str, key)): values for key, values in rows.items()}
     for name, content in (("json", json.dumps(result, indent=1)), ("md", "\n\n".join(text) + "\n")):
         with replacing(args.output_dir / f"peers.{name}") as writing:

@@ -117,10 +117,12 @@ def spread(values):
 
 def summarize(arms, pairs):
     """arms: {(row, clips, seed): of read_arm}. Returns {"rows": {"row, clips": {number: spread}}, "pairs":
-    {"a - b, clips": {number: spread of a - b, seed by seed, and the smallest that could be seen}}}."""
-    groups = {}
+    {"a - b, clips": {number: spread of a - b, seed by seed, and the smallest that could be seen; of "loss"
+    also its error over clips}}}."""
+    groups, by_clip = {}, {}
     for (row, clips, seed), arm in arms.items():
         groups.setdefault((row, clips), {})[seed] = arm["numbers"]
+        by_clip[row, clips, seed] = arm.get("losses", {}).get("image", {}).get("by clip")
     rows, compared = {}, {}
 
     def place(key):  # in the table: by number of clips, then as in NAMES
@@ -143,6 +145,10 @@ def summarize(arms, pairs):
                         t = student_t.ppf(0.975, difference["seeds"] - 1)
                         difference["could be seen"] = float(t * difference["se"])
                     entry[name] = difference
+            each = [[by_clip[r, clips, s] for s in seeds] for r in (row, b)]
+            if seeds and all(map(all, each)):
+                apart = np.subtract(*each).mean(axis=0)  # (clips,) of a mean over seeds
+                entry["loss"]["se over clips"] = float(apart.std(ddof=1) / len(apart) ** 0.5)
             compared[f"{row} - {b}, {clips}"] = entry
     return dict(rows=rows, pairs=compared)
 
@@ -212,12 +218,15 @@ def number_table(number, result):
             entry = row.get(column)
             seen = entry and entry.get("could be seen")
             cells.append(cell(entry, digits, "+") + (f" ({seen:.{digits}f})" if seen else ""))
+            if entry and "se over clips" in entry:
+                cells[-1] += f", over clips ± {entry['se over clips']:.{digits}f}"
         pair, clips = key.rsplit(", ", 1)
         differences.append([clips, pair, *cells])
     return [
         table(["clips", "row", "seeds", *columns], lines),
         "Differences, seed by seed: mean ± standard error, in brackets the smallest that so many seeds "
-        "could tell from none (Student's t, 95 %):",
+        "could tell from none (Student's t, 95 %); over clips: the standard error over held-out clips of the "
+        "mean of the seeds:",
         table(["clips", "", *columns], differences),
     ]
 

@@ -212,9 +212,9 @@ def cell_losses(run, denoiser, dataset, clips):
 
 
 def task_losses(run, denoiser, dataset, clips, tasks, equal=False):
-    """The loss over unknown frames of each task at k = 8: {task: {"mean", "se", "balanced"}}; what is drawn
-    is the same for every network. balanced: the mean under the weights that a network beside a Gaussian
-    trains with. equal: of equally spaced frames"""
+    """The loss over unknown frames of each task at k = 8: {task: {"mean", "se", "balanced", "by clip"}}; what
+    is drawn is the same for every network. balanced: the mean under the weights that a network beside a
+    Gaussian trains with. equal: of equally spaced frames"""
     losses = {}
     for task in tasks:
         cells = [(task, NUM_FRAMES)] * G1_DRAWS
@@ -223,7 +223,8 @@ def task_losses(run, denoiser, dataset, clips, tasks, equal=False):
         timesteps = torch.cat([batch.timesteps for batch in batches])
         std = float(torch.cat([batch.latents for batch in batches]).std())  # of the clips: equal for all arms
         weight = balanced_weights(std, run.scheduler.alphas_cumprod.cpu())[timesteps].double().numpy()
-        losses[task] = mean_se(loss) | dict(balanced=float((weight * loss).mean()))
+        by_clip = [round(float(loss[i :: len(clips)].mean()), 6) for i in range(min(len(clips), len(loss)))]
+        losses[task] = mean_se(loss) | {"balanced": float((weight * loss).mean()), "by clip": by_clip}
     return losses
 
 

@@ -71,6 +71,14 @@ def test_rows_and_differences_by_hand(tmp_path):
     assert "ddu - sti, all" not in result["pairs"]  # there is no sti on all clips
 
 
+def test_a_difference_has_its_error_over_clips(tmp_path):
+    arms = read(tmp_path, {(row, 300, seed): [4, 3] for row in ("sti", "ddu") for seed in (0, 1)})
+    for (row, _, seed), this in arms.items():
+        this["losses"] = {"image": {"by clip": [3 + seed, 4 + seed + (row == "ddu")]}}  # apart by 0 and 1
+    pairs = ablation_tables.summarize(arms, [("ddu", "sti")])["pairs"]
+    assert pairs["ddu - sti, 300"]["loss"]["se over clips"] == pytest.approx(0.5)
+
+
 def test_jumps_are_no_part_of_the_course():
     rng, steps = np.random.default_rng(0), np.arange(4000)
     assert ablation_tables.jumps(np.exp(-steps / 400)) < 1e-6
@@ -317,6 +325,7 @@ def test_an_arm_trains_looks_and_measures(tmp_path, folder, cache, monkeypatch):
     log = read_log(out / "log.jsonl")
     assert len(log) == 6 and log[0]["p_interpolation"] == pytest.approx(0.2)
     assert found["log"][1]["mean_k"] == np.mean([entry["mean_k"] for entry in log[2:4]])
+    assert len(found["losses"]["image"]["by clip"]) == 4
     assert found["aims"] == [] and "commit" in found["about"]["machine"]
     assert set(found["cells"]) == set(LEVELS) and found["scores"].keys() >= {"image", "prediction"}
     assert sum(share for name, share in found["drawn"].items() if name in LEVELS) == pytest.approx(1)

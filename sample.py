@@ -85,6 +85,15 @@ def guided_noise(denoiser, noisy, latents, given, timestep, text, null_text, wei
     return sum(weight * e for weight, e in zip(weights.values(), noise.chunk(n)))
 
 
+def ddim_step(x, noise, alpha, next_alpha, eta, fresh):
+    """One step of DDIM (Song et al. 2021, Eq. 12 and 16) between two levels of noise, products of alphas as
+    in scheduler.alphas_cumprod. Returns the next x, and the clean latents that it goes by. diffusers' own
+    step goes to another level than the one that it then asks for, where the steps do not divide 1000."""
+    clean = (x - (1 - alpha) ** 0.5 * noise) / alpha**0.5
+    sigma = eta * ((1 - next_alpha) / (1 - alpha) * (1 - alpha / next_alpha)) ** 0.5
+    return next_alpha**0.5 * clean + (1 - next_alpha - sigma**2) ** 0.5 * noise + sigma * fresh, clean
+
+
 @torch.no_grad()
 def generate_latents(
     denoiser,
@@ -123,16 +132,16 @@ def generate_latents(
 
     scheduler = make_scheduler()
     scheduler.set_timesteps(num_inference_steps)
+    alphas = [*scheduler.alphas_cumprod[scheduler.timesteps], scheduler.final_alpha_cumprod]
     noise, clip_noise = draw_noise(0), draw_noise(num_inference_steps + 1)
     x = first_latents(denoiser, scheduler, noise, clip_noise, latents, given, text)
     denoiser = Ring(denoiser, masks.NUM_FRAMES, seed) if loop else denoiser
     for step, t in enumerate(tqdm(scheduler.timesteps, desc="sampling", disable=not progress), start=1):
         with precision(device.type, mixed_precision):
             noise = guided_noise(denoiser, x, latents, given, t, text, null_text, weights)
-        fresh = draw_noise(step) if eta > 0 else None
-        stepped = scheduler.step(noise, t, x, eta=eta, variance_noise=fresh)
-        x = stepped.prev_sample
-    return stepped.pred_original_sample  # prev_sample ends at alpha_1 and still holds some noise
+        fresh = draw_noise(step) if eta > 0 else 0.0
+        x, clean = ddim_step(x, noise, *alphas[step - 1 : step + 1], eta, fresh)
+    return clean  # x ends at alpha_1 and still holds some noise
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -137,6 +137,7 @@ class PretrainedVAE:
         """Pixels per latent along each side."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
+    @exact()
     @torch.no_grad()
     def encode(self, frames):
         """frames uint8 (N, R, R, 3) -> posterior means, scaled: float32 (N, C, R/f, R/f)"""

@@ -57,13 +57,15 @@ def native_precision(mixed_precision):
 def exact():
     """Single precision whatever is going on around it: no autocast, no TF32. For what is not learned, and
     needs no gradient."""
-    before = torch.get_float32_matmul_precision()
+    before, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     try:
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             yield
     finally:
         torch.set_float32_matmul_precision(before)
+        torch.backends.cudnn.allow_tf32 = cudnn
 
 
 def to_device(tensor, device):

@@ -5,6 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.overrides import TorchFunctionMode
 
 from support.optim import ADAM, ALPHA_LR, MUON_LR, align_moments, make_optimizer, orthogonal
 from tests.toys import SMALLER, toy_inputs, toy_unet
@@ -19,6 +20,27 @@ def test_singular_values_become_equal_and_their_vectors_stay(shape):
     large = s > 0.05 * s.amax(dim=1, keepdim=True)  # five steps do not reach the smallest ones
     assert (0.6 < values[large]).all() and (values < 1.3).all()
     torch.testing.assert_close(made, torch.diag_embed(values), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(20, 24), (16, 150)], ids=str)
+def test_they_are_computed_in_full_precision(shape, monkeypatch):
+    """TF32 and autocast, which a training on a GPU has, would spoil them; both were on before and after."""
+    found = []
+
+    class Look(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function in (torch.Tensor.matmul, torch.matmul, torch.Tensor.__matmul__):
+                found.append((torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu")))
+            return function(*args, **(kwargs or {}))
+
+    torch.set_float32_matmul_precision("high")
+    try:
+        with torch.autocast("cpu", torch.bfloat16), Look():
+            assert orthogonal(torch.randn(2, *shape)).dtype == torch.float32
+            assert torch.is_autocast_enabled("cpu") and torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert found and set(found) == {("highest", False)}
 
 
 def steps(unet, optimizer, count):

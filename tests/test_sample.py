@@ -108,9 +108,42 @@ def test_any_number_of_steps_starts_at_the_noisiest_timestep(steps):
     timesteps = scheduler.timesteps.tolist()
     assert len(timesteps) == steps and timesteps[0] == 999 and timesteps[-1] >= 0
     assert timesteps == sorted(set(timesteps), reverse=True)
-    x = torch.ones(1)
-    for t in timesteps:
-        x = scheduler.step(torch.ones(1), t, x).prev_sample  # no index beyond the schedule
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_a_step_is_that_of_diffusers_where_the_steps_divide_1000(eta):
+    scheduler, (x, noise, fresh) = make_scheduler(), torch.randn(3, 2, 8, generator=torch.manual_seed(0))
+    scheduler.set_timesteps(25)
+    alphas = [*scheduler.alphas_cumprod[scheduler.timesteps], scheduler.final_alpha_cumprod]
+    for t, alpha, after in zip(scheduler.timesteps, alphas, alphas[1:]):
+        theirs = scheduler.step(noise, t, x, eta=eta, variance_noise=fresh)
+        ours, clean = sample.ddim_step(x, noise, alpha, after, eta, fresh)
+        torch.testing.assert_close(ours, theirs.prev_sample)
+        torch.testing.assert_close(clean, theirs.pred_original_sample)
+
+
+@pytest.mark.parametrize("steps", [7, 25, 30, 60, 600])
+def test_a_network_that_knows_the_clip_gets_just_the_noise_that_it_is_told_of(steps):
+    """By the timestep that is told, the noise in x is that of the start in every step; and the clip comes
+    out."""
+    clip, started, scheduler = torch.tensor([3.0, -1.0]).view(1, 2, 1, 1, 1), [], make_scheduler()
+
+    def denoiser(noisy, latents, given, timestep, text):
+        alpha = scheduler.alphas_cumprod[timestep[0]]
+        noise = (noisy - alpha**0.5 * clip) / (1 - alpha) ** 0.5
+        started.append(noise)
+        return noise
+
+    denoiser.device = torch.device("cpu")
+    encoders = SimpleNamespace(text=lambda texts, device: (torch.zeros(len(texts), 1),) * 4)
+    given, flags = torch.zeros(1, 2, dtype=torch.bool), dict(num_inference_steps=steps, eta=0.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "for_sampling", lambda same: same)
+        patch.setattr(sample, "first_latents", lambda denoiser, scheduler, noise, *_: noise)
+        made = sample.generate_latents(denoiser, encoders, [""], torch.zeros_like(clip), given, **flags)
+    for noise in started:
+        torch.testing.assert_close(noise, started[0], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(made, clip, rtol=1e-3, atol=1e-3)
 
 
 def test_a_model_is_run_in_a_precision_that_this_machine_has(checkpoint, monkeypatch):

@@ -325,14 +325,15 @@ def draw_batch(dataset, clips, probabilities, seed, step, indices, global_batch,
 # What the preconditioning of small models learns from the stickers
 
 
-def fit_prior(prior, dataset, clips, encoders, most_clips=1024):
-    """Fits a GaussianPrior to the latents and captions of an even selection of `clips`."""
+def fit_prior(prior, dataset, clips, encoders, ddu="on", most_clips=1024):
+    """Fits a GaussianPrior to latents, as draw_sample shows them, and captions of a selection of `clips`."""
     chosen = evenly(clips, most_clips)
     latents, texts = {}, {}
     for k in LENGTHS:
         having = [clip for clip in chosen if clip.longest >= k] or chosen[:1]
         n = len(having) if having[0].longest >= k else 0
-        latents[k] = torch.from_numpy(np.stack([dataset.read(clip, k) for clip in having]))[:n]
+        shown = None if k == NUM_FRAMES and ddu not in masks.LOSS_MASK_ON else k
+        latents[k] = torch.from_numpy(np.stack([dataset.read(clip, shown) for clip in having]))[:n]
         texts[k] = [x[:n] for x in encoders.text([clip.caption for clip in having])]
     prior.fit(latents, texts, encoders.text([""]))
 

@@ -281,7 +281,7 @@ def fit_prior(args, world, encoders, dataset, clips):
     side = args.resolution // encoders.codec.factor
     if world.main:
         prior = GaussianPrior(encoders.codec.latent_channels, side, encoders.clip.width, masks.LENGTHS)
-        data.fit_prior(prior.to(world.device), dataset, clips, encoders)
+        data.fit_prior(prior.to(world.device), dataset, clips, encoders, args.ddu)
         prior.save_pretrained(args.output_dir / "prior")
     world.barrier()
     encoders.prior = load_prior(args.output_dir / "prior").to(world.device)

@@ -31,7 +31,7 @@ FIT_FRAMES = 8192  # most frames that the modes are fitted to
 LATENT_ERROR = 0.03  # assumed error of the network's estimate of clean latents, as a share of their variance
 SAMPLING_ERROR = 0.001  # the same while sampling: the network errs by blur, the prior by grain one sees
 MAX_LATENT_WEIGHT = 5.0
-RIDGE = 0.1  # of the regression on captions, as a share of the mean square of their features
+RIDGE = 8000  # of the regression on captions: it counts as many frames about which captions say nothing
 
 
 class GaussianPrior(ModelMixin, ConfigMixin):
@@ -105,13 +105,15 @@ class GaussianPrior(ModelMixin, ConfigMixin):
         self.modes[found:] = 0
 
         z = {k: (clip - self.mean) @ self.modes.T for k, clip in clips.items()}  # (n, k, M)
-        square = product = 0
+        square = product = count = 0
         for k in self.lengths:  # each frame is explained by its caption's features times each wave
             words = torch.einsum("nt,kp->nkpt", texts[k][first[k]], self.waves(k, k)[0])
             words = words.flatten(2).flatten(0, 1)  # (n k, WAVES text_dim)
             square, product = square + words.T @ words, product + words.T @ z[k][first[k]].flatten(0, 1)
-        ridge = (RIDGE * square.diagonal().mean()).clamp(min=1e-6) * torch.eye(len(square), device=device)
-        self.shift.copy_(torch.linalg.solve(square + ridge, product).view_as(self.shift))
+            count += len(words)
+        ridge = (RIDGE / count * square.diagonal().mean()).clamp(min=1e-6)
+        square += ridge * torch.eye(len(square), device=device)
+        self.shift.copy_(torch.linalg.solve(square, product).view_as(self.shift))
 
         new = torch.cat([clips[k][fourth[k]].flatten(0, 1) for k in self.lengths]) - self.mean
         rest = new.square().sum() - (new @ self.modes.T).square().sum()

@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from multiprocessing import get_context
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -476,3 +477,16 @@ def test_a_folder_whose_name_is_no_utf8(folder, tmp_path, monkeypatch, capfd):
 
 def test_timesteps_are_those_of_the_schedule():
     assert data.NUM_TIMESTEPS == make_scheduler().config.num_train_timesteps
+
+
+@pytest.mark.parametrize(
+    "ddu, k", [("on", NUM_FRAMES), ("loss", NUM_FRAMES), ("condition", None), ("off", None)]
+)
+def test_the_gaussian_is_fitted_to_the_frames_that_are_trained_on(squares, ddu, k):
+    fitted = {}
+    prior = SimpleNamespace(fit=lambda latents, texts, no_text: fitted.update(latents))
+    clips = [clip for clip in squares.clips if clip.longest == NUM_FRAMES and clip.has_equal]
+    assert any((squares.read(clip) != squares.read(clip, NUM_FRAMES)).any() for clip in clips)
+    data.fit_prior(prior, squares, clips, SimpleNamespace(text=lambda captions: []), ddu)
+    for frames, clip in zip(fitted[NUM_FRAMES].numpy(), clips, strict=True):
+        assert (frames == squares.read(clip, k)).all()

@@ -191,7 +191,7 @@ def test_it_recovers_the_gaussian_that_it_is_fitted_to(has_text):
         return x.unflatten(2, (C, SIDE, SIDE)), as_text(truth.no_text + words)
 
     fitted = GaussianPrior(C, SIDE, TEXT)
-    drawn = {k: draw(2000, k) for k in LENGTHS}
+    drawn = {k: draw(4000, k) for k in LENGTHS}
     fitted.fit(*({k: both[i] for k, both in drawn.items()} for i in (0, 1)), as_text(truth.no_text[None]))
     (x, text), alpha = draw(500, 6), ALPHA[300].expand(500)
     noisy = alpha[0].sqrt() * x + (1 - alpha[0]).sqrt() * torch.randn(x.shape, generator=g)

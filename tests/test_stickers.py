@@ -31,8 +31,8 @@ def on_white(frame):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """One round: every combination once."""
-    return draw_stickers(tmp_path_factory.mktemp("drawn") / "set", count=len(COMBINATIONS), seed=1)
+    """Two thirds of a round, in which every combination comes once."""
+    return draw_stickers(tmp_path_factory.mktemp("drawn") / "set", count=384, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -72,15 +72,16 @@ def test_captions_contain_the_words_and_half_are_plain(lines):
         assert all(line[key] in line["text"] for key in ("subject", "colour", "motion")), line
         assert not line["text"].startswith(("a orange", "an red"))
     plain = [line["text"].split(" ", 1)[1] == "{colour} {subject} {motion}".format(**line) for line in lines]
-    assert 0.42 < np.mean(plain) < 0.58  # 576 fair coins: four standard deviations
-    assert len({line["text"] for line in lines}) > 550
+    assert 0.4 < np.mean(plain) < 0.6  # 384 fair coins: four standard deviations
+    assert len({line["text"] for line in lines}) > 366
 
 
 def test_every_combination_once_in_a_round_with_its_split(lines):
-    words = [(line["subject"], line["colour"], line["motion"]) for line in lines]
+    words = [stickers.in_rounds(COMBINATIONS, 1, i) for i in range(len(COMBINATIONS))]
     assert sorted(words) == sorted(COMBINATIONS)
     assert words != COMBINATIONS  # shuffled, so that the head of the set is varied
     for line, combination in zip(lines, words):
+        assert (line["subject"], line["colour"], line["motion"]) == combination
         assert line["split"] == ("validation" if is_held_out(*combination) else "train")
 
 
@@ -265,7 +266,6 @@ def motion_features(frames, rng):
 @pytest.mark.slow
 def test_motions_are_told_apart_after_key_frame_extraction(clips, lines):
     """A random forest on crude features, tested on combinations it never saw, is right in 90 %."""
-    clips, lines = clips[:384], lines[:384]  # enough, and faster
     rng, motion = np.random.default_rng(0), np.array([line["motion"] for line in lines])
     features = np.stack([motion_features(key_frames(frames, rng.integers(3, 9)), rng) for frames, _ in clips])
     test = np.arange(len(lines)) % 3 == 0

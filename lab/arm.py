@@ -439,7 +439,8 @@ def main():
             course = Course(make_course(arm.course, args.max_train_steps), args.curriculum)
             course.load_state_dict(training.curriculum.state_dict())
             training.curriculum = course
-        train.train(run, training, on_exit.enter_context(stop_requests()))
+        with stop_requests() as stop_signals:  # not while it measures, which a signal may end at once
+            train.train(run, training, stop_signals)
         finish(run, training, dataset, clips, arm)
         print(f"wrote {args.output_dir}/arm.json")
 

@@ -143,7 +143,8 @@ def start_from_spatial(unet, source):
     """--init_unet: puts a Stable Diffusion 2.x U-Net (folder or hub id) into the spatial part of `unet`.
 
     The input channels of the given frames start at zero, temporal layers at identity (alpha = 0), and so does
-    the projection of CLIP states where the widths agree: at step 0 the network is that U-Net, frame by frame.
+    the projection of CLIP states where the widths agree: at step 0 the network is that U-Net, frame by frame,
+    shown the same tokens (here those of T5 stand beside those of CLIP, and no padding).
     Raises EncoderError if it cannot be loaded or has other shapes."""
 
     def load(source, subfolder):

@@ -34,7 +34,6 @@ THUMBNAIL = 32  # pixels, width and height of what key frames are chosen by
 HASH_PROBABILITY = 0.2  # that a word of a caption becomes "#": the released code's, the paper gives none
 NUM_TIMESTEPS = 1000  # diffusion steps (Table 6)
 LEAST_SIDE = 8  # pixels of --resolution: the smallest that a VAE encodes
-NONE_USABLE = "none of the stickers can be used: `python data.py FOLDER` says why for each file."
 
 # ------------------------------------------------------------------------------------------------------------
 # Key frames ("Clustering-based frame extraction")
@@ -197,7 +196,7 @@ def encode_clips(stickers, codec, resolution, num_workers):
 class LatentDataset:
     """The clips of one folder with their latents, which lie in the cache folder `folder`.
 
-    clips: list of CachedClip, in the order of the stickers
+    clips: list of CachedClip, in the order of the stickers; the copies of a held-out file are held out, too
     identity: changes with any file of the folder, the codec or the resolution
     dropped: [(name, reason)]
     """
@@ -207,11 +206,13 @@ class LatentDataset:
         names = [f"{sticker.name!r} {digest}" for sticker, digest in zip(stickers, digests)]
         self.identity = hashlib.sha256("\n".join([folder.name, *names]).encode()).hexdigest()[:20]
         entries = cache.read_entries(folder)
-        for sticker, entry in zip(stickers, map(entries.get, digests)):
+        held_out = {digest for sticker, digest in zip(stickers, digests) if sticker.split == "validation"}
+        for sticker, digest in zip(stickers, digests):
+            entry, split = entries.get(digest), "validation" if digest in held_out else sticker.split
             if isinstance(entry, str):
                 self.dropped.append((sticker.name, entry))
             else:
-                self.clips.append(CachedClip(sticker.name, sticker.caption, sticker.split, *entry))
+                self.clips.append(CachedClip(sticker.name, sticker.caption, split, *entry))
         self.latents = {}  # shard -> its latents, mapped when first read
 
     def split(self, name):
@@ -237,7 +238,7 @@ def open_dataset(folder, stickers, codec, resolution, cache_dir, num_workers=0):
     cache.fill(latents, dict(zip(digests, stickers)), encode)
     dataset = LatentDataset(latents, stickers, digests)
     if not dataset.clips:
-        raise DataError(NONE_USABLE)
+        raise DataError("none of the stickers can be used: `python data.py FOLDER` says why for each file.")
     return dataset
 
 

@@ -57,6 +57,16 @@ def test_unusable_files_are_dropped_with_a_reason(folder):
 # Cache
 
 
+def test_a_copy_of_a_held_out_file_is_held_out(folder, tmp_path):
+    shutil.copy(folder / "10.gif", folder / "copy.gif")
+    for said in folder.glob("metadata.*"):
+        said.unlink()
+    (folder / "metadata.jsonl").write_text('{"file_name": "10.gif", "text": "x", "split": "validation"}')
+    dataset, _ = open_folder(folder, tmp_path / "cache")
+    assert {clip.name for clip in dataset.split("validation")} == {"10.gif", "copy.gif"}
+    assert len(dataset.split("train")) == len(dataset.clips) - 2 > 0
+
+
 def test_cached_latents_are_those_of_the_key_frames(folder, tmp_path):
     dataset, codec = open_folder(folder, tmp_path / "cache")
     assert not dataset.dropped and len(dataset.clips) == 12

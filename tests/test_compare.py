@@ -255,8 +255,8 @@ def test_a_base_is_trained_and_then_its_adapters_alone(run_arm, folder):
 def test_films_without_captions_are_learned_too(run_arm, tmp_path_factory, words):
     """Tables 9 and 10: DFGN and peers in another domain."""
     roads = tmp_path_factory.getbasetemp() / "roads"  # drawn once
-    for split, count in (("train", 4), ("validation", 2)):
-        driving.draw_driving(roads / split, count)
+    for seed, (split, count) in enumerate((("train", 4), ("validation", 2))):
+        driving.draw_driving(roads / split, count, seed)
     out, result = run_arm("roads", "--data", roads, *words)
     assert result["about"]["test_clips"] == 2 and not list(roads.rglob("metadata*"))
     assert set(result["losses"]) == set(CONDITIONED)

@@ -326,7 +326,7 @@ def draw_batch(dataset, clips, probabilities, seed, step, indices, global_batch,
 # What the preconditioning of small models learns from the stickers
 
 
-def fit_prior(prior, dataset, clips, encoders, ddu="on", most_clips=1024):
+def fit_prior(prior, dataset, clips, encoders, ddu, most_clips=1024):
     """Fits a GaussianPrior to latents, as draw_sample shows them, and captions of a selection of `clips`."""
     chosen = evenly(clips, most_clips)
     latents, texts = {}, {}

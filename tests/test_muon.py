@@ -23,7 +23,7 @@ def test_singular_values_become_equal_and_their_vectors_stay(shape):
 
 
 @pytest.mark.parametrize("shape", [(20, 24), (16, 150)], ids=str)
-def test_they_are_computed_in_full_precision(shape, monkeypatch):
+def test_they_are_computed_in_full_precision(shape):
     """TF32 and autocast, which a training on a GPU has, would spoil them; both were on before and after."""
     found = []
 

@@ -25,7 +25,7 @@ STATIC_START = np.array([0.5, 0.2, 0.3])  # P(task) at the first step of the tra
 STATIC_END = np.array([0.2, 0.3, 0.5])  # ... and at the last one
 SET_POINT_START, SET_POINT_END = 0.05, 0.95  # difficulty that the adaptive part aims at without feedback
 K_P, K_I, K_D = 5.0, 3.0, 1.3  # feedback constants (Table 6)
-SMOOTHING = 20  # steps over which the current loss is a mean
+SMOOTHING = 20  # steps over which L_s is a running mean
 HORIZON = 0.1  # of the training; how far "history" and the integral look back
 NUM_RANGES = 10  # of timesteps, each with a history of its own: the loss tells its timestep before all else
 KERNEL_WIDTH = 0.15  # of the adaptive part, in units of difficulty
@@ -90,8 +90,8 @@ def balance(static, adaptive):
 
 
 def initial_state(shape=()):
-    """Of `feedback`, before the first loss, for an array of independent runs. history, seen: of every range
-    of timesteps, its mean loss and the number of steps that drew from it."""
+    """The state of `feedback` before the first loss. shape: of an array of independent runs (lab/ simulates
+    many at once). history, seen: per range of timesteps its mean loss, and how many steps drew from it."""
     zeros = {name: np.zeros(shape) for name in ("L_s", "integral", "p", "i", "d", "usual")}
     return dict(count=0, history=np.zeros((*shape, NUM_RANGES)), seen=np.zeros((*shape, NUM_RANGES)), **zeros)
 
@@ -105,18 +105,19 @@ def feedback(state, losses, counts, horizon):
     as many steps have passed as it looks back, and exponential from then on.
     """
     count, history = state["count"] + 1, state["history"]
-    counted = counts * (state["seen"] > 0)  # a range that is new has nothing to be compared with
-    expected = (counted * history).sum(-1)
-    current = np.where(counted > 0, losses, 0).sum(-1)
-    now = np.where(expected > 0, loss_signal(current, expected), 0)
-    L_s = state["L_s"] + (now - state["L_s"]) / min(count, SMOOTHING)
+    compared = counts * (state["seen"] > 0)  # samples per range; a range that is new has no history yet
+    expected = (compared * history).sum(-1)  # what their losses would sum to if nothing had changed
+    current = np.where(compared > 0, losses, 0).sum(-1)
+    signal = np.where(expected > 0, loss_signal(current, expected), 0)  # Eq. 3 of this step alone
+    L_s = state["L_s"] + (signal - state["L_s"]) / min(count, SMOOTHING)
     integral = state["integral"] + (L_s - state["integral"]) / min(count, horizon)
     derivative = L_s - state["L_s"]
 
     seen = state["seen"] + (counts > 0)
     mean = losses / np.maximum(counts, 1)
-    change = (mean - history) / np.maximum(seen * min(1, horizon / count), 1)  # draws in a horizon
-    history = np.where(counts > 0, history + change, history)
+    # The history of a range looks back as many of its own draws as fall into a horizon.
+    draws = np.maximum(seen * min(1, horizon / count), 1)
+    history = np.where(counts > 0, history + (mean - history) / draws, history)
     p, i, d = feedback_terms(L_s, integral, derivative)
     usual = state["usual"] + (p + i + d - state["usual"]) / min(count, horizon)
     state = dict(count=count, history=history, seen=seen, L_s=L_s, integral=integral)

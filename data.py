@@ -31,7 +31,7 @@ from support.machine import device
 from support.workers import in_processes
 
 THUMBNAIL = 32  # pixels, width and height of what key frames are chosen by
-HASH_PROBABILITY = 0.2  # that a word of a caption becomes "#": the released code's, the paper gives none
+HASH_PROBABILITY = 0.2  # of a word to become "#"; the paper gives none, this is the released code's
 NUM_TIMESTEPS = 1000  # diffusion steps (Table 6)
 LEAST_SIDE = 8  # pixels of --resolution: the smallest that a VAE encodes
 
@@ -65,7 +65,7 @@ def kmeans(x, k, rng, restarts=6, iterations=50):
     runs, pairwise = [], torch.cdist(x, x).square()
     for _ in range(restarts):
         starts = [rng.integers(len(x))]
-        while len(starts) < k:  # of three frames drawn by squared distance the one that brings it down most
+        while len(starts) < k:  # greedy: of three frames drawn by squared distance the one that leaves least
             nearest = pairwise[starts].amin(dim=0)  # (N,)
             drawn = rng.choice(len(x), size=3, p=(nearest / nearest.sum()).numpy())
             left = pairwise[drawn].minimum(nearest).sum(dim=1)  # (3,)
@@ -118,8 +118,8 @@ class Clip(NamedTuple):
     """The frames of one sticker that training can ask for."""
 
     pixels: np.ndarray  # uint8 (M, R, R, 3), M <= 41
-    key_frames: dict  # {k: rows of `pixels`}
-    equal: np.ndarray  # 8 rows of `pixels`, or None for a clip of fewer than 8 frames
+    key_frames: dict  # {k: indices into `pixels`}
+    equal: np.ndarray  # 8 indices into `pixels`, or None for a clip of fewer than 8 frames
     count: int  # frames in the file
 
 
@@ -147,7 +147,7 @@ def load_clips(stickers, resolution, num_workers):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Latents on disk, and which of their rows stand for which k
+# Latents on disk, and which of them stand for which k
 
 
 class CachedClip(NamedTuple):
@@ -157,38 +157,38 @@ class CachedClip(NamedTuple):
     caption: str
     split: str  # "train" or "validation"
     shard: Path  # the file of its latents
-    start: int  # its first row there
-    # int8 (7, 8): its rows of the key frames for k = 3..8, then of the equally spaced frames; -1 = none
-    rows: np.ndarray
+    start: int  # where they begin in it
+    # int8 (7, 8): which of them are its key frames for k = 3..8, and its equally spaced frames; -1 = none
+    table: np.ndarray
 
     @property
     def longest(self):
         """The largest k that the clip allows."""
-        return int((self.rows[:-1, 0] >= 0).sum()) + LENGTHS[0] - 1
+        return int((self.table[:-1, 0] >= 0).sum()) + LENGTHS[0] - 1
 
     @property
     def has_equal(self):
         """Whether it has 8 equally spaced frames."""
-        return self.rows[-1, 0] >= 0
+        return self.table[-1, 0] >= 0
 
 
-def row_table(clip):
-    """`CachedClip.rows` of a Clip."""
-    rows = np.full((len(LENGTHS) + 1, NUM_FRAMES), -1, np.int8)
+def frame_table(clip):
+    """`CachedClip.table` of a Clip."""
+    table = np.full((len(LENGTHS) + 1, NUM_FRAMES), -1, np.int8)
     for k, frames in clip.key_frames.items():
-        rows[LENGTHS.index(k), :k] = frames
+        table[LENGTHS.index(k), :k] = frames
     if clip.equal is not None:
-        rows[-1] = clip.equal
-    return rows
+        table[-1] = clip.equal
+    return table
 
 
 def encode_clips(stickers, codec, resolution, num_workers):
-    """Yields for each sticker its latents float16 (M, C, h, w) and row_table, or why it is dropped (str)."""
+    """Yields for each sticker latents float16 (M, C, h, w) and frame_table, or why it is dropped (str)."""
     # closing: no decoding process stays when the codec fails
     with closing(load_clips(stickers, resolution, num_workers)) as clips:
         for clip in clips:
             if isinstance(clip, Clip):
-                yield codec.encode(torch.from_numpy(clip.pixels)).half().cpu(), row_table(clip)
+                yield codec.encode(torch.from_numpy(clip.pixels)).half().cpu(), frame_table(clip)
             else:
                 yield clip
 
@@ -223,8 +223,8 @@ class LatentDataset:
         """The k key frames of a clip, or with k None its equally spaced ones: float32 (k | 8, C, h, w)."""
         if clip.shard not in self.latents:
             self.latents[clip.shard] = cache.map_latents(clip.shard)
-        rows = clip.rows[-1] if k is None else clip.rows[LENGTHS.index(k), :k]
-        return self.latents[clip.shard][clip.start + rows.astype(int)].float().numpy()
+        frames = clip.table[-1] if k is None else clip.table[LENGTHS.index(k), :k]
+        return self.latents[clip.shard][clip.start + frames.astype(int)].float().numpy()
 
 
 def open_dataset(folder, stickers, codec, resolution, cache_dir, num_workers=0):
@@ -331,11 +331,11 @@ def fit_prior(prior, dataset, clips, encoders, ddu, most_clips=1024):
     chosen = evenly(clips, most_clips)
     latents, texts = {}, {}
     for k in LENGTHS:
-        having = [clip for clip in chosen if clip.longest >= k] or chosen[:1]
-        n = len(having) if having[0].longest >= k else 0
-        shown = None if k == NUM_FRAMES and ddu not in masks.LOSS_MASK_ON else k
-        latents[k] = torch.from_numpy(np.stack([dataset.read(clip, shown) for clip in having]))[:n]
-        texts[k] = [x[:n] for x in encoders.text([clip.caption for clip in having])]
+        having = [clip for clip in chosen if clip.longest >= k]
+        some = having or chosen[:1]  # where no clip allows k, one lends its shapes and is cut away again
+        shown = None if k == NUM_FRAMES and ddu not in masks.LOSS_MASK_ON else k  # None: equally spaced
+        latents[k] = torch.from_numpy(np.stack([dataset.read(clip, shown) for clip in some]))[: len(having)]
+        texts[k] = [x[: len(having)] for x in encoders.text([clip.caption for clip in some])]
     prior.fit(latents, texts, encoders.text([""]))
 
 
@@ -349,8 +349,8 @@ def parse_args():
     add("folder", help="folder of stickers")
     add("--preview", metavar="FILE.png", help="write a histogram of lengths and a sheet of key frames")
     add("--encode", action="store_true", help="encode every key frame into the latent cache of train.py")
-    add("--vae", metavar="DIR_OR_ID", help="what encodes (default: the sticker VAE that ships)")
-    add("--resolution", type=side, help="side of the frames in pixels (default: 256 with --encode, else 96)")
+    add("--vae", metavar="DIR_OR_ID", help="VAE that encodes (default: the sticker VAE that ships)")
+    add("--resolution", type=side, help="in pixels; with --encode the training's (default: 256, else 96)")
     work_flags(add, os.cpu_count() or 1)
     args = parser.parse_args()
     args.resolution = args.resolution or (256 if args.encode else 96)
@@ -390,8 +390,8 @@ def main():
         codec = PretrainedVAE(args.vae, device())
         if args.resolution % codec.factor:
             raise UserError(f"--resolution {args.resolution}: must be a multiple of {codec.factor}.")
-        latents = args.cache_dir or default_cache()
-        dataset = open_dataset(args.folder, stickers, codec, args.resolution, latents, args.num_workers)
+        cache_dir = args.cache_dir or default_cache()
+        dataset = open_dataset(args.folder, stickers, codec, args.resolution, cache_dir, args.num_workers)
         where, dropped = printable(dataset.folder), len(dataset.dropped)
         print(f"{len(dataset.clips)} clips are in {where}, {dropped} dropped")
 

@@ -46,7 +46,7 @@ TABLE7 = (
     Row("G0", "generation",    (0, 0, 0, 0, 0, 0, 0, 0), True,  4.0),
 )  # fmt: skip
 ROWS = {row.name: row for row in TABLE7}
-FIRST_FRAME = ROWS["G1"]  # image and text to video: the one row without condition masks (Table 3, "DFGN")
+FIRST_FRAME = ROWS["G1"]  # drawn where condition masks are off: first frame and caption (Table 3, "DFGN")
 CONDITION_MASK_ON, LOSS_MASK_ON = ("on", "condition"), ("on", "loss")  # values of --ddu that use each mask
 
 
@@ -80,7 +80,7 @@ def draw_row(task, k, rng):
 
 
 def is_trained(given, k):
-    """Whether some row of Table 7 shows exactly the slots in `given`, a set of numbers below k, at this k."""
+    """Whether a row of Table 7 shows exactly the slots in `given` at this k; none has a slot of k or more."""
     shown = [condition_mask(row, k) for task in TASKS for row in admissible_rows(task, k)]
     return any(set(np.flatnonzero(mask)) == set(given) for mask in shown)
 

@@ -11,7 +11,7 @@ itself, with an STI (spatial temporal interaction) layer after each of its spati
 $ python model.py    # sizes, parameters per part, every layer of `full` (or of `python model.py tiny`)
 
 Shapes: B clips, F frame slots per clip, N valid frames in the batch, C latent channels, d channels of a
-layer, H x W the height and width of a layer, L text tokens.
+layer (d_0: the first), H x W its height and width, L tokens per text encoder, D width of the text space.
 """
 
 import argparse
@@ -106,7 +106,7 @@ class STI(nn.Module):
     """Spatial Temporal Interaction layer ("STI layer"; constants from Table 6).
 
     out = h + alpha * (w_1 * norm(semantic) + w_2 * norm(detail)), with w a softmax at every location. alpha
-    starts at zero, so that a network with fresh STI layers is the spatial U-Net, frame by frame."""
+    starts at zero, so that fresh layers change nothing, and learns 30 times as fast (support/optim.py)."""
 
     def __init__(self, width, heads=8, head_width=32, gamma=2, groups=32):
         super().__init__()
@@ -130,8 +130,8 @@ class STI(nn.Module):
 
     def semantic(self, h, frames):
         """Any region of any frame looks at any region of any other frame, at 1/gamma of the resolution."""
-        height, width = h.shape[2:]
-        gamma = min(self.gamma, height, width)
+        H, W = h.shape[2:]
+        gamma = min(self.gamma, H, W)  # the lowest level may be smaller
         s = F.avg_pool2d(h, gamma, ceil_mode=True, count_include_pad=False)  # (N, d, H/g, W/g)
         s = s.flatten(2).transpose(1, 2)  # (N, HW/gg, d)
         positions = torch.arange(frames.slots, device=h.device)
@@ -148,10 +148,10 @@ class STI(nn.Module):
         s = F.scaled_dot_product_attention(q, k, v, attn_mask=keys)  # (B, heads, F*HW/gg, head width)
         s = self.to_out(s.transpose(1, 2).flatten(2))  # (B, F*HW/gg, d)
         s = frames.pack(s.unflatten(1, (frames.slots, tokens_per_frame)))  # (N, HW/gg, d)
-        s = s.transpose(1, 2).unflatten(2, (-(-height // gamma), -1))  # (N, d, H/g, W/g)
+        s = s.transpose(1, 2).unflatten(2, (-(-H // gamma), -1))  # (N, d, H/g, W/g)
         s = self.norm_semantic(s)  # before upsampling: the same statistics from fewer pixels
         s = F.interpolate(s, scale_factor=float(gamma), mode="nearest").to(s.dtype)  # a GPU's autocast: fp32
-        return s[:, :, :height, :width]  # (N, d, H, W)
+        return s[:, :, :H, :W]  # (N, d, H, W)
 
     def detail(self, h, frames):
         """Full resolution, along frames only."""
@@ -168,13 +168,12 @@ class STI(nn.Module):
 
 class Conv3D(nn.Module):
     """The temporal layer of the ablation "DFGN (3D-Conv)" (Table 3), with the same residual start: two
-    (3, 3, 3) convolutions, or, `factorized`, four (3, 1, 1) ones, as in the video U-Nets that the paper's
+    (3, 3, 3) convolutions, or, not `spatial`, four (3, 1, 1) ones, as in the video U-Nets that the paper's
     lineage starts from. The paper gives no size; `full` has 1.54B and 1.02B parameters with them."""
 
-    def __init__(self, width, groups=32, factorized=False):
+    def __init__(self, width, groups=32, spatial=True):
         super().__init__()
-        layers = [FrameConv(width, groups, not factorized) for _ in range(4 if factorized else 2)]
-        self.convs = nn.ModuleList(layers)
+        self.convs = nn.ModuleList([FrameConv(width, groups, spatial) for _ in range(2 if spatial else 4)])
         self.alpha = nn.Parameter(torch.zeros(1))
 
     def forward(self, h, frames):
@@ -214,7 +213,7 @@ class Block(nn.Module):
             if c.temporal == "sti":
                 self.temporal.append(STI(width, c.sti_heads, c.sti_head_width, c.sti_gamma, groups))
             elif c.temporal in ("conv3d", "conv1d"):
-                self.temporal.append(Conv3D(width, groups, factorized=c.temporal == "conv1d"))
+                self.temporal.append(Conv3D(width, groups, spatial=c.temporal == "conv3d"))
             else:
                 raise ValueError(f"temporal is {c.temporal!r}: it must be 'sti', 'conv3d' or 'conv1d'.")
 
@@ -315,12 +314,13 @@ class DFGN(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
             h = temporal(h.contiguous(memory_format=torch.channels_last), frames)
         return h
 
-    def forward(self, noisy, latents, given, timestep, text, valid=None):
+    def forward(self, noisy, condition, given, timestep, text, valid=None):
         """Predicts the noise in `noisy`.
 
         noisy: (B, F, C, H, W) noisy latents
-        latents: (B, F, C', H, W) clean latents, C' = condition_channels; only given frames are looked at
-        given: bool (B, F), the condition mask; where it is False, zeros stand beside the noisy latents
+        condition: (B, F, C', H, W) what stands beside those of given frames: their clean latents. A
+            preconditioned network gets C' = 2 C channels of another kind, for all frames (support/prior.py)
+        given: bool (B, F), the condition mask; where it is False, zeros stand there
         timestep: integers (B,), one diffusion step for all frames of a clip
         text: (clip, clip_mask, t5, t5_mask), states (B, L, clip_dim | t5_dim) and bool (B, L), True = a token
         valid: bool (B, F), the loss mask; False = the slot holds no frame; None = all do. Both masks do best
@@ -329,9 +329,9 @@ class DFGN(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
         """
         frames = Frames(valid, *noisy.shape[:2], noisy.device)
         clip, clip_mask, t5, t5_mask = text
-        text = torch.cat([self.clip_projection(clip), self.t5_projection(t5)], dim=1)  # (B, L, D)
-        text = text[frames.clip]  # (N, L, D)
-        text_mask = torch.cat([clip_mask, t5_mask], dim=1)[frames.clip]  # (N, L)
+        text = torch.cat([self.clip_projection(clip), self.t5_projection(t5)], dim=1)  # (B, 2L, D)
+        text = text[frames.clip]  # (N, 2L, D)
+        text_mask = torch.cat([clip_mask, t5_mask], dim=1)[frames.clip]  # (N, 2L)
         emb = self.time_proj(timestep).to(noisy.dtype)  # (B, d_0)
         emb = self.time_embedding(emb)[frames.clip]  # (N, 4 d_0)
 
@@ -340,7 +340,7 @@ class DFGN(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
             run = partial(self._gradient_checkpointing_func, run)
 
         given = to_device(given, noisy.device)[:, :, None, None, None]
-        condition = torch.where(given, latents, 0.0)  # (B, F, C', H, W)
+        condition = torch.where(given, condition, 0.0)  # (B, F, C', H, W)
         h = torch.cat([frames.pack(noisy), frames.pack(condition)], dim=1)  # (N, C + C', H, W)
         h = self.conv_in(h.contiguous(memory_format=torch.channels_last))  # (N, d_0, H, W)
         skips = [h]

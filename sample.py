@@ -86,9 +86,10 @@ def guided_noise(denoiser, noisy, latents, given, timestep, text, null_text, wei
 
 
 def ddim_step(x, noise, alpha, next_alpha, eta, fresh):
-    """One step of DDIM (Song et al. 2021, Eq. 12 and 16) between two levels of noise, products of alphas as
-    in scheduler.alphas_cumprod. Returns the next x, and the clean latents that it goes by. diffusers' own
-    step goes to another level than the one that it then asks for, where the steps do not divide 1000."""
+    """One step of DDIM (Song et al. 2021, Eq. 12 and 16) from the noise level `alpha` to `next_alpha`, as in
+    scheduler.alphas_cumprod. fresh: standard normal noise, which eta scales. Returns the next x and the
+    estimate of the clean latents. diffusers' own step takes t - 1000 // steps for the next t, which is not
+    the next one in its list where the number of steps does not divide 1000."""
     clean = (x - (1 - alpha) ** 0.5 * noise) / alpha**0.5
     sigma = eta * ((1 - next_alpha) / (1 - alpha) * (1 - alpha / next_alpha)) ** 0.5
     return next_alpha**0.5 * clean + (1 - next_alpha - sigma**2) ** 0.5 * noise + sigma * fresh, clean
@@ -121,7 +122,7 @@ def generate_latents(
     batch, shape, device = len(prompts), latents.shape[1:], denoiser.device
     latents, given = to_device(latents, device), given.cpu()
     states = encoders.text(list(prompts) + [negative_prompt] * batch, device)
-    text, null_text = (tuple(x[half] for x in states) for half in (slice(batch), slice(batch, None)))
+    text, null_text = zip(*(x.split(batch) for x in states))
     has_text = any(prompt != negative_prompt for prompt in prompts)
     weights = guidance_weights(bool(given.any()), has_text, image_guidance_scale, guidance_scale)
 
@@ -133,7 +134,7 @@ def generate_latents(
     scheduler = make_scheduler()
     scheduler.set_timesteps(num_inference_steps)
     alphas = [*scheduler.alphas_cumprod[scheduler.timesteps], scheduler.final_alpha_cumprod]
-    noise, clip_noise = draw_noise(0), draw_noise(num_inference_steps + 1)
+    noise, clip_noise = draw_noise(0), draw_noise(num_inference_steps + 1)  # x_T's, and of a prior's draw
     x = first_latents(denoiser, scheduler, noise, clip_noise, latents, given, text)
     denoiser = Ring(denoiser, masks.NUM_FRAMES, seed) if loop else denoiser
     for step, t in enumerate(tqdm(scheduler.timesteps, desc="sampling", disable=not progress), start=1):
@@ -165,6 +166,7 @@ def windows(num_frames, interpolate=1, loop=False):
 
     First the row of Table 7 that the user gives; then row G1 again and again, from the last frame on. A loop
     is one window. interpolate: rows I2 (2) and I3 (3), cut at 7, where both begin and end with a given frame.
+    So windows(20) are frames 0-7, 7-14 and 14-19; windows(8, 2) are 0, 2 ... 14, then 0-6, 6-12 and 12-14.
     """
     n, i, total = num_frames, interpolate, count_frames(num_frames, interpolate, loop)
     ends = [*range(masks.NUM_FRAMES, n, masks.NUM_FRAMES - 1), n] if not loop else [n]
@@ -173,8 +175,9 @@ def windows(num_frames, interpolate=1, loop=False):
     coarse = [range(start, end) for start, end in zip([0, *(end - 1 for end in ends)], ends)]
     plan = [Window([f * i for f in frames]) for frames in coarse]
     last = total if loop else total - 1  # in a loop frame 0 comes after the last one, too
-    for start in range(0, last, 6) if i > 1 else ():
-        plan.append(Window([f % total for f in range(start, min(start + 6, last) + 1)], between=True))
+    step = 6  # from the first given frame of I2 and I3 at k = 7 to their last
+    for start in range(0, last, step) if i > 1 else ():
+        plan.append(Window([f % total for f in range(start, min(start + step, last) + 1)], between=True))
     return plan
 
 
@@ -188,15 +191,16 @@ def generate(denoiser, encoders, prompts, latents, given, interpolate=1, loop=Fa
     batch, num_frames = given.shape
     total = count_frames(num_frames, interpolate, loop)
     asked = slice(0, num_frames * interpolate, interpolate)
-    clip, shown = torch.zeros(batch, total, *latents.shape[2:]), torch.zeros(batch, total, dtype=torch.bool)
+    clip = torch.zeros(batch, total, *latents.shape[2:])  # (B, T, C, h, w)
+    shown = torch.zeros(batch, total, dtype=torch.bool)
     clip[:, asked], shown[:, asked] = latents.cpu(), given.cpu()
     done = torch.zeros(total, dtype=torch.bool)
     for i, (frames, between) in enumerate(windows(num_frames, interpolate, loop)):
-        options = settings | (BETWEEN if between else dict(loop=loop))
-        inputs = clip[:, frames], shown[:, frames] | done[frames]
-        if not inputs[1].all():  # some frame is left to draw
-            drawn = generate_latents(denoiser, encoders, prompts, *inputs, window=i, **options).cpu()
-            new = ~done[frames]
+        known = shown[:, frames] | done[frames]  # (B, frames of the window)
+        if not known.all():  # some frame is left to draw
+            options = settings | dict(window=i) | (BETWEEN if between else dict(loop=loop))
+            drawn = generate_latents(denoiser, encoders, prompts, clip[:, frames], known, **options).cpu()
+            new = ~done[frames]  # given pictures, too: as the network redrew them
             clip[:, torch.tensor(frames)[new]] = drawn[:, new]
         done[frames] = True
     frames = encoders.codec.decode(clip.flatten(0, 1).to(denoiser.device))
@@ -312,19 +316,16 @@ def parse_args():
     add("--interpolate", type=int, choices=(2, 3), default=1, help=between)
     add("--loop", action="store_true", help="let the end run into the beginning")
     add("--eta", type=number(float, 0, 1), default=1.0, help=f"0: deterministic, 1: as DDPM {default}")
-    add(
-        "--num_inference_steps",
-        type=number(int, 1, MAX_STEPS),
-        help="DDIM steps (default: what the checkpoint records)",
-    )
-    add("--guidance_scale", type=scale, help="text guidance; 1 = none (default: the same)")
-    add("--image_guidance_scale", type=scale, help="guidance by given frames; 1 = none (default: the same)")
+    recorded = "(default: what the checkpoint records)"
+    add("--num_inference_steps", type=number(int, 1, MAX_STEPS), help=f"DDIM steps {recorded}")
+    add("--guidance_scale", type=scale, help=f"text guidance; 1 = none {recorded}")
+    add("--image_guidance_scale", type=scale, help=f"guidance by given frames; 1 = none {recorded}")
     add("--seed", type=SEED, default=0, help=f"another seed, another sticker {default}")
     add("--num_samples", type=number(int, 1, 1000), default=1, help=f"stickers to make {default}")
     per_second = f"frames per second of the file (default: {FPS}, times --interpolate)"
     add("--fps", type=number(float, 0.1, 1000), help=per_second)
     add("--transparent", action="store_true", help="the figure alone, without the white ground around it")
-    demands = "a file as this messenger demands it, transparent"
+    demands = "a file within this messenger's limits, transparent"
     add("--for", dest="messenger", choices=PLATFORMS, help=demands)
     add(
         "--output",

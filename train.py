@@ -94,13 +94,13 @@ class Run(NamedTuple):
     clips: list  # to train on
     held_out: list
     prompts: list  # of the validation sheet
-    network: Any  # the U-Net (Training.unet) on all ranks
-    denoiser: Any  # the same, preconditioned or not: what the loop calls
+    network: Any  # Training.unet, in DDP where there are several ranks
+    denoiser: Any  # the network, preconditioned where there is a prior: what the loop calls
     loss_weight: torch.Tensor  # (1000,), of each timestep; ones, but for a preconditioned network
     global_batch: int
     about: dict  # what a checkpoint says of the run
     summary: str  # of the data
-    report: Any  # sends an entry of the log elsewhere
+    report: Any  # sends an entry of the log to TensorBoard or Weights & Biases
     validate: Any  # `validate`, or what lab/arm.py looks at in its place
 
     @property
@@ -140,8 +140,8 @@ def accumulate_gradients(run, training, probabilities, stop_signals):
     for micro in range(micro_steps):
         first = (micro * world.size + world.rank) * size  # index of the sample in the global batch
         indices = range(first, first + size)
-        where = args.seed, step, indices, run.global_batch
-        batch = data.draw_batch(run.dataset, run.clips, probabilities, *where, args.ddu)
+        draws = args.seed, step, indices, run.global_batch
+        batch = data.draw_batch(run.dataset, run.clips, probabilities, *draws, args.ddu)
         with gradient_sync(run.network, last=micro == micro_steps - 1):
             loss, unknown = noise_loss(run, run.denoiser, batch)
             loss = loss.mean() / micro_steps
@@ -184,10 +184,10 @@ def update(training, loss, by_range):
 
 def train(run, training, stop_signals):
     """Algorithm 1. Ends when the steps are done, or exits with 128 plus a signal's number."""
-    args, world = run.args, run.world
-    total = args.max_train_steps
+    args, world, total = run.args, run.world, run.args.max_train_steps
     bar = tqdm(desc="training", unit="step", total=total, initial=training.step, disable=not world.main)
-    log_path, due, logged, seconds = args.output_dir / "log.jsonl", False, training.step, 0.0
+    log_path, save_due = args.output_dir / "log.jsonl", False
+    logged_step, seconds = training.step, 0.0  # of training, since logged_step
     while training.step < total:
         began = time.perf_counter()
         # Static probabilities f_s, feedback P* (Eq. 2 to 4), difficulty map m_ad, their balance
@@ -210,7 +210,7 @@ def train(run, training, stop_signals):
         validates = last or (args.validation_steps and training.step % args.validation_steps == 0)
         seen = run.validate(run, training) if validates else {}
         if world.main and good and (validates or training.step % LOG_EVERY == 0):
-            entry["clips_per_second"] = round((training.step - logged) * run.global_batch / seconds, 2)
+            entry["clips_per_second"] = round((training.step - logged_step) * run.global_batch / seconds, 2)
             shares = zip(masks.TASKS, probabilities.sum(axis=1).tolist())
             entry |= {f"p_{task}": share for task, share in shares} | dict(mean_k=mean_k) | terms | seen
             bar.set_postfix(loss=f"{loss:.4f}")
@@ -219,11 +219,11 @@ def train(run, training, stop_signals):
                 run.report(entry)
                 if validates:
                     plot_progress(log_path, args.output_dir / "progress.png")
-            logged, seconds = training.step, 0.0
-        due |= training.step % args.checkpointing_steps == 0
-        if not stop and (last or (due and good)):  # what was saved before bad steps makes no room for them
+            logged_step, seconds = training.step, 0.0
+        save_due |= training.step % args.checkpointing_steps == 0
+        if not stop and (last or (save_due and good)):  # what was saved before bad steps stays
             save(run, training)
-            due = False
+            save_due = False
         if stop and not last:
             setup.leave(args.output_dir, training.step, world, stop_signals)
     bar.close()
@@ -238,8 +238,8 @@ def held_out_loss(run, denoiser):
     args, losses, uniform = run.args, [], Curriculum("none", 1).probabilities(0)
     for i in range(0, VALIDATION_SAMPLES, args.train_batch_size):
         indices = range(i, min(i + args.train_batch_size, VALIDATION_SAMPLES))
-        where = args.seed, 0, indices, VALIDATION_SAMPLES
-        batch = data.draw_batch(run.dataset, run.held_out, uniform, *where, args.ddu)
+        draws = args.seed, 0, indices, VALIDATION_SAMPLES
+        batch = data.draw_batch(run.dataset, run.held_out, uniform, *draws, args.ddu)
         losses.append(noise_loss(run, denoiser, batch)[0])
     return dict(validation_loss=torch.cat(losses).mean().item())
 
@@ -370,9 +370,9 @@ def set_up(args, world, on_exit, build=None):
     denoiser = precondition(network, encoders.prior, scheduler.alphas_cumprod)
     weight = loss_weights(denoiser, scheduler.alphas_cumprod).to(world.device)
     about = dict(schedule=schedule, latents=dataset.identity, **setup.origins(args))
-    fixed = dict(network=network, denoiser=denoiser, loss_weight=weight, global_batch=global_batch)
-    told = dict(about=about, report=report, validate=validate)
-    run = Run(args, world, encoders, scheduler, **fixed, **opened, **told)
+    built = dict(network=network, denoiser=denoiser, loss_weight=weight, global_batch=global_batch)
+    hooks = dict(report=report, validate=validate)
+    run = Run(args, world, encoders, scheduler, about=about, **built, **opened, **hooks)
     machine = f"{world.size} x {world.device.type}, {args.mixed_precision}"
     steps = f"{global_batch} clips per step, {args.max_train_steps} steps"
     world.print0(f"{args.preset}: {unet.num_parameters() / 1e6:.1f}M parameters on {machine}, {steps}")

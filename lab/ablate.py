@@ -196,7 +196,7 @@ def clip_count(text):
 
 
 def parse_args(words=None):
-    parser = Parser("python -m lab.ablate", description="Train and measure the paper's Tables 3 and 4.")
+    parser = Parser(description="Train and measure the paper's Tables 3 and 4.")
     add, count, default = parser.add_argument, number(int, 1), "(default %(default)s)"
     look = "steps between two looks at the fixed batch; every fourth time also at held-out clips"
     clips = "numbers of clips to train on (default: 300 100 all for Table 3, all for Table 4)"

@@ -15,6 +15,13 @@ COLOURS = {
     "ddu": "#1f5fa8", "dcl": "#d6337c", "constant": "#8a8a8a", "linear": "#e6801a", "reversed": "#7570b3",
     "set-point": "#a6522b", "yoked": "#1b9e77", "measured": "#e6a700",
 }  # fmt: skip
+LABELS = {
+    "conv3d": "3 x 3 x 3 for STI", "conv1d": "3 x 1 x 1 for STI", "sti": "DFGN",
+    "condition": "+ condition masks", "loss": "+ loss mask", "ddu": "+ both (DDU)", "dcl": "+ both and DCL",
+    "constant": "linear's average", "linear": "linear", "reversed": "linear, backwards",
+    "set-point": "set point alone", "yoked": "DCL, yoked", "measured": "DCL, measured order",
+}  # fmt: skip
+CURRICULA = LABELS | {"ddu": "uniform (DDU)", "dcl": "DCL"}  # the same rows in Table 4
 BASELINE = "sti"
 
 
@@ -33,7 +40,7 @@ def by_row(arms):
     return dict(sorted(groups.items(), key=lambda item: rows.index(item[0][0]) if item[0][0] in rows else 99))
 
 
-def draw_curves(axis, groups, clips, name, smooth=1, legend=True):
+def draw_curves(axis, groups, clips, name, labels, smooth=1, legend=True):
     """The mean over seeds of a logged number over steps, and the range of the seeds as a band. smooth: over
     how many entries of the log a mean is taken"""
     for (row, count), runs in groups.items():
@@ -43,7 +50,8 @@ def draw_curves(axis, groups, clips, name, smooth=1, legend=True):
         n = min(smooth, len(steps))
         values = [np.convolve(curve(run, name)[1], np.full(n, 1 / n), "valid") for run in runs]
         steps, values = steps[n - 1 :], np.stack(values)
-        axis.plot(steps, values.mean(axis=0), color=COLOURS[row], linewidth=1.4, label=f"{row} ({len(runs)})")
+        look = dict(color=COLOURS[row], linewidth=1.4, label=f"{labels[row]} ({len(runs)})")
+        axis.plot(steps, values.mean(axis=0), **look)
         if len(runs) > 1:
             axis.fill_between(steps, values.min(axis=0), values.max(axis=0), color=COLOURS[row], alpha=0.15)
     axis.set(xlabel="step")
@@ -75,7 +83,7 @@ def plot_table3(arms):
     figure, axes = plt.subplots(2, max(2, len(counts)), figsize=(4.6 * max(2, len(counts)), 7.6), dpi=100)
     for axis, clips in zip(axes[0], counts):
         trained = max(arm["about"]["clips"] for (_, c, _), arm in arms.items() if c == clips)
-        draw_curves(axis, groups, clips, "G1")
+        draw_curves(axis, groups, clips, "G1", LABELS)
         zoom(axis, groups, clips, "G1")
         axis.set_title(f"loss, image + text to video: {trained} clips", fontsize=10)
     draw_gains(axes[1, 0], arms, counts)
@@ -101,17 +109,17 @@ def draw_gains(axis, arms, counts):
                 axis.plot([place] * len(gains), gains, ".", color=COLOURS[row], alpha=0.6)
                 places, means = [*places, place], [*means, np.mean(gains)]
         if means:
-            axis.plot(places, means, color=COLOURS[row], label=row)
+            axis.plot(places, means, color=COLOURS[row], label=LABELS[row])
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set_xticks(range(len(counts)), [f"{clips} clips" for clips in counts])
-    axis.set_title(f"loss lower than {BASELINE}'s, %; a point per seed", fontsize=10)
+    axis.set_title(f"loss lower than {LABELS[BASELINE]}'s, % (below zero: higher)", fontsize=10)
     axis.grid(alpha=0.3)
     if axis.lines[:-1]:
         axis.legend(fontsize=8)
 
 
 def draw_ranges(axis, arms, clips):
-    """The same by range of timesteps, a mean over seeds."""
+    """The same by range of timesteps, a mean over seeds; colours as above."""
     rows = [row for row in COLOURS if row != BASELINE and any(key[:2] == (row, clips) for key in arms)]
     for i, row in enumerate(rows):
         gains = []
@@ -124,14 +132,11 @@ def draw_ranges(axis, arms, clips):
                 gains.append(100 * (1 - mine / theirs))
         if gains:
             places = np.arange(len(RANGES)) + 0.8 * (i / len(rows) - 0.5)
-            look = dict(color=COLOURS[row], label=row, align="edge")
-            axis.bar(places, np.mean(gains, axis=0), 0.8 / len(rows), **look)
+            axis.bar(places, np.mean(gains, axis=0), 0.8 / len(rows), color=COLOURS[row], align="edge")
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set_xticks(range(len(RANGES)), [f"{low}-{high - 1}" for low, high in RANGES], fontsize=8)
     axis.set_title(f"the same by timestep, {clips} clips", fontsize=10)
     axis.grid(alpha=0.3, axis="y")
-    if axis.patches:
-        axis.legend(fontsize=8)
 
 
 def plot_table4(arms):
@@ -142,10 +147,10 @@ def plot_table4(arms):
     clips = next(iter(groups))[1]
     figure, axes = plt.subplots(2, 3, figsize=(14, 7.6), dpi=100)
     draw_differences(axes[0, 0], arms, clips)
-    draw_curves(axes[0, 1], groups, clips, "probe")
+    draw_curves(axes[0, 1], groups, clips, "probe", CURRICULA)
     zoom(axes[0, 1], groups, clips, "probe")
     axes[0, 1].set_title("loss of a fixed batch, weights as they are", fontsize=10)
-    draw_curves(axes[0, 2], groups, clips, "mean_k", smooth=4, legend=False)
+    draw_curves(axes[0, 2], groups, clips, "mean_k", CURRICULA, smooth=4, legend=False)
     axes[0, 2].set_title("mean k of what was drawn, over four looks", fontsize=10)
     draw_course(axes[1, 0], arms)
     draw_jumps(axes[1, 1], groups)
@@ -170,14 +175,14 @@ def draw_differences(axis, arms, clips):
             axis.fill_between(steps, mean - error, mean + error, color=COLOURS[row], alpha=0.15)
     axis.axhline(0, color=COLOURS["ddu"], linewidth=1.4)
     axis.set(xlabel="step")
-    axis.set_title("held-out loss, image + text to video, against ddu, %", fontsize=10)
+    axis.set_title("held-out loss against uniform draws, % (below zero: better)", fontsize=10)
     axis.grid(alpha=0.3)
 
 
 def draw_course(axis, arms):
     """What the controller did: its set point, its aim, and the expected difficulty of the samples."""
     runs = {seed: arm for (row, _, seed), arm in arms.items() if row == "dcl"}
-    for seed, arm in runs.items():
+    for seed, arm in sorted(runs.items()):
         steps, aims = curve(arm, "aim")
         axis.plot(steps, aims, linewidth=0.6, alpha=0.8, label=f"aim, seed {seed}")
         axis.plot(*curve(arm, "difficulty"), linewidth=0.8, color=COLOURS["dcl"])
@@ -185,17 +190,18 @@ def draw_course(axis, arms):
         axis.plot(*curve(arm, "set_point"), "--", color="black", linewidth=1, label="set point")
         axis.plot([], [], color=COLOURS["dcl"], label="expected difficulty")
         axis.legend(fontsize=8)
-    axis.set(title="dcl: what the feedback added", xlabel="step", ylim=(0, 1))
+    axis.set(xlabel="step", ylim=(0, 1))
+    axis.set_title("DCL: what the feedback added", fontsize=10)
     axis.grid(alpha=0.3)
 
 
 def draw_jumps(axis, groups):
     """The jumps of the fixed batch's loss, a point per seed."""
-    names = [row for row, _ in groups]
+    names = [CURRICULA.get(row, row) for row, _ in groups]
     for i, ((row, _), runs) in enumerate(groups.items()):
         values = [100 * run["numbers"]["jumps"] for run in runs if run["numbers"]["jumps"]]
         axis.plot([i] * len(values), values, "o", color=COLOURS.get(row, "black"), alpha=0.7)
-    axis.set_xticks(range(len(names)), names, rotation=30, fontsize=8)
+    axis.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
     axis.set_title("jumps of the fixed batch's loss, %", fontsize=10)
     axis.grid(alpha=0.3)
 

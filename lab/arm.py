@@ -168,7 +168,7 @@ class HeldOut:
         size = run.args.train_batch_size
         image = [("image", NUM_FRAMES)] * G1_DRAWS
         self.batches = {"G1": fixed_batches(dataset, clips, image, size)}
-        if any((clip.rows[-1] != clip.rows[-2]).any() for clip in clips):  # key frames are not equally spaced
+        if any((clip.table[-1] != clip.table[-2]).any() for clip in clips):  # equal frames are no key frames
             self.batches["G1_equal"] = fixed_batches(dataset, clips, image, size, equal=True)
         levels = [(task, k) for task in TASKS for k in lengths]
         self.probe = fixed_batches(dataset, clips, levels * (PROBE_DRAWS // len(levels)), size)
@@ -392,7 +392,7 @@ def finish(run, training, dataset, clips, arm):
 
 def parse_args():
     """This program's flags, and those of train.py as train.py reads them."""
-    parser = Parser("python -m lab.arm", description="Train and measure one arm; other flags are train.py's.")
+    parser = Parser(description="Train and measure one arm; other flags are train.py's.")
     network = "what is trained: dfgn, or of lab/peers.py base, cav, i2v or simda"
     parser.add_argument("--network", choices=("dfgn", *peers.CHOICES["name"]), default="dfgn", help=network)
     base = "trained base of --network: a folder or hub id, ali-vilab/i2vgen-xl too (default: random weights)"

@@ -284,7 +284,7 @@ BENCHES = {
 
 
 def parse_args(words=None):
-    parser = Parser("python -m lab.bench", description="Measure speed and memory.")
+    parser = Parser(description="Measure speed and memory.")
     add, names = parser.add_argument, ", ".join(BENCHES)
     add("what", nargs="*", metavar="WHAT", help=f"{names} (default: what this machine can)")
     add("--quick", action="store_true", help="smaller sizes: some ten minutes on two CPU cores")

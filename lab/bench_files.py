@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageSequence
 
 from curriculum import Curriculum
-from data import Clip, LatentDataset, draw_batch, extract_key_frames, load_clips, row_table, thumbnails
+from data import Clip, LatentDataset, draw_batch, extract_key_frames, frame_table, load_clips, thumbnails
 from lab.timing import DEVICE, ROOT, row, timed
 from masks import LENGTHS
 from model import DFGN, SIZES, make_scheduler
@@ -120,7 +120,7 @@ def encode_random(names):
         rng = np.random.default_rng(int(name))
         key_frames = {k: np.sort(rng.choice(CACHED_FRAMES, k, replace=False)) for k in LENGTHS}
         clip = Clip(pixels, key_frames, np.arange(8), CACHED_FRAMES)
-        yield torch.randn(CACHED_FRAMES, 4, 32, 32).half(), row_table(clip)
+        yield torch.randn(CACHED_FRAMES, 4, 32, 32).half(), frame_table(clip)
 
 
 def write_cache(folder, count):
@@ -146,7 +146,7 @@ def bench_cache(quick):
         def one_file_per_clip():
             for clip, k in draws:
                 file = np.load(Path(place) / f"{clip.name}.npy")
-                np.asarray(file[clip.rows[LENGTHS.index(k), :k]], np.float32)
+                np.asarray(file[clip.table[LENGTHS.index(k), :k]], np.float32)
 
         def cached():
             for clip, k in draws:

@@ -316,9 +316,9 @@ def plot(rows, found, counts):
                     losses = [x for x in values.get(name, {}).values() if x is not None]
                     axis.plot([place + i / 12] * len(losses), losses, marker, color=colours[arm], alpha=0.7)
         axis.set_title(f"held-out loss, {task}", fontsize=10)
-        axis.set_xticks(
-            [place + 1 / 3 for place in range(len(counts))], [f"{c} clips" for c in sorted(counts)]
-        )
+        letters = [(place + i / 12, arm) for place in range(len(counts)) for i, arm in enumerate(ARMS)]
+        axis.set_xticks(*zip(*letters), fontsize=7, rotation=60)
+        axis.set_xlabel(" | ".join(f"{clips} clips" for clips in sorted(counts)), fontsize=8)
     for (arm, task, clips, seed), result in found.items():
         if task in ("image", "all") and clips == min(counts) and len(result["curve"]) > 1:
             axes[1, 0].plot(*zip(*result["curve"]), color=colours[arm], linewidth=1)
@@ -363,9 +363,7 @@ def draw_samples(found, clips, seed):
 
 
 def parse_args(words=None):
-    parser = Parser(
-        "python -m lab.compare", description="DFGN from scratch against adapters (Tables 1 and 2)."
-    )
+    parser = Parser(description="DFGN from scratch against adapters (Tables 1 and 2).")
     add, count, default = parser.add_argument, number(int, 1), "(default %(default)s)"
     add("--output_dir", type=Path, required=True, help="where sets, runs, logs and the report go")
     add(

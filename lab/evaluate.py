@@ -78,7 +78,7 @@ def scale_flags(add):
 
 
 def parse_args(words=None):
-    parser = Parser("python -m lab.evaluate", description="Measure a trained checkpoint and write a report.")
+    parser = Parser(description="Measure a trained checkpoint and write a report.")
     add = parser.add_argument
     scale = number(float, -sample.MAX_SCALE, sample.MAX_SCALE)
     recorded = "(default: as recorded for text and image, 1 for interpolation and prediction)"

@@ -7,7 +7,8 @@ The moving picture of the front page, and the sheet of every task, from a checkp
 The picture shows the twelve prompts of `stickers.PROMPTS` (every subject once, every motion; combinations of
 words that were trained on) and below them a strip of text, image, interpolation and prediction. Captions and
 given frames of the strip are those of held-out stickers, whose combinations of words were never trained on.
-A rule chooses these, not the eye: of the held-out stickers with 8 key frames, evenly spread over the set.
+A rule chooses these, not the eye: of the held-out stickers with 8 key frames, evenly spread over the set. The
+sheet shows the last and the first of them.
 Everything has seed 0.
 """
 
@@ -156,7 +157,7 @@ def parse_args():
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="DIR", help="a finished run, or a checkpoint-N folder in it")
     add("--output", metavar="FILE", help="the moving picture: .webp, .gif or .mp4")
-    add("--sheet", metavar="FILE.png", help="a sheet of every task, from one held-out sticker")
+    add("--sheet", metavar="FILE.png", help="a sheet of every task, from two held-out stickers")
     args = parser.parse_args()
     if not args.output and not args.sheet:
         raise UserError("nothing to draw: give --output, --sheet, or both.")
@@ -180,7 +181,8 @@ def main():
             media.write_clip(args.output, draw_picture(cells, sample_cells(*model, cells)), sample.FPS)
             print(f"wrote {args.output}, {Path(args.output).stat().st_size / 2**20:.2f} MB")
         if args.sheet:
-            draw_sheet(model, real[0]).save(args.sheet)
+            halves = [np.asarray(draw_sheet(model, sticker)) for sticker in (real[-1], real[0])]
+            Image.fromarray(np.concatenate(halves, axis=1)).save(args.sheet)
             print(f"wrote {args.sheet}")
 
 

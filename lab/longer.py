@@ -93,7 +93,7 @@ def measure(draw, real):
 
 
 def parse_args():
-    parser = Parser("python -m lab.longer", description="Look for seams in longer stickers and in loops.")
+    parser = Parser(description="Look for seams in longer stickers and in loops.")
     add = parser.add_argument
     add(
         "--checkpoint",

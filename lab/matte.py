@@ -140,7 +140,7 @@ def draw(seen):
 
 
 def main():
-    parser = Parser(prog="lab.matte", description=__doc__.split("\n\n")[0].strip())
+    parser = Parser(description=__doc__.split("\n\n")[0].strip())
     add = parser.add_argument
     add("folder", type=Path, help="stickers; those without transparency are passed over")
     add("--resolution", type=number(int, 8, 1024), default=128, help="side in pixels (default %(default)s)")

@@ -145,7 +145,7 @@ def build(gradio, folder):
 
 
 def parse_args():
-    parser = Parser("python -m lab.page", description="A page to make stickers in the browser.")
+    parser = Parser(description="A page to make stickers in the browser.")
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="0.0.0.0 opens the page to the network (default: %(default)s)")
     add("--port", type=number(int, 1, 65535), default=7860, help="(default: %(default)s)")

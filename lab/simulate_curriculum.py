@@ -269,7 +269,7 @@ def plot(log, measured, path):
 
 def parse_args():
     about = "Simulate what the curriculum's feedback does to the loss that it reads."
-    parser = Parser("python -m lab.simulate_curriculum", description=about)
+    parser = Parser(description=about)
     levels = "JSON file of levels to read, or to write with --measure (default: lab/levels.json)"
     arms = "write --levels from these folders of lab.arm, trained without curriculum; nothing is simulated"
     parser.add_argument("--levels", metavar="FILE", type=Path, default=LEVELS, help=levels)

@@ -306,7 +306,7 @@ def main():
     add("--steps", type=number(int, 1), default=STEPS, help="how long (default %(default)s)")
     add("--batch_size", type=number(int, 1), default=BATCH, help="pictures a step (default %(default)s)")
     add("--seed", type=SEED, default=0, help="another number, another VAE (default %(default)s)")
-    where = "where pictures are kept (default: $XDG_CACHE_HOME/rdtf)"
+    where = "where pictures are kept (default: ~/.cache/rdtf)"
     add("--cache_dir", metavar="DIR", type=Path, help=where)
     add("--evaluate", metavar="DIR", type=filled, help="measure this VAE instead")
     add(

@@ -4,6 +4,7 @@ Command lines: flags that several programs share, the numbers that flags take, e
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 from support.common import UserError, printable
@@ -12,8 +13,12 @@ MOST = 10**9  # of anything: a larger number is a slip, and beyond what some lib
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are UserErrors: `one_sentence` prints them, without the list of all
-    flags."""
+    """An ArgumentParser whose errors are UserErrors, which `one_sentence` prints without the list of all
+    flags, and whose usage names the program as it was called: FILE.py, or python -m MODULE."""
+
+    def __init__(self, **settings):
+        module = sys.modules["__main__"].__spec__  # None of a file
+        super().__init__(prog=f"python -m {module.name}" if module else None, **settings)
 
     def error(self, message):
         raise UserError(f"{message} (--help lists the flags).")
@@ -58,6 +63,6 @@ def work_flags(add, num_workers=min(8, os.cpu_count() or 1)):
     """--cache_dir, None where it is left out (common.default_cache), and --num_workers. add:
     parser.add_argument of the program; num_workers: the default."""
     workers = "processes that decode and draw, 0 = this one alone (default %(default)s)"
-    place = "where drawn stickers, latents and the judge are kept (default: $XDG_CACHE_HOME/rdtf)"
+    place = "where drawn stickers, latents and the judge are kept (default: ~/.cache/rdtf)"
     add("--cache_dir", metavar="DIR", type=Path, help=place)
     add("--num_workers", type=number(int, 0, 1024), default=num_workers, help=workers)

@@ -27,7 +27,7 @@ def make_parser(presets, recorded):
     --help shows are those of the --preset given with it."""
     first = Parser(add_help=False)
     listed = ", ".join(name for name in presets if name != "toy")  # `toy` is for tests
-    about = f"size, and defaults of the training: {listed}"
+    about = f"size, and the defaults that --help shows: {listed} (default: tiny)"
     first.add_argument("--preset", choices=presets, default="tiny", metavar="NAME", help=about)
     first.set_defaults(**recorded)
     parser = Parser(description="Train an animated-sticker generator from scratch.", parents=[first])
@@ -41,7 +41,8 @@ def make_parser(presets, recorded):
     add("--max_train_steps", type=count, help=f"optimizer steps; the curriculum spans them {default}")
     add("--train_batch_size", type=count, help=f"clips per process and micro-step {default}")
     add("--gradient_accumulation_steps", type=count, default=1, help=f"micro-steps per step {default}")
-    add("--learning_rate", type=number(float, 1e-12), help=f"peak learning rate of AdamW {default}")
+    rate = f"peak learning rate; Muon takes 2.5 times it, the alphas of STI 30 times {default}"
+    add("--learning_rate", type=number(float, 1e-12), help=rate)
     add(
         "--lr_scheduler",
         choices=[s.value for s in SchedulerType if s.value != "piecewise_constant"],
@@ -83,11 +84,12 @@ def make_parser(presets, recorded):
         default=True,
         help="keep averaged weights, and use them (default: yes)",
     )
-    add("--ema_on_cpu", action="store_true", help="keep them in the CPU's memory")
+    add("--ema_on_cpu", action="store_true", help="keep the averaged weights in the CPU's memory")
     add(
         "--curriculum",
         choices=["none", "linear", "dcl"],
-        help="none: uniform; linear: static part alone; dcl: with feedback (default: dcl)",
+        help="none: uniform; linear: Eq. 2 alone; dcl: half Eq. 2, half Eq. 3 and 4 (default: dcl, where "
+        "both masks are on)",
     )
     add(
         "--temporal",
@@ -111,7 +113,7 @@ def make_parser(presets, recorded):
     )
     add("--seed", type=SEED, default=0, help=f"every random draw follows from it {default}")
     add("--checkpointing_steps", type=count, default=500, help=f"save every so many steps {default}")
-    add("--checkpoints_total_limit", type=natural, default=2, help=f"keep the last ones, 0 = all {default}")
+    add("--checkpoints_total_limit", type=natural, default=2, help=f"keep so many, 0 = all {default}")
     add(
         "--resume_from_checkpoint",
         metavar="latest|PATH",
@@ -133,10 +135,10 @@ def make_parser(presets, recorded):
         "--report_to",
         choices=["none", "tensorboard", "wandb"],
         default="none",
-        help=f"log there too {default}",
+        help=f"send the log there, too {default}",
     )
     add("--push_to_hub", action="store_true", help="upload the finished model to the Hugging Face hub")
-    add("--hub_model_id", metavar="NAME/MODEL", type=filled, help="as this (default: --output_dir's name)")
+    add("--hub_model_id", metavar="NAME/MODEL", type=filled, help="its name there (default: --output_dir's)")
     work_flags(add)
     parser.set_defaults(**presets[first.parse_known_args()[0].preset] | recorded)
     return parser

@@ -180,7 +180,7 @@ LAYERS = {
     "transformer": (Transformer2DModel, dict(in_channels=32, **HEADS, **TEXT), some_text),
     "STI": (STI, dict(width=32, heads=2, head_width=8, groups=4), some_frames),
     "Conv3D": (Conv3D, dict(width=32, groups=4), some_frames),
-    "Conv3D, factorized": (Conv3D, dict(width=32, groups=4, factorized=True), some_frames),
+    "Conv3D, along frames": (Conv3D, dict(width=32, groups=4, spatial=False), some_frames),
 }
 
 

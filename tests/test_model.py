@@ -19,7 +19,7 @@ from tests.toys import SMALLER, first_frames, toy_inputs, toy_unet
 
 TEMPORAL = pytest.mark.parametrize("temporal", ["sti", "conv3d", "conv1d"])
 LAYERS = pytest.mark.parametrize(
-    "layer", [STI, Conv3D, partial(Conv3D, factorized=True)], ids=["sti", "conv3d", "conv1d"]
+    "layer", [STI, Conv3D, partial(Conv3D, spatial=False)], ids=["sti", "conv3d", "conv1d"]
 )
 
 
@@ -223,8 +223,8 @@ def test_conv3d_is_a_three_dimensional_convolution(lengths):
 
 
 def test_conv3d_has_two_real_convolutions_and_conv1d_four_along_frames():
-    for factorized, count, shape in ((False, 2, (32, 32, 3, 3, 3)), (True, 4, (32, 32, 3, 1))):
-        weights = [conv.conv.weight for conv in Conv3D(32, groups=8, factorized=factorized).convs]
+    for spatial, count, shape in ((True, 2, (32, 32, 3, 3, 3)), (False, 4, (32, 32, 3, 1))):
+        weights = [conv.conv.weight for conv in Conv3D(32, groups=8, spatial=spatial).convs]
         assert [tuple(weight.shape) for weight in weights] == count * [shape]
     layers = {
         temporal: [layer for *_, layer in small_unet(temporal).layers() if layer is not None]

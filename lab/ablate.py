@@ -48,19 +48,20 @@ FLAGS = {  # of lab.arm
     "dcl": "--curriculum dcl --no-prior",
     "sti-prior": "--ddu off --prior",
     "ddu-prior": "--curriculum none --prior",
-    "constant": "--course constant --no-prior",
+    "constant": "--course linear --average --no-prior",
     "linear": "--curriculum linear --no-prior",
     "reversed": "--course reversed --no-prior",
     "set-point": "--course set_point --no-prior",
     "yoked": "--course {yoke} --no-prior",
     "measured": "--order {order} --curriculum dcl --no-prior",
+    "measured-average": "--order {order} --course {measured} --average --no-prior",
 }
 TABLES = {
     3: ("conv3d", "conv1d", "sti", "condition", "loss", "ddu", "dcl", "sti-prior", "ddu-prior"),
-    4: ("ddu", "constant", "linear", "reversed", "dcl", "set-point", "yoked", "measured"),
+    4: ("ddu", "constant", "linear", "reversed", "dcl", "set-point", "yoked", "measured", "measured-average"),
 }
 AT_ONE_COUNT = ("conv3d", "conv1d", "sti-prior", "ddu-prior")  # at the first number of clips alone
-SECOND_WAVE = ("yoked", "measured")  # take over what other runs of the folder found
+WAVE = {"yoked": 1, "measured": 1, "measured-average": 2}  # these take over what runs of a wave before found
 SETTINGS = ("preset", "resolution", "max_train_steps", "data")  # equal for all runs in a folder
 
 # ------------------------------------------------------------------------------------------------------------
@@ -151,16 +152,18 @@ def finish(job, args, quiet):
         return folder
     other = args.seeds[(args.seeds.index(seed) + 1) % len(args.seeds)]
     order = args.output_dir / f"order-{clips}.json"
-    if row == "measured" and not order.is_file():
+    if row.startswith("measured") and not order.is_file():
         runs = [args.output_dir / f"ddu-{clips}-{s}" for s in args.seeds]
         if not all((path / "arm.json").is_file() for path in runs):
-            raise RuntimeError(f"measured-{clips}-{seed} needs the runs of ddu-{clips} first")
+            raise RuntimeError(f"{row}-{clips}-{seed} needs the runs of ddu-{clips} first")
         with replacing(order) as writing:
             writing.write_text(json.dumps(measured_order(runs).tolist()))
-    if row == "yoked" and not (args.output_dir / f"dcl-{clips}-{other}" / "arm.json").is_file():
-        raise RuntimeError(f"yoked-{clips}-{seed} needs the run dcl-{clips}-{other} first")
-    yoke = args.output_dir / f"dcl-{clips}-{other}"
-    flags = [word.format(yoke=yoke, order=order) for word in FLAGS[row].split()]
+    followed = dict(yoke=f"dcl-{clips}-{other}", measured=f"measured-{clips}-{seed}")
+    for name, run_name in followed.items():
+        if f"{{{name}}}" in FLAGS[row] and not (args.output_dir / run_name / "arm.json").is_file():
+            raise RuntimeError(f"{row}-{clips}-{seed} needs the run {run_name} first")
+    followed = {name: args.output_dir / run_name for name, run_name in followed.items()}
+    flags = [word.format(order=order, **followed) for word in FLAGS[row].split()]
     flags += ["--preset", args.preset, "--resolution", str(args.resolution), "--seed", str(seed)]
     flags += ["--max_train_steps", str(args.max_train_steps), "--validation_steps", str(args.look_every)]
     flags += ["--mixed_precision", "no"]  # as every machine has it: runs may come from several
@@ -175,14 +178,14 @@ def finish(job, args, quiet):
 
 
 def list_jobs(args):
-    """Every (row, clips, seed), in two waves: seed by seed, a whole table early, then those that need a
-    finished run."""
-    waves = [], []
+    """Every (row, clips, seed), in waves: seed by seed, a whole table early, then those that need a finished
+    run."""
+    waves = [], [], []
     for seed in args.seeds:
         for clips in args.clips:
             for row in args.rows:
                 if row not in AT_ONE_COUNT or clips == args.clips[0]:
-                    waves[row in SECOND_WAVE].append((row, clips, seed))
+                    waves[WAVE.get(row, 0)].append((row, clips, seed))
     return waves
 
 

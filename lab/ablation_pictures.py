@@ -10,17 +10,24 @@ from masks import LENGTHS, TASKS
 from support.pictures import pyplot
 
 plt = pyplot()
-COLOURS = {
-    "conv3d": "#c4c4c4", "conv1d": "#8a8a8a", "sti": "#1a1a1a", "condition": "#e6801a", "loss": "#1b9e77",
-    "ddu": "#1f5fa8", "dcl": "#d6337c", "constant": "#8a8a8a", "linear": "#e6801a", "reversed": "#7570b3",
-    "set-point": "#a6522b", "yoked": "#1b9e77", "measured": "#e6a700",
-}  # fmt: skip
-LABELS = {
-    "conv3d": "3 x 3 x 3 for STI", "conv1d": "3 x 1 x 1 for STI", "sti": "DFGN",
-    "condition": "+ condition masks", "loss": "+ loss mask", "ddu": "+ both (DDU)", "dcl": "+ both and DCL",
-    "constant": "linear's average", "linear": "linear", "reversed": "linear, backwards",
-    "set-point": "set point alone", "yoked": "DCL, yoked", "measured": "DCL, measured order",
-}  # fmt: skip
+LOOKS = {
+    "conv3d": ("#c4c4c4", "3 x 3 x 3 for STI"),
+    "conv1d": ("#8a8a8a", "3 x 1 x 1 for STI"),
+    "sti": ("#1a1a1a", "DFGN"),
+    "condition": ("#e6801a", "+ condition masks"),
+    "loss": ("#1b9e77", "+ loss mask"),
+    "ddu": ("#1f5fa8", "+ both (DDU)"),
+    "dcl": ("#d6337c", "+ both and DCL"),
+    "constant": ("#8a8a8a", "linear's average"),
+    "linear": ("#e6801a", "linear"),
+    "reversed": ("#7570b3", "linear, backwards"),
+    "set-point": ("#a6522b", "set point alone"),
+    "yoked": ("#1b9e77", "DCL, yoked"),
+    "measured": ("#e6a700", "measured order"),
+    "measured-average": ("#7a5a00", "its average"),
+}
+COLOURS = {row: colour for row, (colour, _) in LOOKS.items()}
+LABELS = {row: label for row, (_, label) in LOOKS.items()}
 CURRICULA = LABELS | {"ddu": "uniform (DDU)", "dcl": "DCL"}  # the same rows in Table 4
 BASELINE = "sti"
 

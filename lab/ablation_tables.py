@@ -31,13 +31,15 @@ NAMES = {
     "set-point": "DCL without feedback: the set point alone",
     "yoked": "DCL, yoked: the course of another seed",
     "measured": "DCL with the measured order",
+    "measured-average": "the measured order's average, always",
 }
 PAIRS = {
     3: [("sti", "conv3d"), ("sti", "conv1d"), ("condition", "sti"), ("loss", "sti"), ("ddu", "sti"),
         ("ddu", "loss"), ("dcl", "ddu"), ("dcl", "sti"), ("ddu-prior", "sti-prior")],
     4: [("linear", "constant"), ("linear", "reversed"), ("dcl", "ddu"), ("dcl", "linear"),
-        ("dcl", "set-point"), ("dcl", "yoked"), ("measured", "dcl"), ("linear", "ddu"), ("reversed", "ddu"),
-        ("constant", "ddu"), ("set-point", "ddu"), ("yoked", "ddu"), ("measured", "ddu")],
+        ("dcl", "set-point"), ("dcl", "yoked"), ("measured", "dcl"), ("measured", "measured-average"),
+        ("linear", "ddu"), ("reversed", "ddu"), ("constant", "ddu"), ("set-point", "ddu"), ("yoked", "ddu"),
+        ("measured", "ddu"), ("measured-average", "ddu")],
 }  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------------------

@@ -7,13 +7,15 @@ One arm of the ablations: trains as train.py does, looks at held-out clips on th
     python -m lab.arm --output_dir runs/c --network simda --base runs/base/checkpoint-3000 --ddu off
 
 Held out are built-in stickers of exactly 8 frames, of combinations of words that are not trained on: key
-frames, equal frames and all frames are the same there, so no arm is measured on frames of another kind than
-those it was trained on. A folder of yours has few such clips: its held-out ones are measured twice.
+frames, equal frames and all frames are the same there, so the way in which an arm takes frames does not
+matter. (It does for what an arm is trained on: of longer clips equal frames are strides.) A folder of yours
+has few such clips: its held-out ones are measured twice.
 
     log.jsonl    G1: Eq. 1 over the unknown frames of row G1 at k = 8 (first frame and text given), under
                  averaged weights, on the same draws for every arm; G1_ranges: by range of timesteps;
                  G1_equal: of equally spaced frames in the place of key frames, for a folder of yours;
                  probe: the loss of the weights as they are, on one fixed batch of all levels
+    begun.json   flags and machines, for a run that goes on later
     arm.json     written last: the loss of every task, on held-out clips and as "fit" on trained ones, as
                  "gaussian" that of the Gaussian alone, and without a curriculum that of every (task, k), on
                  held-out clips of the training set; Frechet distances and PSNR; what was drawn; machine and
@@ -95,18 +97,18 @@ def course_of(strategy, total_steps, aims=()):
     return np.stack([curriculum.balance(*pair) for pair in zip(static, adaptive)])
 
 
-def make_course(name, total_steps):
-    """ "constant": the mean of the linear curriculum over a training; "reversed": the linear one, backwards;
-    "set_point": dcl without feedback; a task: that alone; else the folder of an arm whose course is
-    replayed."""
+def make_course(name, total_steps, average=False):
+    """ "linear": that curriculum; "reversed": the same, backwards; "set_point": dcl without feedback; a task:
+    that alone; else the folder of an arm whose course is replayed. average: its mean, at every step."""
+    if average:
+        course = make_course(name, total_steps)
+        return np.broadcast_to(course.mean(axis=0), course.shape)
     if name == "set_point":
         aims = [curriculum.set_point(step / max(total_steps - 1, 1)) for step in range(total_steps)]
         return course_of("dcl", total_steps, aims)
     linear = course_of("linear", total_steps)
-    if name == "constant":
-        return np.broadcast_to(linear.mean(axis=0), linear.shape)
-    if name == "reversed":
-        return linear[::-1]
+    if name in ("linear", "reversed"):
+        return linear if name == "linear" else linear[::-1]
     if name in TASKS:
         one = np.zeros(linear.shape[1:])
         one[TASKS.index(name), LENGTHS.index(NUM_FRAMES)] = 1
@@ -352,7 +354,22 @@ def open_test_clips(run):
     return run.dataset, clips
 
 
-def finish(run, training, dataset, clips, arm):
+def begin(folder, arm, resumed):
+    """Writes begun.json, what a run that goes on has to know: flags that the checkpoint has not, and the
+    machines and commits it ran on. Returns these. Raises UserError if it began with other flags."""
+    path, order = folder / "begun.json", curriculum.DIFFICULTY.tolist() if arm.order else None
+    flags = dict(network=arm.network, base=arm.base, course=arm.course, average=arm.average, order=order)
+    before = json.loads(path.read_text()) if resumed and path.is_file() else dict(flags=flags, machines=[])
+    if before["flags"] != flags:
+        names = ", ".join(f"--{name}" for name in flags if flags[name] != before["flags"].get(name))
+        raise UserError(f"{folder} began with another {names}: give what it began with, or another folder.")
+    before["machines"] = list(dict.fromkeys([*before["machines"], machine()]))
+    with replacing(path) as writing:
+        writing.write_text(json.dumps(before))
+    return before["machines"]
+
+
+def finish(run, training, dataset, clips, arm, machines):
     """Measures the trained network, and writes arm.json."""
     args = run.args
     denoiser = precondition(training.unet.eval(), run.encoders.prior, run.scheduler.alphas_cumprod)
@@ -360,7 +377,7 @@ def finish(run, training, dataset, clips, arm):
     folder.mkdir(exist_ok=True)
     log = read_log(args.output_dir / "log.jsonl")
     aims = [entry["aim"] for entry in log] if args.curriculum == "dcl" and not arm.course else []
-    about = dict(machine=machine(), clips=len(run.clips), test_clips=len(clips))
+    about = dict(machine="; then ".join(machines), clips=len(run.clips), test_clips=len(clips))
     about |= dict(global_batch=run.global_batch, latents=dataset.identity, precision=args.mixed_precision)
     result = dict(about=about, **digest(log), aims=aims)
     tasks = [arm.course] if arm.course in CONDITIONED else list(CONDITIONED)
@@ -382,7 +399,7 @@ def finish(run, training, dataset, clips, arm):
             result["cells"] = cell_losses(run, denoiser, *where)
     if args.ddu == "on" and len(log) == args.max_train_steps:  # a step that was skipped has no line
         if arm.course:
-            course = make_course(arm.course, args.max_train_steps)
+            course = make_course(arm.course, args.max_train_steps, arm.average)
         else:
             course = course_of(args.curriculum, args.max_train_steps, aims)
         result["drawn"] = shares_drawn(run, course)
@@ -399,13 +416,16 @@ def parse_args():
     parser.add_argument("--base", metavar="DIR", type=filled, help=base)
     away = "a folder of another domain: how far samples are from that, too"
     parser.add_argument("--away", metavar="DIR", type=filled, help=away)
-    course = "constant, reversed, set_point, a task, or the folder of a dcl arm: what is followed"
+    course = "linear, reversed, set_point, a task, or the folder of a dcl arm: what is followed"
     parser.add_argument("--course", metavar="NAME|DIR", type=filled, help=course)
+    parser.add_argument("--average", action="store_true", help="draw the mean of --course at every step")
     order = "JSON file of 3 x 6 difficulties in the place of the paper's"
     parser.add_argument("--order", metavar="FILE", type=filled, help=order)
     alone = "measure the losses of held-out clips alone: no samples, no losses of trained clips"
     parser.add_argument("--no_samples", action="store_true", help=alone)
     arm, rest = parser.parse_known_args()
+    if arm.average and not arm.course:
+        raise UserError("--average is of a course: give --course, too.")
     sys.argv = [sys.argv[0], *rest]
     args = train.parse_args(train.PRESETS)
     if arm.network == "dfgn":
@@ -432,16 +452,18 @@ def main():
         world = train.World()
         build = train.build_network if arm.network == "dfgn" else make_network(arm)
         run, training = train.set_up(args, world, on_exit, build)
+        machines = begin(args.output_dir, arm, training.step > 0)
         dataset, clips = open_test_clips(run)
         lengths = LENGTHS if arm.network == "dfgn" else [NUM_FRAMES]
         run = run._replace(validate=HeldOut(run, dataset, clips, lengths))
         if arm.course:
-            course = Course(make_course(arm.course, args.max_train_steps), args.curriculum)
+            course = make_course(arm.course, args.max_train_steps, arm.average)
+            course = Course(course, args.curriculum)
             course.load_state_dict(training.curriculum.state_dict())
             training.curriculum = course
         with stop_requests() as stop_signals:  # not while it measures, which a signal may end at once
             train.train(run, training, stop_signals)
-        finish(run, training, dataset, clips, arm)
+        finish(run, training, dataset, clips, arm, machines)
         print(f"wrote {args.output_dir}/arm.json")
 
 

@@ -170,7 +170,7 @@ def compare(args):
     some failed."""
     check_settings(args, SETTINGS)
     source, target = find_sets(args)
-    every = "--network base --ddu condition --course constant --no_samples"
+    every = "--network base --ddu condition --course linear --average --no_samples"
     base = Job(args.output_dir / f"base-{args.source}", "base", "all", every, None, 0, args.base_rate)
     trained = base.folder / f"checkpoint-{args.base_steps}"
     trials, runs = list_jobs(args, trained, source)

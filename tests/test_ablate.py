@@ -125,7 +125,7 @@ def test_what_the_feedback_of_all_seeds_has_in_common(signs, share):
 
 def test_the_controls_of_the_curriculum():
     linear = arm.course_of("linear", 50)
-    constant, backwards = arm.make_course("constant", 50), arm.make_course("reversed", 50)
+    constant, backwards = arm.make_course("linear", 50, average=True), arm.make_course("reversed", 50)
     np.testing.assert_allclose(constant[7], linear.mean(axis=0))
     np.testing.assert_allclose(backwards[0], linear[-1])
     for course in (linear, constant, backwards):  # equal shares of all levels, in another order
@@ -150,7 +150,10 @@ def test_a_yoked_course_is_what_the_other_run_drew(tmp_path):
         this.update(rng.uniform(0.5, 1.5, curriculum.NUM_RANGES), np.ones(curriculum.NUM_RANGES))
     (tmp_path / "arm.json").write_text(json.dumps(dict(aims=aims)))
     course = arm.make_course(tmp_path, 60)
-    assert (course == np.stack(drawn)).all() and not np.allclose(course, arm.make_course("constant", 60))
+    assert (course == np.stack(drawn)).all()
+    always = arm.make_course(tmp_path, 60, average=True)
+    np.testing.assert_allclose(always[3], course.mean(axis=0))
+    assert not np.allclose(course, always)
     follower = arm.Course(course)
     follower.update(
         np.full(curriculum.NUM_RANGES, 1e6), np.ones(curriculum.NUM_RANGES)
@@ -176,7 +179,7 @@ def called(monkeypatch):
         write_arm(folder, [4, 3, 2, 1], "off" not in words, cells="--ddu" not in words)
 
     monkeypatch.setattr(ablate, "run", run)
-    for name, runs in (("plot_table3", 28), ("plot_table4", 24)):  # only of all runs, for the sake of time
+    for name, runs in (("plot_table3", 28), ("plot_table4", 27)):  # only of all runs, for the sake of time
         plot = getattr(ablation_tables, name)
         monkeypatch.setattr(
             ablation_tables,
@@ -249,9 +252,12 @@ def test_what_table_4_leaves(tmp_path, called):
         words for words in called if "--course" in words and "dcl-all" in words[words.index("--course") + 1]
     ]
     assert (
-        len(last) == 3 and called[-6:].count(last[0]) == 1
+        len(last) == 3 and called[-9:-3].count(last[0]) == 1
     )  # the yoked ones wait for those that they follow
     assert last[0][last[0].index("--course") + 1].endswith("dcl-all-1")
+    averages = [words for words in called if "--average" in words and "--order" in words]
+    assert averages == called[-3:]  # after the measured ones, whose course they take the average of
+    assert averages[2][averages[2].index("--course") + 1].endswith("measured-all-2")
     assert np.ptp(json.loads((tmp_path / "order-all.json").read_text())) == 1
     page = (tmp_path / "table4.md").read_text()
     assert "| all | DCL, yoked: the course of another seed | 3 |" in page and "| generation |" in page
@@ -291,7 +297,7 @@ def test_an_order_that_is_none_gets_one_sentence(tmp_path, content):
     assert curriculum.DIFFICULTY is before
 
 
-def test_an_arm_trains_looks_and_measures(tmp_path, folder, cache, monkeypatch):
+def test_an_arm_trains_looks_and_measures(tmp_path, folder, cache, monkeypatch, capsys):
     """The real program at toy size, with a control in the place of the curriculum."""
     monkeypatch.setattr("support.stickers.default_folder", lambda **_: folder)
     monkeypatch.setattr("support.stickers.draw_stickers", lambda _: folder)
@@ -327,5 +333,10 @@ def test_an_arm_trains_looks_and_measures(tmp_path, folder, cache, monkeypatch):
     assert found["log"][1]["mean_k"] == np.mean([entry["mean_k"] for entry in log[2:4]])
     assert len(found["losses"]["image"]["by clip"]) == 4
     assert found["aims"] == [] and "commit" in found["about"]["machine"]
+    words[1] = "set_point"  # of which a checkpoint says nothing
+    monkeypatch.setattr(sys, "argv", ["lab.arm", *words])
+    with pytest.raises(SystemExit) as ended:
+        arm.main()
+    assert ended.value.code == 2 and "began with another --course" in capsys.readouterr().err
     assert set(found["cells"]) == set(LEVELS) and found["scores"].keys() >= {"image", "prediction"}
     assert sum(share for name, share in found["drawn"].items() if name in LEVELS) == pytest.approx(1)

@@ -229,7 +229,7 @@ def weights(out, part):
 
 
 def test_a_base_is_trained_and_then_its_adapters_alone(run_arm, folder):
-    base, _ = run_arm("base", "--network", "base", "--ddu", "condition", "--course", "constant")
+    base, _ = run_arm("base", "--network", "base", "--ddu", "condition", "--course", "linear", "--average")
     peer, result = run_arm(
         "peer", "--network", "simda", "--base", base / "checkpoint-2", "--ddu", "off", "--away", folder
     )

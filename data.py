@@ -129,7 +129,7 @@ def load_clip(sticker, resolution):
     try:
         frames, _ = media.read_clip(sticker.path, resolution)
     except media.MediaError as error:
-        return str(error)
+        return str(error).removeprefix(f"{printable(sticker.path)} ")
     key_frames = extract_key_frames(thumbnails(frames))
     if not key_frames:
         return f"fewer than {LENGTHS[0]} distinct frames (it has {len(frames)} in all)"
@@ -375,7 +375,7 @@ def inspect(args, stickers):
         counts.append(clip.count)
     print_summary(args.folder, used, counts, dropped)
     if args.preview:
-        pictures.preview(*zip(*shown), counts).save(args.preview)
+        pictures.save_png(pictures.preview(*zip(*shown), counts), args.preview)
         print(f"wrote {printable(args.preview)}")
 
 

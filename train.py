@@ -44,7 +44,7 @@ from support.machine import (
 )
 from support.optim import Average, averaged, clip_gradients, make_optimizer, shard
 from support.options import parse_args
-from support.pictures import plot_progress
+from support.pictures import plot_progress, save_png
 from support.pretrained import start_from_spatial
 from support.prior import GaussianPrior, loss_weights, precondition
 
@@ -258,7 +258,7 @@ def validate(run, training):
         unet.train()
         if world.main:
             with log.report_write_errors(world.print0):
-                picture.save(args.output_dir / f"validation-{training.step}.png")
+                save_png(picture, args.output_dir / f"validation-{training.step}.png")
                 if samples:
                     media.write_clip(args.output_dir / "sample.gif", next(iter(samples.values())), fps=8)
     world.barrier()

@@ -10,10 +10,10 @@ from scipy.stats import t as student_t
 
 from curriculum import HORIZON, K_P
 from lab.ablation_pictures import plot_table3, plot_table4
-from lab.pictures import save
 from lab.simulate_curriculum import swings
 from masks import LENGTHS, NUM_FRAMES, TASKS
 from support.common import replacing, table
+from support.pictures import save_png
 
 NAMES = {
     "conv3d": "DFGN (3D-Conv), two of 3 x 3 x 3",
@@ -289,4 +289,4 @@ def write_tables(number, arms, args):
             writing.write_text(text, encoding="utf-8")
     figure = plot_table3(arms) if number == 3 else plot_table4(once)
     if figure:
-        save(figure, args.output_dir / f"table{number}.png")
+        save_png(figure, args.output_dir / f"table{number}.png")

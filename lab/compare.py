@@ -53,13 +53,13 @@ from lab.ablate import check_settings, finished_first, in_parallel, run
 from lab.ablation_tables import cell, rivals_line, spread
 from lab.eight_frames import draw_test_stickers
 from lab.items import CONDITIONED
-from lab.pictures import read_samples, save
+from lab.pictures import read_samples
 from masks import NUM_FRAMES, ROWS
 from model import SIZES
 from support import stickers
 from support.common import UserError, default_cache, one_sentence, replacing, table
 from support.flags import SEED, Parser, number, work_flags
-from support.pictures import pyplot, sheet
+from support.pictures import pyplot, save_png, sheet
 
 plt = pyplot()
 ARMS = {  # arm: (what it is, flags of lab.arm, a network for each task?, a trained base?)
@@ -298,9 +298,9 @@ def write_report(args, found, rates):
     for name, content in (("json", json.dumps(result, indent=1)), ("md", "\n\n".join(text) + "\n")):
         with replacing(args.output_dir / f"peers.{name}") as writing:
             writing.write_text(content, encoding="utf-8")
-    save(plot(rows, found, args.clips), args.output_dir / "peers.png")
+    save_png(plot(rows, found, args.clips), args.output_dir / "peers.png")
     if page := draw_samples(found, min(args.clips), args.seeds[0]):
-        save(page, args.output_dir / "samples.png")
+        save_png(page, args.output_dir / "samples.png")
 
 
 def plot(rows, found, counts):

@@ -29,7 +29,7 @@ from support.common import UserError, check_output, evenly, one_sentence
 from support.flags import Parser
 from support.folder import scan_folder
 from support.machine import device
-from support.pictures import GIVEN, check_png, sheet
+from support.pictures import GIVEN, check_png, save_png, sheet
 
 # The commands of the README: which frames of how many are given, and whether the caption is.
 #    task                    given frames        frames  text
@@ -182,7 +182,7 @@ def main():
             print(f"wrote {args.output}, {Path(args.output).stat().st_size / 2**20:.2f} MB")
         if args.sheet:
             halves = [np.asarray(draw_sheet(model, sticker)) for sticker in (real[-1], real[0])]
-            Image.fromarray(np.concatenate(halves, axis=1)).save(args.sheet)
+            save_png(Image.fromarray(np.concatenate(halves, axis=1)), args.sheet)
             print(f"wrote {args.sheet}")
 
 

@@ -7,7 +7,9 @@ summary.py makes means, standard errors and the paper's inequalities of it. N of
 valid frames.
 """
 
+from contextlib import suppress
 from functools import partial
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -21,14 +23,14 @@ from support.common import replacing
 
 
 def cached_npz(path, compute):
-    """The dict of arrays of an .npz file; where there is none, compute() is called and written, whole or not
-    at all."""
-    if not path.is_file():
-        arrays = compute()
-        with replacing(path) as writing, open(writing, "wb") as file:
-            np.savez(file, **arrays)
-    with np.load(path) as arrays:
+    """The dict of arrays of an .npz file; where there is none, or a damaged one, compute() is called and
+    written, whole or not at all."""
+    with suppress(OSError, ValueError, EOFError, BadZipFile), np.load(path) as arrays:
         return dict(arrays)
+    arrays = compute()
+    with replacing(path) as writing, open(writing, "wb") as file:
+        np.savez(file, **arrays)
+    return arrays
 
 
 FIXED = {

@@ -14,8 +14,10 @@ frozen clip for instance, is read as "none".
 
 import hashlib
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -220,6 +222,15 @@ def train_judge(clips, words, epochs=EPOCHS, width=64, seed=0):
     return judge.eval()
 
 
+def load_judge(path):
+    """The judge of a file, or None where there is none or a damaged one."""
+    judge = Judge()
+    with suppress(OSError, EOFError, RuntimeError, ValueError, KeyError, UnpicklingError):
+        judge.load_state_dict(torch.load(path, weights_only=True))
+        return judge.eval()
+    return None
+
+
 def get_judge(codec, resolution, cache_dir, num_workers=0):
     """The judge for clips of this resolution and shape of latents: from the cache, else drawn for, trained
     and put there, by one process while others wait. The weights of the codec do not matter: `examine` is held
@@ -228,16 +239,15 @@ def get_judge(codec, resolution, cache_dir, num_workers=0):
     key = hashlib.sha256(f"{VERSION} {stickers.VERSION} {kind} {resolution}".encode()).hexdigest()[:20]
     path = Path(cache_dir) / f"judge-{key}.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with locked(path.with_suffix(".lock"), wait=True):
-        if not path.is_file():
-            clips, words = draw_clips(combinations(False) * LAPS, TRAINING_SEED, resolution, num_workers)
-            clips[::2] = round_trip(codec, clips[::2])
-            trained = train_judge(clips, words)
-            with replacing(path) as writing:
-                torch.save(trained.state_dict(), writing)
-    judge = Judge()
-    judge.load_state_dict(torch.load(path, weights_only=True))
-    return judge.eval()
+    if (judge := load_judge(path)) is None:  # only then: a cache that has all may be read-only
+        with locked(path.with_suffix(".lock"), wait=True):
+            if (judge := load_judge(path)) is None:
+                clips, words = draw_clips(combinations(False) * LAPS, TRAINING_SEED, resolution, num_workers)
+                clips[::2] = round_trip(codec, clips[::2])
+                judge = train_judge(clips, words)
+                with replacing(path) as writing:
+                    torch.save(judge.state_dict(), writing)
+    return judge
 
 
 def examine(judge, codec, resolution, more=None, num_workers=0):

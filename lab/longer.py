@@ -29,7 +29,7 @@ from support import media, stickers
 from support.common import check_output, one_sentence, replacing, table
 from support.flags import Parser
 from support.machine import device
-from support.pictures import sheet
+from support.pictures import save_png, sheet
 
 LENGTH = 20
 SEEDS = (0, 1)
@@ -132,9 +132,9 @@ def main():
         print(table((f"median of {len(SEEDS) * n}", "seam", "motion", "wrap"), rows))
         with replacing(args.output_dir / "report.json") as writing:
             writing.write_text(json.dumps(report, indent=1))
-        sheet(list(made["20 frames"][:n]), prompts).save(args.output_dir / "longer.png")
+        save_png(sheet(list(made["20 frames"][:n]), prompts), args.output_dir / "longer.png")
         loops = made["8 frames, loop"][:n, np.arange(NUM_FRAMES + 1) % NUM_FRAMES]
-        sheet(list(loops), prompts).save(args.output_dir / "loops.png")
+        save_png(sheet(list(loops), prompts), args.output_dir / "loops.png")
         if args.picture:
             page = draw(LENGTH, True, SEEDS[0]).repeat(2, axis=2).repeat(2, axis=3)  # (12, 20, 2R, 2R, 3)
             rows = [np.concatenate(page[start : start + 6], axis=2) for start in range(0, n, 6)]

@@ -21,12 +21,11 @@ from PIL import Image
 from scipy.ndimage import maximum_filter, minimum_filter
 from tqdm import tqdm
 
-from lab.pictures import save
 from support.common import UserError, evenly, one_sentence, printable, table
 from support.flags import Parser, number
 from support.matte import NEARLY, cut_out, find_ground, flood
 from support.media import SUFFIXES, MediaError, pictures
-from support.pictures import check_png, sheet
+from support.pictures import check_png, save_png, sheet
 
 FRAMES = 4  # of a sticker, at most
 CLEAR = 0.02  # share of transparent pixels from which on a sticker's alpha is real
@@ -154,7 +153,7 @@ def main():
     means, seen = measure(paths, args.resolution)
     print(table(HEADER, [[name, *(f"{x:.2f}" for x in row)] for name, row in means.items()]))
     if args.sheet:
-        save(draw(seen), args.sheet)
+        save_png(draw(seen), args.sheet)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,8 @@ def make(folder, pictures, prompt, settings, count):
     prompt = prompt.strip()
     if not prompt and not pictures:
         raise UserError("There is nothing to start from: write a prompt, or give a picture.")
+    if len(pictures) == NUM_FRAMES and settings.get("interpolate", 1) == 1:
+        raise UserError("All frames are given: leave one out to be drawn, or take more frames between them.")
     denoiser, encoders, recorded = load(folder)
     resolution = recorded["resolution"]
     read = {slot: read_picture(file, resolution) for slot, file in pictures.items()}
@@ -98,7 +100,7 @@ def build(gradio, folder):
     def press(values, progress=gradio.Progress(track_tqdm=True)):
         given = {slot: values[box] for slot, box in enumerate(slots) if values[box]}
         settings = dict(zip(sample.SAMPLING, (values[slider] for slider in sliders)))
-        settings |= dict(interpolate=values[between], loop=values[loop], seed=int(values[seed]))
+        settings |= dict(interpolate=values[between], loop=values[loop], seed=int(values[seed] or 0))
         try:
             clips, trained = make(found[values[name]], given, values[prompt], settings, values[count])
             files = save(clips, sample.FPS * values[between], values[clear], folder)

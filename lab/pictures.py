@@ -9,22 +9,12 @@ from PIL import Image
 from lab import metrics
 from lab.items import given_frames
 from masks import LENGTHS, NUM_FRAMES, TASKS
-from support.common import evenly, replacing
-from support.pictures import pyplot, sheet
+from support.common import evenly
+from support.pictures import pyplot, save_png, sheet
 
 plt = pyplot()
 SHEET_ITEMS = 8  # samples of each task on its sheet
 STRIPS = 0, 17  # which samples of each task samples.png has: of different rows of Table 7
-
-
-def save(image, path):
-    """Writes a PIL.Image, or a matplotlib figure, which is closed, as a PNG."""
-    with replacing(path) as writing:
-        if hasattr(image, "savefig"):
-            image.savefig(writing, format="png")
-            plt.close(image)
-        else:
-            image.save(writing, "PNG")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -103,7 +93,7 @@ def show_samples(items, made, real, path):
             shown.append((task, items[i].row))
     picture = np.stack(strips).swapaxes(1, 2)  # (rows, 8, R, R, 3) -> (rows, R, 8, R, 3)
     rows, height, frames, width, _ = picture.shape
-    save(Image.fromarray(picture.reshape(rows * height, frames * width, 3)), path)
+    save_png(Image.fromarray(picture.reshape(rows * height, frames * width, 3)), path)
     return shown
 
 

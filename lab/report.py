@@ -7,6 +7,7 @@ from functools import partial
 
 from lab import pictures
 from support.common import printable, replacing, table
+from support.pictures import save_png
 
 TEXTS = {
     "sampler": """\
@@ -202,8 +203,8 @@ def loss_section(report, output_dir):
         table(header, rows),
     ]
     if "cells" in loss["Eq. 1"]:
-        pictures.save(pictures.plot_heat_maps(loss), output_dir / "heat_map.png")
-        pictures.save(pictures.plot_timesteps(loss), output_dir / "timesteps.png")
+        save_png(pictures.plot_heat_maps(loss), output_dir / "heat_map.png")
+        save_png(pictures.plot_timesteps(loss), output_dir / "timesteps.png")
         parts += ["![heat map](heat_map.png)", "![loss over timesteps](timesteps.png)"]
         parts += [TEXTS["order"], *order_tables(loss)]
     return parts
@@ -213,7 +214,7 @@ def sheet_sections(report, clips, output_dir):
     parts = []
     for task in report["about"]["sampler"]:
         sheet = pictures.sample_sheet(task, clips, report.get("readings"))
-        pictures.save(sheet, output_dir / f"samples-{task}.png")
+        save_png(sheet, output_dir / f"samples-{task}.png")
         note = TEXTS["sheet"].format(sampler=sampler_text(report["about"], task))
         parts += [f"## Samples: {task}", note, f"![{task}](samples-{task}.png)"]
     return parts

@@ -171,8 +171,16 @@ def parse_lines(lines):
 
 
 def parse_table(lines, header):
-    """The rows of a table whose fields are divided by what divides its header: comma, semicolon or tab."""
-    return csv.DictReader(lines, delimiter=max(",;\t", key=header.count), skipinitialspace=True)
+    """The rows of a table whose fields are divided by what divides its header: comma, semicolon or tab. Where
+    captions stand last, what is beyond them belongs to them: commas that nobody quoted."""
+    mark = max(",;\t", key=header.count)
+
+    def whole(row):
+        if None in row and (last := list(row)[-2]) in ("text", "caption"):
+            row[last] = f"{mark} ".join([row[last], *row.pop(None)])
+        return row
+
+    return map(whole, csv.DictReader(lines, delimiter=mark, skipinitialspace=True))
 
 
 def whole_array(file, size):
@@ -282,6 +290,8 @@ def read_entries(path, parent, find, said, note):
             form = METADATA[path.name.lower()]
             limit = f"of at most {MAX_ENTRY:,} characters"
             note(f"has entries that cannot be read, it needs {form}, {limit}", where)
+        elif None in entry:
+            note("has entries of more fields than its header: put texts with commas into quotes", where)
         elif not (isinstance(name, str) and name):
             note('has entries without a "file_name", which are not used', f"{where} ({keys_of(entry)})")
         elif os.path.isabs(name) or os.path.normpath(os.path.join(parent, name)).startswith("../"):

@@ -124,7 +124,7 @@ def choose_checkpoint(output_dir, wanted, print0):
     start. A damaged one is never used: `latest` then takes the one before it. Raises UserError."""
     checkpoints = [path for _, path in list_checkpoints(output_dir)]
     finished = [name for name in ("model_index.json", "README.md") if (output_dir / name).exists()]
-    problem = None
+    holds_run, problem = checkpoints or (output_dir / "log.jsonl").exists(), None
     if finished and not checkpoints:
         problem = (
             f"--output_dir {output_dir} holds {finished[0]} and no checkpoint to go on from: choose another "
@@ -147,13 +147,13 @@ def choose_checkpoint(output_dir, wanted, print0):
         flag = f"--resume_from_checkpoint {path}"
         if not (path / "state.json").is_file():
             problem = f"{flag} is no checkpoint: give latest or a checkpoint-N folder."
-        elif checkpoints and path.resolve().parent != output_dir.resolve():
+        elif holds_run and path.resolve().parent != output_dir.resolve():
             problem = f"{flag} is of another run than --output_dir {output_dir} holds: choose another folder."
         elif damage := find_damage(path):
             problem = f"{flag} is damaged ({damage}): give another, or latest."
         else:
             return path
-    elif checkpoints or (output_dir / "log.jsonl").exists():
+    elif holds_run:
         problem = (
             f"--output_dir {output_dir} already holds a run: continue it with --resume_from_checkpoint "
             "latest, or choose another folder."

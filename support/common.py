@@ -7,10 +7,13 @@ import fcntl
 import os
 import re
 import sys
+import time
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import numpy as np
+
+FIRST_SPEAKS = 5  # seconds that processes with an error wait for the first one of their machine
 
 
 class UserError(ValueError):
@@ -27,7 +30,9 @@ def one_sentence(program):
     """Runs a program's main: what its user can mend ends as one sentence and exit status 2, without a
     traceback.
 
-    program: its name as it is called, such as "train.py". Ctrl-C ends with status 130."""
+    program: its name as it is called, such as "train.py". Ctrl-C ends with status 130. Of the processes on a
+    machine the first speaks at once, and torchrun then ends the others; what another one alone met, it says
+    a little later."""
     with lasting_output():
         try:
             yield
@@ -42,11 +47,16 @@ def one_sentence(program):
             name = printable(error.filename or "a file")
             message = f"{name} cannot be used ({error.strerror}): make room or choose another place."
         except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
+            if out_of_memory(error):
+                message = f"memory does not suffice ({printable(error, 200)}): ask for less at a time."
+            elif re.search("Connection (closed|reset) by peer", str(error)):
+                message = "another process of this run has ended, and says why: mend that."
+            else:
                 raise
-            message = f"memory does not suffice ({printable(error, 200)}): ask for less or smaller at a time."
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once on each machine
-            print(f"{program}: {' '.join(message.split())}", file=sys.stderr)
+        if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+            program += f", rank {os.environ.get('RANK')}"
+            time.sleep(FIRST_SPEAKS)
+        print(f"{program}: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
 
 

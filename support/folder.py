@@ -161,9 +161,11 @@ def read_sidecars(folder, paths, names, notes):
     files"""
     texts = {path.relative_to(folder).as_posix(): path for path in paths}
     find, captions, used = finder(texts), {}, set()
+    wanted = {name: str(PurePosixPath(name).with_suffix(".txt")) for name in names}
+    taken = texts.keys() & wanted.values()  # these have a sticker of exactly their name
     for name in names:
-        text = find(str(PurePosixPath(name).with_suffix(".txt")))
-        if text is None:
+        text = find(wanted[name])
+        if text is None or text in taken and text != wanted[name]:
             continue
         used.add(text)
         try:

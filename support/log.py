@@ -3,6 +3,7 @@ What a run tells: log.jsonl, the same in other places, what it could not write, 
 """
 
 import json
+import os
 import shlex
 from contextlib import contextmanager, suppress
 
@@ -26,8 +27,10 @@ def begin_log(path, last_step):
 
 
 def append_log(path, entry):
-    with open(path, "a") as file:
-        file.write(json.dumps(entry) + "\n")
+    with open(path, "ab+") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+        cut = file.read() not in (b"", b"\n")  # by a full disk: that costs the one line
+        file.write(("\n" * cut + json.dumps(entry) + "\n").encode())
 
 
 def make_reporter(args):

@@ -190,7 +190,8 @@ def check_suffix(path, alpha=False):
 
 
 def delays(count, fps, per_second, least):
-    """Durations of count frames in whole 1 / per_second, rounded so that their running total is right."""
+    """Durations of count frames in whole 1 / per_second, rounded so that their running total is right.
+    least: of each; browsers take up to 10 ms for 100"""
     edges = np.round(np.arange(count + 1) * per_second / fps).astype(int)
     return np.maximum(np.diff(edges), least).tolist()
 
@@ -218,13 +219,14 @@ def save_gif(file, frames, fps):
     picture = picture.quantize(255, method=Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
     if clear.any():
         picture.paste(255, mask=Image.fromarray(clear))
-        options = dict(transparency=255, disposal=2)
+        # optimize=False: Pillow would drop the clear colour of frames without it, which disposal clears to.
+        options = dict(transparency=255, disposal=2, optimize=False)
     save_strip(file, picture, [10 * delay for delay in delays(count, fps, 100, least=2)], **options)
 
 
 def save_webp(file, frames, fps, **options):
     """Lossless: the lossy kind halves the resolution of colour, which shows on a sticker's hard edges."""
-    options = dict(lossless=True, loop=0, duration=delays(len(frames), fps, 1000, least=1)) | options
+    options = dict(lossless=True, loop=0, duration=delays(len(frames), fps, 1000, least=11)) | options
     if frames.shape[-1] == 4 and np.isin(frames[..., 3], (0, 255)).all():
         options["kmax"] = 1  # whole frames: of parts, if all are opaque, libwebp notes that nothing is clear
     imageio.imwrite(file, frames, extension=".webp", plugin="pillow", **options)
@@ -237,7 +239,7 @@ def save_apng(file, frames, fps, colours=None, loop=0):
     if colours:
         tall = tall.quantize(colours, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
     first, *rest = (tall.crop((0, top, width, top + height)) for top in range(0, tall.height, height))
-    durations = delays(len(frames), fps, 1000, least=1)
+    durations = delays(len(frames), fps, 1000, least=11)
     options = dict(duration=durations, loop=loop, blend=0)  # blend=0: what changes is replaced, alpha too
     first.save(file, "PNG", save_all=True, append_images=rest, **options)
 
@@ -309,8 +311,8 @@ def write_clip(path, frames, fps):
 
     .gif, .webp, .apng, .mp4 and .webm are animations (the first three loop for ever), .png is a sheet of the
     frames side by side. A GIF's alpha is all or nothing; an .mp4 has none. GIF has delays in steps of 10 ms,
-    at least 20, WebP and APNG of 1 ms: single ones are rounded, their sum is right. Missing folders are made;
-    an old file is replaced only by a complete new one. Raises MediaError.
+    at least 20, WebP and APNG of 1 ms, at least 11: single ones are rounded, their sum is right. Missing
+    folders are made; an old file is replaced only by a complete new one. Raises MediaError.
     """
     check_suffix(path, alpha=frames.shape[-1] == 4)
     with new_file(path) as file:

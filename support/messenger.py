@@ -31,14 +31,14 @@ class Platform(NamedTuple):
     margin: int  # pixels kept clear on every side
     max_bytes: int  # 1 KB is counted as 1000, the stricter reading
     max_seconds: float
-    max_fps: float
+    max_fps: float  # WhatsApp's is 125, but browsers play more than 90 slowly
     frames: tuple  # fewest and most
     whole_seconds: bool  # the length is a whole number of them, and the file says how often it plays
 
 
 #                       suffix   canvas margin  bytes    sec  fps  frames    whole seconds
 PLATFORMS = {
-    "whatsapp": Platform(".webp", 512, 16, 500_000, 10.0, 125.0, (2, 1000), False),
+    "whatsapp": Platform(".webp", 512, 16, 500_000, 10.0,  90.0, (2,  900), False),
     "telegram": Platform(".webm", 512,  0, 256_000,  3.0,  30.0, (2,   90), False),
     "discord":  Platform(".png",  320,  0, 512_000,  5.0,  60.0, (2,  300), False),
     "line":     Platform(".png",  270,  0, 300_000,  4.0,  20.0, (5,   20), True),
@@ -106,6 +106,18 @@ def encode(frames, fps, platform, options):
     return file.getvalue()
 
 
+def check_motion(data, name):
+    """Raises UserError if a file for the messenger `name` has too few frames left: of equal neighbours
+    encoders make one, but for WebM."""
+    platform = PLATFORMS[name]
+    if platform.suffix != ".webm":
+        with Image.open(io.BytesIO(data)) as picture:
+            count = getattr(picture, "n_frames", 1)
+        if count < platform.frames[0]:
+            wants = f"--for {name} wants {platform.frames[0]} frames that differ"
+            raise UserError(f"{wants}, these have {count}: give another --seed or --prompt.")
+
+
 def fit(frames, fps, name):
     """A file of a sticker for the messenger `name`, one of PLATFORMS.
 
@@ -122,6 +134,7 @@ def fit(frames, fps, name):
         for i, (quality, options) in enumerate(qualities):
             data = encode(frames, fps, platform, options)
             if len(data) <= platform.max_bytes:
+                check_motion(data, name)
                 notes += [f"quality, {quality}"] if i else []
                 notes += [f"{whole - len(frames)} of {whole} frames"] if len(frames) < whole else []
                 size = f"{-(-len(data) // 1000)} of {limit}"

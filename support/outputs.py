@@ -7,7 +7,7 @@ from pathlib import Path
 from support import media
 from support.common import UserError, check_output
 from support.messenger import PLATFORMS, fit
-from support.pictures import sheet
+from support.pictures import save_png, sheet
 
 
 def default_name(messenger):
@@ -46,7 +46,7 @@ def write(args, clips, given):
         clips = [cut_out(clip) for clip in clips]  # (T, R, R, 4)
     if len(files) < len(clips):
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        sheet(list(clips), marks=[given.tolist()] * len(clips)).save(args.output)
+        save_png(sheet(list(clips), marks=[given.tolist()] * len(clips)), args.output)
     elif args.messenger:
         for name, clip in zip(files, clips):
             data, note = fit(clip, args.fps, args.messenger)

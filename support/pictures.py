@@ -129,6 +129,21 @@ def preview(rows, captions, counts):
     return picture
 
 
+def save_png(image, path):
+    """Writes a PIL.Image, or a matplotlib figure, which is closed, as a PNG, whole or not at all. Raises
+    UserError."""
+    try:
+        with replacing(path) as writing:
+            if hasattr(image, "savefig"):
+                image.savefig(writing, format="png")
+                pyplot().close(image)
+            else:
+                image.save(writing, "PNG")
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{printable(path)} cannot be written ({reason}); choose another place.") from error
+
+
 def plot_progress(log_path, picture_path):
     """Draws log.jsonl into progress.png: loss, task probabilities, mean k, the three terms of Eq. 4, and the
     difficulty that the curriculum aimed at."""
@@ -163,6 +178,4 @@ def plot_progress(log_path, picture_path):
         axis.set_xlabel("step")
     axes[1, 2].set_axis_off()
     axes[1, 0].set_xlim(0, max(entry["step"] for entry in log) + 1)
-    with replacing(picture_path) as temporary:
-        figure.savefig(temporary, format="png")
-    plt.close(figure)
+    save_png(figure, picture_path)

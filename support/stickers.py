@@ -20,7 +20,7 @@ from support.common import UserError, default_cache, one_sentence, printable
 from support.figures import EXTENT, LAYER, SUBJECTS, figure
 from support.flags import SEED, Parser, number
 from support.media import save_strip
-from support.pictures import check_png
+from support.pictures import check_png, save_png
 
 VERSION = 1  # part of the cache folder's name: raise it whenever a drawing or a caption changes
 CANVAS = 128  # pixels, width and height of a sticker
@@ -294,7 +294,7 @@ def draw_sheet(path):
     for row, frames in enumerate(rows):
         for column, frame in enumerate(frames):
             sheet.paste(frame, (column * CANVAS, row * CANVAS), frame)
-    sheet.save(path)
+    save_png(sheet, path)
 
 
 @one_sentence("support.stickers")

@@ -153,6 +153,14 @@ def test_a_table_with_spaces_and_one_without_a_header(pair):
     )
 
 
+def test_commas_that_nobody_quoted_belong_to_the_caption_if_it_stands_last(pair):
+    (pair / "metadata.csv").write_text("file_name,text\na.gif,a cat, with, a hat\nb.gif,a dog\n")
+    assert captions_of(pair) == BOTH | {"a.gif": "a cat, with, a hat"} and not scan(pair)[1]
+    (pair / "metadata.csv").write_text("text,file_name\na cat, with a hat,a.gif\na dog,b.gif\n")
+    assert captions_of(pair) == BOTH | {"a.gif": ""}
+    assert "put texts with commas into quotes: line 2" in scan(pair)[1][0]
+
+
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
 @pytest.mark.parametrize("text", ["", "\n\n", "\ufeff"])
 def test_empty_metadata_is_noted(pair, name, text):
@@ -294,6 +302,14 @@ def test_sidecars_are_read_by_their_byte_order_mark(place):
     assert captions_of(place) == {"good.gif": "\u0645 caf\u00e9 a caption"}
 
 
+def test_a_sidecar_belongs_to_the_sticker_of_exactly_its_name(tmp_path):
+    folder = fill(tmp_path / "cases", "A.gif", "a.gif")
+    (folder / "a.txt").write_text("small")
+    assert captions_of(folder) == {"A.gif": "", "a.gif": "small"}
+    (folder / "a.gif").unlink()
+    assert captions_of(folder) == {"A.gif": "small"}
+
+
 @pytest.mark.parametrize(
     "content", [b"caf\xe9", "a red square".encode("utf-16-le"), b"\x89PNG\r\n\x1a\n\0", b"\xff\xfea", b"a \0"]
 )
@@ -362,7 +378,7 @@ def test_an_entry_beyond_its_limit_is_not_held(place, monkeypatch):
 def test_tables_with_broken_rows(place, row):
     (place / "metadata.csv").write_bytes(b"file_name,text\n" + row + b"\ngood.gif,a caption,and,more\n")
     stickers, notes = scan(place)
-    assert stickers["good.gif"].caption == "a caption" and (len(notes) >= 1 or row == b"good.gif")
+    assert stickers["good.gif"].caption == "a caption, and, more" and (len(notes) >= 1 or row == b"good.gif")
 
 
 @pytest.mark.parametrize(

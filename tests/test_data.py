@@ -125,6 +125,9 @@ def test_a_dropped_file_keeps_its_reason_and_its_neighbours(folder, tmp_path):
     for _ in range(2):  # built, then read
         dataset, _ = open_folder(folder, tmp_path / "cache")
         assert [name for name, _ in dataset.dropped] == ["text.gif"] and len(dataset.clips) == 12
+    (folder / "text.gif").rename(folder / "other.gif")
+    ((name, reason),) = open_folder(folder, tmp_path / "cache")[0].dropped
+    assert name == "other.gif" and "text.gif" not in reason  # which the cache knows by its contents alone
 
 
 def test_an_interrupted_build_goes_on_where_it_stopped(folder, tmp_path, monkeypatch):

@@ -154,13 +154,26 @@ def test_places_that_cannot_be_used_get_one_sentence(run, refused, tmp_path, fla
     refused("file cannot be used", run, **{flag: tmp_path / "file"})
 
 
-@pytest.mark.parametrize("local_rank, says", [("0", True), ("1", False)])
-def test_an_error_is_said_once_on_each_machine(run, capsys, monkeypatch, local_rank, says):
-    monkeypatch.setenv("RANK", "8")
+@pytest.mark.parametrize("local_rank, waits, name", [("0", 0, "train.py: "), ("1", 5, "train.py, rank 9: ")])
+def test_the_first_process_of_a_machine_speaks_at_once(run, capsys, monkeypatch, local_rank, waits, name):
+    """torchrun then ends the others, which wait: of an error of all of them one is read, and what one of them
+    alone met is read, too."""
+    waited = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    monkeypatch.setenv("RANK", "9")
     monkeypatch.setenv("LOCAL_RANK", local_rank)
     with pytest.raises(SystemExit):
         run(learning_rate="inf")
-    assert ("--learning_rate: inf must" in capsys.readouterr().err) == says
+    assert capsys.readouterr().err.startswith(f"{name}argument --learning_rate: inf must")
+    assert sum(waited) == waits
+
+
+def test_a_process_that_lost_another_one_says_so(run, refused, monkeypatch):
+    def lost(*args):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1")
+
+    monkeypatch.setattr(train, "train", lost)
+    refused("another process of this run has ended", run)
 
 
 def test_the_prior_of_a_set_up_that_was_interrupted_is_not_used(tmp_path):

@@ -94,3 +94,7 @@ def test_a_judge_is_trained_once(tmp_path, monkeypatch):
     assert trained == [judge.LAPS * len(judge.combinations(False))]
     for name, weight in first.state_dict().items():
         assert weight.equal(second.state_dict()[name])
+    (path,) = (tmp_path / "cache").glob("judge-*.pt")
+    path.write_bytes(path.read_bytes()[:100])  # a power cut
+    judge.get_judge(codec, 16, tmp_path / "cache")
+    assert len(trained) == 2

@@ -307,6 +307,23 @@ def test_gif_of_noisy_frames_keeps_small_areas_of_a_rare_colour(tmp_path):
     assert np.abs(again[:, 30:33, 40:43].astype(int) - (0, 160, 60)).max() < 30
 
 
+def test_what_fills_the_canvas_does_not_stay_under_the_next_frame_of_a_transparent_gif(tmp_path):
+    frames = np.zeros((3, 32, 32, 4), np.uint8)
+    frames[[0, 2], 4:9, 4:9] = (220, 30, 40, 255)
+    frames[1] = (30, 60, 220, 255)
+    media.write_clip(tmp_path / "a.gif", frames, 8)
+    with Image.open(tmp_path / "a.gif") as picture:
+        for f, frame in enumerate(frames):
+            picture.seek(f)
+            assert np.array_equal(np.asarray(picture.convert("RGBA"))[..., 3], frame[..., 3])
+
+
+@pytest.mark.parametrize("suffix", [".webp", ".apng"])
+def test_no_delay_is_one_that_browsers_stretch(tmp_path, suffix):
+    media.write_clip(tmp_path / f"a{suffix}", clip(), 1000)
+    assert (media.read_clip(tmp_path / f"a{suffix}", 64)[1] == 11).all()
+
+
 @pytest.mark.parametrize("suffix", [".gif", ".webp"])
 def test_animations_loop_for_ever_and_merged_frames_keep_the_time(tmp_path, suffix):
     frames = clip(4).repeat(2, axis=0)

@@ -107,5 +107,10 @@ def test_what_is_too_large_is_encoded_more_coarsely_and_says_so(name, monkeypatc
 def test_what_cannot_be_is_said():
     with pytest.raises(UserError, match="--for line wants 5 frames or more, these are 3"):
         fit(figure(3), 8, "line")
+    for name, repeated, left in (("line", 5, 4), ("discord", 8, 1), ("whatsapp", 8, 1)):
+        frames = figure()
+        frames[-repeated:] = frames[-1]  # of which encoders make one
+        with pytest.raises(UserError, match=f"frames that differ, these have {left}"):
+            fit(frames, 8, name)
     with pytest.raises(UserError, match="white all over"):
         fit(np.zeros((8, 16, 16, 4), np.uint8), 8, "discord")

@@ -51,6 +51,8 @@ def test_nothing_to_start_from_and_bad_pictures_are_said(runs, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\nno picture")
     with pytest.raises(UserError, match="nothing to start from"):
         page.make(runs / "toy", {}, " ", SETTINGS, 1)
+    with pytest.raises(UserError, match="All frames are given"):
+        page.make(runs / "toy", dict.fromkeys(range(8), "a.png"), "", SETTINGS, 1)
     with pytest.raises(UserError, match="bad.png"):
         page.make(runs / "toy", {2: str(tmp_path / "bad.png")}, "a heart", SETTINGS, 1)
 

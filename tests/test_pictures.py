@@ -1,9 +1,11 @@
-"""Labels of sheets: no letter becomes a box, no line leaves the picture."""
+"""Labels of sheets: no letter becomes a box, no line leaves the picture; and files that are whole."""
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from support import pictures
+from support.common import UserError
 
 TEXTS = (
     "a red heart",
@@ -48,3 +50,18 @@ def test_without_a_font_letters_come_out_as_escapes(monkeypatch):
 def test_lines_stay_within_the_picture(text):
     font, shown = pictures.lettering(text)
     assert all(font.getlength(line) <= 200 for line in pictures.wrap(shown, font, 200))
+
+
+def test_a_picture_that_cannot_be_written_keeps_the_old_one(tmp_path, monkeypatch):
+    page = Image.new("RGB", (4, 4))
+    pictures.save_png(page, tmp_path / "a.png")
+    old = (tmp_path / "a.png").read_bytes()
+
+    def disk_full(self, path, form):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", disk_full)
+    with pytest.raises(UserError, match="a.png cannot be written .No space left"):
+        pictures.save_png(page, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes() == old and list(tmp_path.iterdir()) == [tmp_path / "a.png"]

@@ -203,6 +203,9 @@ def test_damaged_checkpoints_alone_are_refused(copied, run, refused):
 
 def test_a_checkpoint_of_another_folder_does_not_mix_with_those_here(copied, trained, run, refused):
     refused("is of another run", run, resume_from_checkpoint=trained / "checkpoint-3")
+    for path in copied.glob("checkpoint-*"):
+        shutil.rmtree(path)
+    refused("is of another run", run, resume_from_checkpoint=trained / "checkpoint-3")  # its log is here
 
 
 def test_a_pickle_is_refused(copied, run, refused):
@@ -252,6 +255,15 @@ def test_a_log_that_was_cut_short_is_kept_as_far_as_it_goes(tmp_path, end):
     path.write_text(whole + end)
     train.log.begin_log(path, last_step=3)
     assert path.read_text() == whole
+
+
+def test_what_is_logged_after_a_cut_line_is_whole(tmp_path):
+    path = tmp_path / "log.jsonl"
+    train.log.append_log(path, dict(step=1))
+    path.write_text(path.read_text() + '{"step": 2, "lo')  # a full disk
+    for step in (3, 4):
+        train.log.append_log(path, dict(step=step))
+    assert [entry["step"] for entry in train.log.read_log(path)] == [1, 3, 4]
 
 
 def rewrite_state(path, change):

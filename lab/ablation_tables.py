@@ -82,6 +82,8 @@ def read_arm(folder):
             numbers[f"{task}, loss"] = loss["mean"]
         elif "balanced" in loss:
             numbers["loss, balanced weights"] = loss["balanced"]
+    for task, hidden in arm.get("hidden", {}).items():
+        numbers[f"{task}, shown / hidden"] = arm["losses"][task]["mean"] / hidden["mean"]
     if "gaussian" in arm:
         numbers["Gaussian alone"] = arm["gaussian"]["image"]["mean"]
     for task, score in scores.items():
@@ -191,10 +193,11 @@ def common_share(arms):
 COLUMNS = {  # number -> digits
     3: {"loss": 4, "lowest loss": 4, "Gaussian alone": 4, "loss, balanced weights": 4,
         "loss, equal frames": 4, "image, Frechet": 2, "interpolation, dB": 2,
-        "interpolation, Frechet": 2, "prediction, dB": 2, "prediction, Frechet": 2},
+        "interpolation, Frechet": 2, "prediction, dB": 2, "prediction, Frechet": 2,
+        "image, shown / hidden": 3, "interpolation, shown / hidden": 3, "prediction, shown / hidden": 3},
     4: {"loss at 1/4": 4, "loss at 2/4": 4, "loss at 3/4": 4, "loss": 4, "jumps": 4, "swings": 4,
         "interpolation, loss": 4, "prediction, loss": 4, "image, Frechet": 2, "interpolation, dB": 2,
-        "prediction, dB": 2},
+        "prediction, dB": 2, "interpolation, shown / hidden": 3, "prediction, shown / hidden": 3},
 }  # fmt: skip
 
 
@@ -273,6 +276,8 @@ def write_tables(number, arms, args):
         f"{stickers}. Loss: Eq. 1 over the unknown frames of image + text to video, k = 8, of held-out "
         "clips, after the last step."
     )
+    if any("hidden" in arm for arm in arms.values()):
+        about += " Shown / hidden: that loss, over the same unknown frames while given ones are hidden."
     parts = [about, *number_table(number, result)]
     parts.append(rivals_line(arms.values()))
     once = {key: arm for key, arm in arms.items() if key[1] == args.clips[0]}  # for what shows one number

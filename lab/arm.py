@@ -17,10 +17,11 @@ has few such clips: its held-out ones are measured twice.
                  probe: the loss of the weights as they are, on one fixed batch of all levels
     begun.json   flags and machines, for a run that goes on later
     arm.json     written last: the loss of every task, on held-out clips and as "fit" on trained ones, as
-                 "gaussian" that of the Gaussian alone, and without a curriculum that of every (task, k), on
-                 held-out clips of the training set; Frechet distances and PSNR; what was drawn; machine and
-                 commit; what the tables need of the log. This file alone is a finished arm: the rest may be
-                 deleted
+                 "hidden" that of the same unknown frames while given ones are hidden (so what those are
+                 worth), as "gaussian" that of the Gaussian alone, and without a curriculum that of every
+                 (task, k), on held-out clips of the training set; Frechet distances and PSNR; what was drawn;
+                 machines and commits; what the tables need of the log. This file alone is a finished arm: the
+                 rest may be deleted
     samples.png  some samples below the real clips, as arm.json says under "samples"
 """
 
@@ -214,9 +215,9 @@ def cell_losses(run, denoiser, dataset, clips):
 
 
 def task_losses(run, denoiser, dataset, clips, tasks, equal=False):
-    """The loss over unknown frames of each task at k = 8: {task: {"mean", "se", "balanced", "by clip"}}; what
-    is drawn is the same for every network. balanced: the mean under the weights that a network beside a
-    Gaussian trains with. equal: of equally spaced frames"""
+    """The loss over unknown frames of each task at k = 8: {task: {"mean", "se", "ranges", "balanced", "by
+    clip"}}; what is drawn is the same for every network. ranges: of timesteps; balanced: the mean under the
+    weights that a network beside a Gaussian trains with. equal: of equally spaced frames"""
     losses = {}
     for task in tasks:
         cells = [(task, NUM_FRAMES)] * G1_DRAWS
@@ -226,8 +227,14 @@ def task_losses(run, denoiser, dataset, clips, tasks, equal=False):
         std = float(torch.cat([batch.latents for batch in batches]).std())  # of the clips: equal for all arms
         weight = balanced_weights(std, run.scheduler.alphas_cumprod.cpu())[timesteps].double().numpy()
         by_clip = [round(float(loss[i :: len(clips)].mean()), 6) for i in range(min(len(clips), len(loss)))]
-        losses[task] = mean_se(loss) | {"balanced": float((weight * loss).mean()), "by clip": by_clip}
+        means = {"balanced": float((weight * loss).mean()), "ranges": by_range(loss, timesteps.numpy())}
+        losses[task] = mean_se(loss) | means | {"by clip": by_clip}
     return losses
+
+
+def blind(denoiser):
+    """The same, but given frames are hidden from it."""
+    return lambda noisy, latents, given, *rest: denoiser(noisy, latents, torch.zeros_like(given), *rest)
 
 
 def gaussian_alone(run):
@@ -385,6 +392,7 @@ def finish(run, training, dataset, clips, arm, machines):
         result["gaussian"] = task_losses(run, gaussian_alone(run), dataset, clips, tasks)
     with averaged(training.unet, training.average):
         result["losses"] = task_losses(run, denoiser, dataset, clips, tasks)
+        result["hidden"] = task_losses(run, blind(denoiser), dataset, clips, tasks)
         result["scores"], result["samples"] = {}, []
         if not arm.no_samples:
             if trained := usable(run.clips):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import curriculum
@@ -118,6 +119,15 @@ def test_what_the_feedback_of_all_seeds_has_in_common(signs, share):
         arms["dcl", "all", seed] = dict(log=log)
     assert ablation_tables.common_share(arms) == pytest.approx(share)
     assert ablation_tables.common_share({("dcl", "all", 0): arms["dcl", "all", 0]}) is None
+
+
+def test_given_frames_are_hidden_and_nothing_else():
+    calls = []
+    given = torch.tensor([[True, False]])
+    arm.blind(lambda *inputs: calls.append(inputs))("noisy", "latents", given, "timestep", "text", "valid")
+    ((noisy, latents, shown, *rest),) = calls
+    assert (noisy, latents, rest) == ("noisy", "latents", ["timestep", "text", "valid"])
+    assert shown.shape == given.shape and not shown.any() and given.any()
 
 
 # Courses
@@ -332,6 +342,9 @@ def test_an_arm_trains_looks_and_measures(tmp_path, folder, cache, monkeypatch, 
     assert len(log) == 6 and log[0]["p_interpolation"] == pytest.approx(0.2)
     assert found["log"][1]["mean_k"] == np.mean([entry["mean_k"] for entry in log[2:4]])
     assert len(found["losses"]["image"]["by clip"]) == 4
+    assert found["losses"]["image"]["ranges"] == pytest.approx(log[-1]["G1_ranges"], rel=1e-6, nan_ok=True)
+    shown, hidden = (found[name]["interpolation"] for name in ("losses", "hidden"))
+    assert found["numbers"]["interpolation, shown / hidden"] == shown["mean"] / hidden["mean"] != 1
     assert found["aims"] == [] and "commit" in found["about"]["machine"]
     words[1] = "set_point"  # of which a checkpoint says nothing
     monkeypatch.setattr(sys, "argv", ["lab.arm", *words])

@@ -81,26 +81,42 @@ def gain(run, base):
 
 
 def plot_table3(arms):
-    """matplotlib figure, or None without arms. arms: {(row, clips, seed): of ablation_tables.read_arm}"""
-    arms = {key: arm for key, arm in arms.items() if key[0] in COLOURS}
-    groups = by_row(arms)
-    counts = sorted({clips for _, clips, _ in arms}, key=lambda clips: (clips == "all", clips))
-    if not counts:
+    """matplotlib figure, or None without arms: two rows of panels for the paper's rows, and two for those
+    beside the Gaussian. arms: {(row, clips, seed): of ablation_tables.read_arm}"""
+    kinds = {"": {}, ", beside the Gaussian": {}}
+    for (row, clips, seed), arm in arms.items():
+        kind = ", beside the Gaussian" if row.endswith("-prior") else ""
+        if (row := row.removesuffix("-prior")) in COLOURS:
+            kinds[kind][row, clips, seed] = arm
+    kinds = {kind: some for kind, some in kinds.items() if some}
+    if not kinds:
         return None
-    figure, axes = plt.subplots(2, max(2, len(counts)), figsize=(4.6 * max(2, len(counts)), 7.6), dpi=100)
-    for axis, clips in zip(axes[0], counts):
-        trained = max(arm["about"]["clips"] for (_, c, _), arm in arms.items() if c == clips)
-        draw_curves(axis, groups, clips, "G1", LABELS)
-        zoom(axis, groups, clips, "G1")
-        axis.set_title(f"loss, image + text to video: {trained} clips", fontsize=10)
-    draw_gains(axes[1, 0], arms, counts)
-    for axis, clips in zip(axes[1, 1:], counts):
-        draw_ranges(axis, arms, clips)
+    counts = sorted({clips for _, clips, _ in arms}, key=lambda clips: (clips == "all", clips))
+    height, width = 2 * len(kinds), max(2, len(counts))
+    figure, axes = plt.subplots(height, width, figsize=(4.6 * width, 3.8 * height), dpi=100)
+    for (kind, some), panels in zip(kinds.items(), axes.reshape(-1, 2, width)):
+        draw_kind(kind, some, counts, *panels)
     for axis in axes.flat:
         if not axis.has_data():
             axis.set_axis_off()
     figure.tight_layout()
     return figure
+
+
+def draw_kind(kind, arms, counts, upper, lower):
+    """Curves of the loss for every number of clips; below them what is gained over the baseline."""
+    groups, trained = by_row(arms), {}
+    for (_, clips, _), arm in arms.items():
+        trained[clips] = max(arm["about"]["clips"], trained.get(clips, 0))
+    for axis, clips in zip(upper, counts):
+        if clips in trained:
+            draw_curves(axis, groups, clips, "G1", LABELS)
+            zoom(axis, groups, clips, "G1")
+            axis.set_title(f"loss, image + text: {trained[clips]} clips{kind}", fontsize=10)
+    draw_gains(lower[0], arms, counts)
+    for axis, clips in zip(lower[1:], counts):
+        if clips in trained:
+            draw_ranges(axis, arms, clips)
 
 
 def draw_gains(axis, arms, counts):

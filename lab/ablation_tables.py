@@ -24,6 +24,8 @@ NAMES = {
     "ddu": "DFGN w/ DDU, no curriculum",
     "dcl": "DFGN w/ DDU & DCL",
     "sti-prior": "DFGN, beside the Gaussian",
+    "condition-prior": "DFGN w/ condition masks, beside the Gaussian",
+    "loss-prior": "DFGN w/ loss mask, beside the Gaussian",
     "ddu-prior": "DFGN w/ DDU, beside the Gaussian",
     "constant": "the linear curriculum's average, always",
     "linear": "linear (LCL)",
@@ -35,7 +37,8 @@ NAMES = {
 }
 PAIRS = {
     3: [("sti", "conv3d"), ("sti", "conv1d"), ("condition", "sti"), ("loss", "sti"), ("ddu", "sti"),
-        ("ddu", "loss"), ("dcl", "ddu"), ("dcl", "sti"), ("ddu-prior", "sti-prior")],
+        ("ddu", "loss"), ("dcl", "ddu"), ("dcl", "sti"), ("condition-prior", "sti-prior"),
+        ("loss-prior", "sti-prior"), ("ddu-prior", "sti-prior"), ("ddu-prior", "loss-prior")],
     4: [("linear", "constant"), ("linear", "reversed"), ("dcl", "ddu"), ("dcl", "linear"),
         ("dcl", "set-point"), ("dcl", "yoked"), ("measured", "dcl"), ("measured", "measured-average"),
         ("linear", "ddu"), ("reversed", "ddu"), ("constant", "ddu"), ("set-point", "ddu"), ("yoked", "ddu"),

@@ -9,8 +9,8 @@ Each (row, number of clips, seed) is a folder ROW-CLIPS-SEED of lab.arm, called 
 (has an arm.json) is skipped and what was interrupted goes on, so the same command may be given again over
 days. Rows that need more --seeds than others get them by --rows: a table has all that are finished. It is
 written anew, as tableN.md, .json and .png, after every run. The runs behind docs/ablations.md are in
-docs/ablation, -again and, of real stickers, -real: given as --output_dir, with the flags of that page, the
-tables come out without training.
+docs/ablation and, of real stickers, -real: given as --output_dir, with the flags of that page, the tables
+come out without training.
 
 All is small, to be repeated on a laptop, and built so that the masks and the curriculum can show: few clips,
 most of them shorter than 8 frames; the loss over unknown frames of image + text to video, the task that the

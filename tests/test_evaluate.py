@@ -211,5 +211,5 @@ def test_help_of_a_program_that_is_run_as_a_module(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [name, "--help"])
     monkeypatch.delitem(sys.modules, f"lab.{name}")
     with pytest.raises(SystemExit) as ended:
-        runpy.run_module(f"lab.{name}", run_name="__main__")
+        runpy.run_module(f"lab.{name}", run_name="__main__", alter_sys=True)
     assert not ended.value.code and f"usage: python -m lab.{name} " in capsys.readouterr().out

@@ -124,8 +124,8 @@ class Clip(NamedTuple):
 
 
 def load_clip(sticker, resolution):
-    """Decodes one sticker. Returns a Clip, or the reason (str) for dropping it. Whatever the file holds, only
-    errors for lack of memory are raised."""
+    """Decodes one sticker. Returns a Clip, or the reason (str) for dropping it, without the file's name: the
+    cache knows it by its contents. Whatever it holds, only errors for lack of memory are raised."""
     try:
         frames, _ = media.read_clip(sticker.path, resolution)
     except media.MediaError as error:

@@ -106,7 +106,7 @@ class STI(nn.Module):
     """Spatial Temporal Interaction layer ("STI layer"; constants from Table 6).
 
     out = h + alpha * (w_1 * norm(semantic) + w_2 * norm(detail)), with w a softmax at every location. alpha
-    starts at zero, so that fresh layers change nothing, and learns 30 times as fast (support/optim.py)."""
+    starts at zero, so that fresh layers change nothing, and learns faster (ALPHA_LR of support/optim.py)."""
 
     def __init__(self, width, heads=8, head_width=32, gamma=2, groups=32):
         super().__init__()

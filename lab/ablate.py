@@ -15,8 +15,8 @@ come out without training.
 All is small, to be repeated on a laptop, and built so that the masks and the curriculum can show: few clips,
 most of them shorter than 8 frames; the loss over unknown frames of image + text to video, the task that the
 paper's tables are of. The rows of the paper have no Gaussian beside the network (--prior): with it a network
-starts from a good guess, but within so few steps it alone learns to use given frames at all, so the masks are
-told apart beside it, too. The 3D convolutions have the first number of clips alone.
+starts from a good guess. But without it given frames are not used within so few steps (docs/ablations.md), so
+the masks are told apart beside it, too. The 3D convolutions have the first number of clips alone.
 """
 
 import json

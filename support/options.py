@@ -14,6 +14,7 @@ from support.finished import recorded_flags
 from support.flags import SEED, Parser, filled, number, part_flags, work_flags
 from support.hub import check_login
 from support.machine import native_bf16
+from support.optim import ALPHA_LR, MUON_LR
 
 # A resumed run continues the saved one only if these are as they were.
 SCHEDULE_FLAGS = (
@@ -41,7 +42,7 @@ def make_parser(presets, recorded):
     add("--max_train_steps", type=count, help=f"optimizer steps; the curriculum spans them {default}")
     add("--train_batch_size", type=count, help=f"clips per process and micro-step {default}")
     add("--gradient_accumulation_steps", type=count, default=1, help=f"micro-steps per step {default}")
-    rate = f"peak learning rate; Muon takes 2.5 times it, the alphas of STI 30 times {default}"
+    rate = f"peak learning rate; Muon takes {MUON_LR:g} times it, STI's alphas {ALPHA_LR:g} times {default}"
     add("--learning_rate", type=number(float, 1e-12), help=rate)
     add(
         "--lr_scheduler",

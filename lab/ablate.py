@@ -162,11 +162,11 @@ def finish(job, args, quiet):
             raise RuntimeError(f"{row}-{clips}-{seed} needs the runs of ddu-{clips} first")
         with replacing(order) as writing:
             writing.write_text(json.dumps(measured_order(runs).tolist()))
-    followed = dict(yoke=f"dcl-{clips}-{other}", measured=f"measured-{clips}-{seed}")
-    for name, run_name in followed.items():
-        if f"{{{name}}}" in FLAGS[row] and not (args.output_dir / run_name / "arm.json").is_file():
-            raise RuntimeError(f"{row}-{clips}-{seed} needs the run {run_name} first")
-    followed = {name: args.output_dir / run_name for name, run_name in followed.items()}
+    jobs = dict(yoke=("dcl", clips, other), measured=("measured", clips, seed))
+    followed = {name: folder_of(job, args) for name, job in jobs.items()}
+    for name, run_folder in followed.items():
+        if f"{{{name}}}" in FLAGS[row] and not (run_folder / "arm.json").is_file():
+            raise RuntimeError(f"{row}-{clips}-{seed} needs the run {run_folder.name} first")
     flags = [word.format(order=order, **followed) for word in FLAGS[row].split()]
     flags += ["--preset", args.preset, "--resolution", str(args.resolution), "--seed", str(seed)]
     flags += ["--max_train_steps", str(args.max_train_steps), "--validation_steps", str(args.look_every)]

@@ -11,7 +11,7 @@ from PIL import Image
 
 import curriculum
 from curriculum import Curriculum
-from lab import ablate, ablation_tables, arm
+from lab import ablate, ablation_tables, arm, courses
 from masks import LENGTHS, TASKS
 from support.common import UserError
 from support.log import read_log
@@ -134,8 +134,8 @@ def test_given_frames_are_hidden_and_nothing_else():
 
 
 def test_the_controls_of_the_curriculum():
-    linear = arm.course_of("linear", 50)
-    constant, backwards = arm.make_course("linear", 50, average=True), arm.make_course("reversed", 50)
+    linear = courses.course_of("linear", 50)
+    constant, backwards = courses.make_course("linear", 50, average=True), courses.make_course("reversed", 50)
     np.testing.assert_allclose(constant[7], linear.mean(axis=0))
     np.testing.assert_allclose(backwards[0], linear[-1])
     for course in (linear, constant, backwards):  # equal shares of all levels, in another order
@@ -144,7 +144,7 @@ def test_the_controls_of_the_curriculum():
 
 
 def test_the_course_of_the_set_point_is_dcl_whose_loss_is_as_usual():
-    this, course = Curriculum("dcl", 60), arm.make_course("set_point", 60)
+    this, course = Curriculum("dcl", 60), courses.make_course("set_point", 60)
     for step, drawn in enumerate(course):
         np.testing.assert_allclose(drawn, this.probabilities(step))
         this.update(np.ones(curriculum.NUM_RANGES), np.ones(curriculum.NUM_RANGES))
@@ -159,20 +159,20 @@ def test_a_yoked_course_is_what_the_other_run_drew(tmp_path):
         aims.append(this.terms(step)["aim"])
         this.update(rng.uniform(0.5, 1.5, curriculum.NUM_RANGES), np.ones(curriculum.NUM_RANGES))
     (tmp_path / "arm.json").write_text(json.dumps(dict(aims=aims)))
-    course = arm.make_course(tmp_path, 60)
+    course = courses.make_course(tmp_path, 60)
     assert (course == np.stack(drawn)).all()
-    always = arm.make_course(tmp_path, 60, average=True)
+    always = courses.make_course(tmp_path, 60, average=True)
     np.testing.assert_allclose(always[3], course.mean(axis=0))
     assert not np.allclose(course, always)
-    follower = arm.Course(course)
+    follower = courses.Course(course)
     follower.update(
         np.full(curriculum.NUM_RANGES, 1e6), np.ones(curriculum.NUM_RANGES)
     )  # whatever its own loss
     assert (follower.probabilities(33) == drawn[33]).all()
     with pytest.raises(UserError, match="has 60 steps, not 61"):
-        arm.make_course(tmp_path, 61)
+        courses.make_course(tmp_path, 61)
     with pytest.raises(UserError, match="elsewhere has no arm.json"):
-        arm.make_course(tmp_path / "elsewhere", 60)
+        courses.make_course(tmp_path / "elsewhere", 60)
 
 
 # Runs
@@ -301,9 +301,9 @@ def test_an_order_that_is_none_gets_one_sentence(tmp_path, content):
     path, before = tmp_path / "order.json", curriculum.DIFFICULTY
     path.write_text(content)
     with pytest.raises(UserError, match="order.json is no file of difficulties"):
-        arm.set_order(path)
+        courses.set_order(path)
     with pytest.raises(UserError, match="absent.json is no file"):
-        arm.set_order(tmp_path / "absent.json")
+        courses.set_order(tmp_path / "absent.json")
     assert curriculum.DIFFICULTY is before
 
 

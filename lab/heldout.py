@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 import masks
+from lab.items import FIDELITY
 from masks import LENGTHS, NUM_FRAMES, TASKS
 from model import make_scheduler
 from support import machine
@@ -37,14 +38,15 @@ FIXED = {
     "text": masks.ROWS["G0"],
     "image": masks.FIRST_FRAME,
 }  # rows that are measured by themselves, at k = 8
+NO_TEXT = " without text"  # of a cell: "text without text" shows nothing
 
 
-def draw(dataset, clips, task, k, i, timestep_order, seed, equal=False):
+def draw(dataset, clips, task, k, i, timestep_order, seed, equal=False, hide_text=False):
     """Draw i of one cell: latents and noise (8, C, h, w), timestep, given and valid (8,), caption.
 
     Clip, timestep and noise are the same in every cell, so that cells can be compared draw by draw. Timesteps
     are spread evenly over 0..999, in the order of `timestep_order`. equal: 8 equally spaced frames in the
-    place of key frames."""
+    place of key frames; hide_text: no caption, whatever the row."""
     rng = np.random.default_rng((seed, 78, i))
     clip = clips[i % len(clips)]
     share = (timestep_order[i] + rng.random()) / len(timestep_order)
@@ -54,14 +56,14 @@ def draw(dataset, clips, task, k, i, timestep_order, seed, equal=False):
     row = FIXED[task] if task in FIXED else masks.draw_row(task, k, rng)
     latents = np.zeros_like(noise)
     latents[:k] = frames
-    caption = clip.caption if row.text else ""
+    caption = clip.caption if row.text and not hide_text else ""
     return latents, noise, timestep, masks.condition_mask(row, k), masks.loss_mask(k), caption
 
 
 @torch.no_grad()
-def cell_loss(model, dataset, clips, task, k, args):
+def cell_loss(model, dataset, clips, task, k, args, hide_text=False):
     """Eq. 1 on fixed draws of one (task, k); "text" is the text-only row that every model knows, "image" the
-    first frame and text.
+    first frame and text; hide_text: each without its text.
 
     model: of sample.load; clips: held-out ones of 8 key frames
     Returns loss, unknown (the same over frames that are not given), timestep, each (draws,); and for every
@@ -72,7 +74,7 @@ def cell_loss(model, dataset, clips, task, k, args):
     order = np.random.default_rng((args.seed, 77)).permutation(args.loss_draws)
     for start in range(0, args.loss_draws, args.batch_size):
         indices = range(start, min(start + args.batch_size, args.loss_draws))
-        draws = [draw(dataset, clips, task, k, i, order, args.seed) for i in indices]
+        draws = [draw(dataset, clips, task, k, i, order, args.seed, hide_text=hide_text) for i in indices]
         *arrays, captions = zip(*draws)
         latents, noise, timesteps, given, valid = (torch.from_numpy(np.stack(a)).to(device) for a in arrays)
         noisy = scheduler.add_noise(latents, noise, timesteps)  # (B, 8, C, h, w)
@@ -88,13 +90,15 @@ def cell_loss(model, dataset, clips, task, k, args):
 
 
 def measure_loss(model, dataset, args, folder, dual_masks):
-    """{(task, k): what cell_loss returns}, ("text", 8) and ("image", 8). Every clip has 8 key frames, so all
-    cells see the same."""
+    """{(task, k): what cell_loss returns}, ("text", 8) and ("image", 8); at k = 8 also (task + NO_TEXT, 8).
+    Every clip has 8 key frames, so all cells see the same."""
     clips = [clip for clip in dataset.split("validation") if clip.longest == NUM_FRAMES]
-    cells = [(task, NUM_FRAMES) for task in FIXED] + [(task, k) for task in TASKS for k in LENGTHS]
-    cells = cells if dual_masks else cells[: len(FIXED)]
+    tasks, hidden = (TASKS, [*FIXED, *FIDELITY]) if dual_masks else ((), [*FIXED])
+    cells = [(task, NUM_FRAMES, "") for task in FIXED] + [(task, k, "") for task in tasks for k in LENGTHS]
+    cells += [(task, NUM_FRAMES, NO_TEXT) for task in hidden]
     losses = {}
-    for task, k in tqdm(cells if clips else [], "held-out loss of every (task, k)", unit="cell"):
-        compute = partial(cell_loss, model, dataset, clips, task, k, args)
-        losses[task, k] = cached_npz(folder / f"loss-{task}-{k}.npz", compute)
+    for task, k, without in tqdm(cells if clips else [], "held-out loss of every (task, k)", unit="cell"):
+        compute = partial(cell_loss, model, dataset, clips, task, k, args, hide_text=bool(without))
+        path = folder / f"loss-{task}{without.replace(' ', '-')}-{k}.npz"
+        losses[task + without, k] = cached_npz(path, compute)
     return losses

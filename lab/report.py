@@ -41,8 +41,9 @@ frame. Told: frames that a classifier, fitted to one half of the clips, tells fr
 half: chance is 50 %, 100 % means that none passes. PSNR in dB; a mean of samples wins it and looks like a
 fog.""",
     "use": """
-Held-out loss over unknown frames, k = 8: with frames and text given divided by text alone, on the same clips,
-timesteps and noise. 1: given frames are worth nothing. ± is one standard error.""",
+Held-out loss over unknown frames, k = 8, while the network is shown nothing, the text, the given frames, or
+both, on the same clips, timesteps and noise. Beside text: both / text; alone: frames / nothing. 1: given
+frames are worth nothing. ± is one standard error.""",
     "kept": """
 How far unknown frames stray from the given ones of their clip: colour of the figure, of 255; its size and
 the dark share of it, in percent. Real clips stray as far as their motion asks for; closer is no better.""",
@@ -153,8 +154,10 @@ def rivals_section(report):
 def given_section(report):
     section, parts = report["given frames"], ["## Use of given frames"]
     if "loss" in section:
-        header = ("loss, given frames / text alone", *section["loss"]["Eq. 1"])
-        parts += [table(header, value_rows(section["loss"], 3)), TEXTS["use"]]
+        for view, entries in section["loss"].items():
+            header = (f"loss, {view}", *next(iter(entries.values())))
+            parts.append(table(header, value_rows(entries, 3)))
+        parts.append(TEXTS["use"])
     if "kept" in section:
         parts.append(TEXTS["kept"])
         for task, entries in section["kept"].items():

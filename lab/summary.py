@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lab import metrics
+from lab.heldout import NO_TEXT
 from lab.items import CONDITIONED, given_frames
 from lab.judge import ATTRIBUTES, CHANCE
 from lab.metrics import mean_se
@@ -90,19 +91,24 @@ def summarize_view(loss, timestep):
 
 
 def summarize_use(cells, latent_std):
-    """What given frames are worth: the loss over unknown frames divided by that of the same frames, noise and
-    timesteps with the text alone. {weighting: {task: {"mean", "se"}}}, for k = 8; the standard error is that
-    of a ratio of paired means."""
-    text, views = cells["text", NUM_FRAMES], {}
-    for weighting, weight in weightings(text["timestep"], latent_std).items():
+    """What given frames and text are worth: {weighting: {task: {"nothing", "text", "frames", "both", "beside
+    text", "alone"}}}, for k = 8. The first four: loss over unknown frames of a network that is shown these,
+    on the same frames, noise and timesteps. beside text: both / text; alone: frames / nothing. Each {"mean",
+    "se"}; the standard error of a ratio is that of paired means."""
+    seen = {"nothing": "text" + NO_TEXT, "text": "text", "frames": "{}" + NO_TEXT, "both": "{}"}
+    views = {}
+    for weighting, weight in weightings(cells["text", NUM_FRAMES]["timestep"], latent_std).items():
         views[weighting] = {}
         for task in CONDITIONED if (TASKS[0], NUM_FRAMES) in cells else ["image"]:
             unknown = ~cells[task, NUM_FRAMES]["given"]  # (draws, 8)
-            pair = (cells[task, NUM_FRAMES]["frames"], text["frames"])
-            shown, alone = (weight * (x * unknown).sum(axis=1) / unknown.sum(axis=1) for x in pair)
-            ratio = float(shown.mean() / alone.mean())
-            se = mean_se(shown - ratio * alone)["se"] / float(alone.mean())
-            views[weighting][task] = dict(mean=ratio, se=se)
+            frames = {name: cells[cell.format(task), NUM_FRAMES]["frames"] for name, cell in seen.items()}
+            loss = {n: weight * (x * unknown).sum(axis=1) / unknown.sum(axis=1) for n, x in frames.items()}
+            entry = {name: mean_se(x) for name, x in loss.items()}
+            for name, shown, hidden in (("beside text", "both", "text"), ("alone", "frames", "nothing")):
+                ratio = entry[shown]["mean"] / entry[hidden]["mean"]
+                se = mean_se(loss[shown] - ratio * loss[hidden])["se"] / entry[hidden]["mean"]
+                entry[name] = dict(mean=ratio, se=se)
+            views[weighting][task] = entry
     return views
 
 

@@ -124,13 +124,16 @@ def test_what_is_measured_on_built_in_stickers(unbroken):
         real = report["rivals"][task]["real clips"]
         assert all(real[measure]["mean"] == pytest.approx(0, abs=1e-9) for measure in EXCESS)
     assert report["given frames"]["loss"]["Eq. 1"].keys() == CONDITIONED.keys()
+    for entry in report["given frames"]["loss"]["balanced"].values():
+        ratio = entry["frames"]["mean"] / entry["nothing"]["mean"]
+        assert entry["alone"]["mean"] == pytest.approx(ratio) and entry["both"] != entry["frames"]
     assert report["fvd"]["text"]["fvd"] > 0 and report["vqa"]["image"]["model"]["mean"] == 0.25
 
 
 def test_every_cell_of_the_loss_has_the_same_timesteps(unbroken):
     """One in each quarter of 0..999."""
     cells = [dict(np.load(path)) for path in sorted((unbroken[0] / "items").glob("loss-*.npz"))]
-    assert len(cells) == 20
+    assert len(cells) == 24
     assert all(np.array_equal(arrays["timestep"], cells[0]["timestep"]) for arrays in cells)
     assert sorted(cells[0]["timestep"] * 4 // 1000) == list(range(4))
 

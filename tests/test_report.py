@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from lab import metrics
+from lab.heldout import NO_TEXT
 from lab.items import CONDITIONED, Item
 from lab.report import write_report
 from lab.summary import Clips, summarize, summarize_loss
@@ -55,7 +56,8 @@ def written(tmp_path_factory):
     clips = Clips(items, made, {name: random_clip() for name in "abcd"}, ["a", "b"], ["c", "d"])
     draws = dict(loss=np.arange(1.0, 5), unknown=np.arange(4.0), timestep=np.array([50, 300, 500, 900]))
     draws |= dict(frames=np.ones((4, 8)), given=np.arange(8) < np.ones((4, 1)))
-    losses = {("text", 8): draws, ("image", 8): draws} | {(task, k): draws for task in TASKS for k in LENGTHS}
+    alone = [task + text for task in ("text", "image", *TASKS[:2]) for text in ("", NO_TEXT)]
+    losses = {(name, 8): draws for name in alone} | {(task, k): draws for task in TASKS for k in LENGTHS}
     sampler = dict(num_inference_steps=2, eta=1.0, guidance_scale=3.0, image_guidance_scale=1.5)
     samplers = dict.fromkeys(("text", *CONDITIONED), sampler)
     about = dict(checkpoint="runs/a|b", sampler=samplers, latent_std=1.0, loss_draws=4, step=None)

@@ -70,7 +70,7 @@ def guidance_weights(has_image, has_text, image_guidance_scale, guidance_scale):
 
 def guided_noise(denoiser, noisy, latents, given, timestep, text, null_text, weights):
     """Sums the noise predictions as `guidance_weights` says; all conditions of a step go through the network
-    as one batch.
+    as one batch. Given frames are not guided: they are known, and would be pushed away from what they are.
 
     noisy, latents, given: as DFGN.forward takes them; timestep: int; text, null_text: as DFGN.forward takes
     them, of equal lengths. Returns float32 (B, F, C, h, w).
@@ -81,8 +81,11 @@ def guided_noise(denoiser, noisy, latents, given, timestep, text, null_text, wei
     batch_given = torch.cat([given & with_image for with_image, _ in weights])
     timesteps = torch.full((n * len(noisy),), int(timestep), device=noisy.device)
     noisy, latents = noisy.repeat(n, 1, 1, 1, 1), latents.repeat(n, 1, 1, 1, 1)
-    noise = denoiser(noisy, latents, batch_given, timesteps, batch_text).float()
-    return sum(weight * e for weight, e in zip(weights.values(), noise.chunk(n)))
+    noise = denoiser(noisy, latents, batch_given, timesteps, batch_text).float().chunk(n)
+    guided = sum(weight * e for weight, e in zip(weights.values(), noise))
+    with_image, _ = list(weights)[-1]
+    known = to_device(given, guided.device)[:, :, None, None, None] & with_image
+    return torch.where(known, noise[-1], guided)
 
 
 def ddim_step(x, noise, alpha, next_alpha, eta, fresh):

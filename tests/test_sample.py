@@ -44,7 +44,8 @@ def some_latents(slots, given, batch=1, seed=0):
 
 
 def one_step(model, weights, batch=2):
-    """guided_noise of one step, and e(image, text), the noise under one condition in a pass of its own."""
+    """guided_noise of one step, e(image, text), the noise under one condition in a pass of its own, and which
+    frames are given."""
     denoiser, encoders = model
     g = torch.Generator().manual_seed(1)
     noisy, latents = (torch.randn(batch, 4, CHANNELS, SIDE, SIDE, generator=g) for _ in range(2))
@@ -58,24 +59,33 @@ def one_step(model, weights, batch=2):
             return denoiser(noisy, latents, given if image else none, timesteps, text if words else null)
 
     with torch.no_grad():
-        return sample.guided_noise(denoiser, noisy, latents, given, 500, text, null, weights), e
+        return sample.guided_noise(denoiser, noisy, latents, given, 500, text, null, weights), e, given
 
 
 def test_nested_guidance_is_its_formula(model):
-    """All conditions go through the network as one batch, and each as if alone."""
+    """All conditions go through the network as one batch, and each as if alone; unknown frames are guided."""
     s_I, s_T = 1.7, 4.2
     weights = sample.guidance_weights(True, True, s_I, s_T)
     assert len(weights) == 3
-    guided, e = one_step(model, weights)
+    guided, e, given = one_step(model, weights)
     formula = e(0, 0) + s_I * (e(1, 0) - e(0, 0)) + s_T * (e(1, 1) - e(1, 0))
-    torch.testing.assert_close(guided, formula, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(guided[~given], formula[~given], rtol=1e-4, atol=1e-5)
 
 
 def test_equal_scales_are_the_joint_form_in_two_passes(model):
     weights = sample.guidance_weights(True, True, 7.5, 7.5)
     assert len(weights) == 2
-    guided, e = one_step(model, weights)
-    torch.testing.assert_close(guided, e(0, 0) + 7.5 * (e(1, 1) - e(0, 0)), rtol=1e-4, atol=1e-4)
+    guided, e, given = one_step(model, weights)
+    formula = e(0, 0) + 7.5 * (e(1, 1) - e(0, 0))
+    torch.testing.assert_close(guided[~given], formula[~given], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("has_text, scales", [(True, (1.7, 4.2)), (True, (7.5, 7.5)), (False, (5.0, 1.0))])
+def test_given_frames_are_not_guided(model, has_text, scales):
+    """Whatever the scales, their noise is that of the condition that shows most."""
+    guided, e, given = one_step(model, sample.guidance_weights(True, has_text, *scales))
+    torch.testing.assert_close(guided[given], e(1, has_text)[given], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(guided[~given], e(1, has_text)[~given], rtol=1e-2)
 
 
 def test_passes_of_each_task():

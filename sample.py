@@ -83,9 +83,8 @@ def guided_noise(denoiser, noisy, latents, given, timestep, text, null_text, wei
     noisy, latents = noisy.repeat(n, 1, 1, 1, 1), latents.repeat(n, 1, 1, 1, 1)
     noise = denoiser(noisy, latents, batch_given, timesteps, batch_text).float().chunk(n)
     guided = sum(weight * e for weight, e in zip(weights.values(), noise))
-    with_image, _ = list(weights)[-1]
-    known = to_device(given, guided.device)[:, :, None, None, None] & with_image
-    return torch.where(known, noise[-1], guided)
+    known = to_device(given, guided.device)[:, :, None, None, None]
+    return torch.where(known, noise[-1], guided)  # the last condition shows most
 
 
 def ddim_step(x, noise, alpha, next_alpha, eta, fresh):

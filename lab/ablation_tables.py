@@ -85,8 +85,11 @@ def read_arm(folder):
             numbers[f"{task}, loss"] = loss["mean"]
         elif "balanced" in loss:
             numbers["loss, balanced weights"] = loss["balanced"]
+    weighting = "balanced" if "gaussian" in arm else "mean"  # that the row trained with
     for task, hidden in arm.get("hidden", {}).items():
-        numbers[f"{task}, shown / hidden"] = arm["losses"][task]["mean"] / hidden["mean"]
+        numbers[f"{task}, shown / hidden"] = arm["losses"][task][weighting] / hidden[weighting]
+    for task, hidden in arm.get("gaussian hidden", {}).items():
+        numbers[f"the same, Gaussian: {task}"] = arm["gaussian"][task][weighting] / hidden[weighting]
     if "gaussian" in arm:
         numbers["Gaussian alone"] = arm["gaussian"]["image"]["mean"]
     for task, score in scores.items():
@@ -197,7 +200,9 @@ COLUMNS = {  # number -> digits
     3: {"loss": 4, "lowest loss": 4, "Gaussian alone": 4, "loss, balanced weights": 4,
         "loss, equal frames": 4, "image, Frechet": 2, "interpolation, dB": 2,
         "interpolation, Frechet": 2, "prediction, dB": 2, "prediction, Frechet": 2,
-        "image, shown / hidden": 3, "interpolation, shown / hidden": 3, "prediction, shown / hidden": 3},
+        "image, shown / hidden": 3, "interpolation, shown / hidden": 3, "prediction, shown / hidden": 3,
+        "the same, Gaussian: image": 3, "the same, Gaussian: interpolation": 3,
+        "the same, Gaussian: prediction": 3},
     4: {"loss at 1/4": 4, "loss at 2/4": 4, "loss at 3/4": 4, "loss": 4, "jumps": 4, "swings": 4,
         "interpolation, loss": 4, "prediction, loss": 4, "image, Frechet": 2, "interpolation, dB": 2,
         "prediction, dB": 2, "interpolation, shown / hidden": 3, "prediction, shown / hidden": 3},
@@ -280,7 +285,8 @@ def write_tables(number, arms, args):
         "clips, after the last step."
     )
     if any("hidden" in arm for arm in arms.values()):
-        about += " Shown / hidden: that loss, over the same unknown frames while given ones are hidden."
+        about += " Shown / hidden: that loss, over the same unknown frames while given ones are hidden,"
+        about += " by the weights that the row was trained with."
     parts = [about, *number_table(number, result)]
     parts.append(rivals_line(arms.values()))
     once = {key: arm for key, arm in arms.items() if key[1] == args.clips[0]}  # for what shows one number

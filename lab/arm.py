@@ -18,15 +18,14 @@ has few such clips: its held-out ones are measured twice.
     begun.json   flags and machines, for a run that goes on later
     arm.json     written last: the loss of every task, on held-out clips and as "fit" on trained ones, as
                  "hidden" that of the same unknown frames while given ones are hidden (so what those are
-                 worth), as "gaussian" that of the Gaussian alone, and without a curriculum that of every
-                 (task, k), on held-out clips of the training set; Frechet distances and PSNR; what was drawn;
-                 machines and commits; what the tables need of the log. This file alone is a finished arm: the
-                 rest may be deleted
+                 worth), as "gaussian" and "gaussian hidden" both of the Gaussian alone, and without a
+                 curriculum that of every (task, k), on held-out clips of the training set; Frechet distances
+                 and PSNR; what was drawn; machines and commits; what the tables need of the log. This file
+                 alone is a finished arm: the rest may be deleted
     samples.png  some samples below the real clips, as arm.json says under "samples"
 """
 
 import json
-import math
 import sys
 from collections import Counter
 from contextlib import ExitStack
@@ -62,7 +61,7 @@ from support.folder import scan_folder
 from support.log import read_log
 from support.machine import prepare, stop_requests
 from support.optim import averaged
-from support.prior import Preconditioned, balanced_weights, precondition
+from support.prior import balanced_weights, precondition
 
 G1_DRAWS, PROBE_DRAWS, CELL_DRAWS = 192, 36, 96  # held-out samples behind each loss
 G1_EVERY = 4  # of the times that the probe is looked at, which is every --validation_steps
@@ -172,12 +171,6 @@ def task_losses(run, denoiser, dataset, clips, tasks, equal=False):
 def blind(denoiser):
     """The same, but given frames are hidden from it."""
     return lambda noisy, latents, given, *rest: denoiser(noisy, latents, torch.zeros_like(given), *rest)
-
-
-def gaussian_alone(run):
-    """A denoiser that answers with the estimate of the fitted Gaussian, where there is one."""
-    answer = Preconditioned(lambda x, *_: x, run.encoders.prior, run.scheduler.alphas_cumprod, math.inf)
-    return answer.eval()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -326,7 +319,9 @@ def finish(run, training, dataset, clips, arm, machines):
     result = dict(about=about, **digest(log), aims=aims)
     tasks = [arm.course] if arm.course in CONDITIONED else list(CONDITIONED)
     if run.encoders.prior is not None:
-        result["gaussian"] = task_losses(run, gaussian_alone(run), dataset, clips, tasks)
+        gaussian = heldout.gaussian_alone(run.encoders.prior)
+        result["gaussian"] = task_losses(run, gaussian, dataset, clips, tasks)
+        result["gaussian hidden"] = task_losses(run, blind(gaussian), dataset, clips, tasks)
     with averaged(training.unet, training.average):
         result["losses"] = task_losses(run, denoiser, dataset, clips, tasks)
         result["hidden"] = task_losses(run, blind(denoiser), dataset, clips, tasks)

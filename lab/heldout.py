@@ -7,6 +7,7 @@ summary.py makes means, standard errors and the paper's inequalities of it. N of
 valid frames.
 """
 
+import math
 from contextlib import suppress
 from functools import partial
 from zipfile import BadZipFile
@@ -21,6 +22,7 @@ from masks import LENGTHS, NUM_FRAMES, TASKS
 from model import make_scheduler
 from support import machine
 from support.common import replacing
+from support.prior import Preconditioned
 
 
 def cached_npz(path, compute):
@@ -39,6 +41,12 @@ FIXED = {
     "image": masks.FIRST_FRAME,
 }  # rows that are measured by themselves, at k = 8
 NO_TEXT = " without text"  # of a cell: "text without text" shows nothing
+GAUSSIAN = ", Gaussian alone"  # of a cell: what the fitted Gaussian knows without the network
+
+
+def gaussian_alone(prior):
+    """A denoiser that answers with the estimate of `prior`, a fitted GaussianPrior."""
+    return Preconditioned(lambda x, *_: x, prior, make_scheduler().alphas_cumprod, math.inf).eval()
 
 
 def draw(dataset, clips, task, k, i, timestep_order, seed, equal=False, hide_text=False):
@@ -90,15 +98,20 @@ def cell_loss(model, dataset, clips, task, k, args, hide_text=False):
 
 
 def measure_loss(model, dataset, args, folder, dual_masks):
-    """{(task, k): what cell_loss returns}, ("text", 8) and ("image", 8); at k = 8 also (task + NO_TEXT, 8).
-    Every clip has 8 key frames, so all cells see the same."""
+    """{(task, k): what cell_loss returns}, ("text", 8) and ("image", 8); at k = 8 also (task + NO_TEXT, 8),
+    and both with GAUSSIAN where there is one. Every clip has 8 key frames, so all cells see the same."""
     clips = [clip for clip in dataset.split("validation") if clip.longest == NUM_FRAMES]
     tasks, hidden = (TASKS, [*FIXED, *FIDELITY]) if dual_masks else ((), [*FIXED])
-    cells = [(task, NUM_FRAMES, "") for task in FIXED] + [(task, k, "") for task in tasks for k in LENGTHS]
-    cells += [(task, NUM_FRAMES, NO_TEXT) for task in hidden]
-    losses = {}
-    for task, k, without in tqdm(cells if clips else [], "held-out loss of every (task, k)", unit="cell"):
-        compute = partial(cell_loss, model, dataset, clips, task, k, args, hide_text=bool(without))
-        path = folder / f"loss-{task}{without.replace(' ', '-')}-{k}.npz"
-        losses[task + without, k] = cached_npz(path, compute)
+    cells = [(task, NUM_FRAMES, "", "") for task in FIXED]
+    cells += [(task, k, "", "") for task in tasks for k in LENGTHS]
+    cells += [(task, NUM_FRAMES, NO_TEXT, "") for task in hidden]
+    models, (_, encoders, settings) = {"": model}, model
+    if encoders.prior is not None:
+        models[GAUSSIAN] = gaussian_alone(encoders.prior), encoders, settings
+        cells += [(task, NUM_FRAMES, without, GAUSSIAN) for task in hidden for without in ("", NO_TEXT)]
+    losses, bar = {}, tqdm(cells if clips else [], "held-out loss of every (task, k)", unit="cell")
+    for task, k, without, who in bar:
+        compute = partial(cell_loss, models[who], dataset, clips, task, k, args, hide_text=bool(without))
+        path = folder / f"loss-{task}{without}{who}-{k}.npz".replace(",", "").replace(" ", "-")
+        losses[task + without + who, k] = cached_npz(path, compute)
     return losses

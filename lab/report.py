@@ -43,7 +43,8 @@ fog.""",
     "use": """
 Held-out loss over unknown frames, k = 8, while the network is shown nothing, the text, the given frames, or
 both, on the same clips, timesteps and noise. Beside text: both / text; alone: frames / nothing. 1: given
-frames are worth nothing. ± is one standard error.""",
+frames are worth nothing. The Gaussian's own is what they say without the network. ± is one standard
+error.""",
     "kept": """
 How far unknown frames stray from the given ones of their clip: colour of the figure, of 255; its size and
 the dark share of it, in percent. Real clips stray as far as their motion asks for; closer is no better.""",
@@ -153,10 +154,11 @@ def rivals_section(report):
 
 def given_section(report):
     section, parts = report["given frames"], ["## Use of given frames"]
-    if "loss" in section:
-        for view, entries in section["loss"].items():
-            header = (f"loss, {view}", *next(iter(entries.values())))
+    for whose in ("loss", "Gaussian's loss"):
+        for view, entries in section.get(whose, {}).items():
+            header = (f"{whose}, {view}", *next(iter(entries.values())))
             parts.append(table(header, value_rows(entries, 3)))
+    if "loss" in section:
         parts.append(TEXTS["use"])
     if "kept" in section:
         parts.append(TEXTS["kept"])

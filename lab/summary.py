@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lab import metrics
-from lab.heldout import NO_TEXT
+from lab.heldout import GAUSSIAN, NO_TEXT
 from lab.items import CONDITIONED, given_frames
 from lab.judge import ATTRIBUTES, CHANCE
 from lab.metrics import mean_se
@@ -90,12 +90,13 @@ def summarize_view(loss, timestep):
     return entry
 
 
-def summarize_use(cells, latent_std):
+def summarize_use(cells, latent_std, who=""):
     """What given frames and text are worth: {weighting: {task: {"nothing", "text", "frames", "both", "beside
     text", "alone"}}}, for k = 8. The first four: loss over unknown frames of a network that is shown these,
     on the same frames, noise and timesteps. beside text: both / text; alone: frames / nothing. Each {"mean",
-    "se"}; the standard error of a ratio is that of paired means."""
+    "se"}; the standard error of a ratio is that of paired means. who: GAUSSIAN for that in its place"""
     seen = {"nothing": "text" + NO_TEXT, "text": "text", "frames": "{}" + NO_TEXT, "both": "{}"}
+    seen = {name: cell + who for name, cell in seen.items()}
     views = {}
     for weighting, weight in weightings(cells["text", NUM_FRAMES]["timestep"], latent_std).items():
         views[weighting] = {}
@@ -223,6 +224,8 @@ def summarize(about, clips, loss, judge=None, exam=None):
         report["given frames"]["kept"] = {t: summarize_kept(t, clips) for t in tasks if t != "text"}
     if ("image", NUM_FRAMES) in loss:
         report["given frames"]["loss"] = summarize_use(loss, about["latent_std"])
+    if ("image" + GAUSSIAN, NUM_FRAMES) in loss:
+        report["given frames"]["Gaussian's loss"] = summarize_use(loss, about["latent_std"], GAUSSIAN)
 
     report["quality"] = {}
     for task in tasks:

@@ -127,13 +127,14 @@ def test_what_is_measured_on_built_in_stickers(unbroken):
     for entry in report["given frames"]["loss"]["balanced"].values():
         ratio = entry["frames"]["mean"] / entry["nothing"]["mean"]
         assert entry["alone"]["mean"] == pytest.approx(ratio) and entry["both"] != entry["frames"]
+    assert report["given frames"]["Gaussian's loss"]["Eq. 1"].keys() == CONDITIONED.keys()
     assert report["fvd"]["text"]["fvd"] > 0 and report["vqa"]["image"]["model"]["mean"] == 0.25
 
 
 def test_every_cell_of_the_loss_has_the_same_timesteps(unbroken):
     """One in each quarter of 0..999."""
     cells = [dict(np.load(path)) for path in sorted((unbroken[0] / "items").glob("loss-*.npz"))]
-    assert len(cells) == 24
+    assert len(cells) == 24 + 8  # 8 of the Gaussian alone
     assert all(np.array_equal(arrays["timestep"], cells[0]["timestep"]) for arrays in cells)
     assert sorted(cells[0]["timestep"] * 4 // 1000) == list(range(4))
 

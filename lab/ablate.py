@@ -16,7 +16,8 @@ All is small, to be repeated on a laptop, and built so that the masks and the cu
 most of them shorter than 8 frames; the loss over unknown frames of image + text to video, the task that the
 paper's tables are of. The rows of the paper have no Gaussian beside the network (--prior): with it a network
 starts from a good guess. But without it given frames are not used within so few steps (docs/ablations.md), so
-the masks are told apart beside it, too. The 3D convolutions have the first number of clips alone.
+the masks are told apart beside it, too. These rows and the 3D convolutions have the first number of clips
+alone.
 """
 
 import json
@@ -59,12 +60,12 @@ FLAGS = {  # of lab.arm
     "measured": "--order {order} --curriculum dcl --no-prior",
     "measured-average": "--order {order} --course {measured} --average --no-prior",
 }
+BESIDE_GAUSSIAN = ("sti-prior", "condition-prior", "loss-prior", "ddu-prior")
 TABLES = {
-    3: ("conv3d", "conv1d", "sti", "condition", "loss", "ddu", "dcl")
-    + ("sti-prior", "condition-prior", "loss-prior", "ddu-prior"),
+    3: ("conv3d", "conv1d", "sti", "condition", "loss", "ddu", "dcl", *BESIDE_GAUSSIAN),
     4: ("ddu", "constant", "linear", "reversed", "dcl", "set-point", "yoked", "measured", "measured-average"),
 }
-AT_ONE_COUNT = ("conv3d", "conv1d")  # at the first number of clips alone
+AT_ONE_COUNT = ("conv3d", "conv1d", *BESIDE_GAUSSIAN)  # at the first number of clips alone
 WAVE = {"yoked": 1, "measured": 1, "measured-average": 2}  # these take over what runs of a wave before found
 SETTINGS = ("preset", "resolution", "max_train_steps", "data")  # equal for all runs in a folder
 

@@ -189,7 +189,7 @@ def called(monkeypatch):
         write_arm(folder, [4, 3, 2, 1], "off" not in words, cells="--ddu" not in words)
 
     monkeypatch.setattr(ablate, "run", run)
-    for name, runs in (("plot_table3", 40), ("plot_table4", 27)):  # only of all runs, for the sake of time
+    for name, runs in (("plot_table3", 32), ("plot_table4", 27)):  # only of all runs, for the sake of time
         plot = getattr(ablation_tables, name)
         monkeypatch.setattr(
             ablation_tables,

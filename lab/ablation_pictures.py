@@ -81,8 +81,8 @@ def gain(run, base):
 
 
 def plot_table3(arms):
-    """matplotlib figure, or None without arms: two rows of panels for the paper's rows, and two for those
-    beside the Gaussian. arms: {(row, clips, seed): of ablation_tables.read_arm}"""
+    """matplotlib figure, or None without arms: panels for the paper's rows, and below for those beside the
+    Gaussian. arms: {(row, clips, seed): of ablation_tables.read_arm}"""
     kinds = {"": {}, ", beside the Gaussian": {}}
     for (row, clips, seed), arm in arms.items():
         kind = ", beside the Gaussian" if row.endswith("-prior") else ""
@@ -91,11 +91,15 @@ def plot_table3(arms):
     kinds = {kind: some for kind, some in kinds.items() if some}
     if not kinds:
         return None
-    counts = sorted({clips for _, clips, _ in arms}, key=lambda clips: (clips == "all", clips))
-    height, width = 2 * len(kinds), max(2, len(counts))
-    figure, axes = plt.subplots(height, width, figsize=(4.6 * width, 3.8 * height), dpi=100)
-    for (kind, some), panels in zip(kinds.items(), axes.reshape(-1, 2, width)):
-        draw_kind(kind, some, counts, *panels)
+    counts = {
+        kind: sorted({clips for _, clips, _ in some}, key=lambda clips: (clips == "all", clips))
+        for kind, some in kinds.items()
+    }
+    heights = [min(2, len(counts[kind])) for kind in kinds]  # in rows of panels
+    height, width = sum(heights), max(2, *map(len, counts.values()))
+    figure, axes = plt.subplots(height, width, figsize=(4.6 * width, 3.8 * height), dpi=100, squeeze=False)
+    for (kind, some), panels in zip(kinds.items(), np.split(axes, np.cumsum(heights)[:-1])):
+        draw_kind(kind, some, counts[kind], panels)
     for axis in axes.flat:
         if not axis.has_data():
             axis.set_axis_off()
@@ -103,20 +107,19 @@ def plot_table3(arms):
     return figure
 
 
-def draw_kind(kind, arms, counts, upper, lower):
-    """Curves of the loss for every number of clips; below them what is gained over the baseline."""
-    groups, trained = by_row(arms), {}
-    for (_, clips, _), arm in arms.items():
-        trained[clips] = max(arm["about"]["clips"], trained.get(clips, 0))
-    for axis, clips in zip(upper, counts):
-        if clips in trained:
-            draw_curves(axis, groups, clips, "G1", LABELS)
-            zoom(axis, groups, clips, "G1")
-            axis.set_title(f"loss, image + text: {trained[clips]} clips{kind}", fontsize=10)
-    draw_gains(lower[0], arms, counts)
-    for axis, clips in zip(lower[1:], counts):
-        if clips in trained:
-            draw_ranges(axis, arms, clips)
+def draw_kind(kind, arms, counts, panels):
+    """Curves of the loss for every number of clips; below them what is gained over the baseline, and of one
+    number beside them. panels: (1 or 2, width) axes"""
+    groups = by_row(arms)
+    for axis, clips in zip(panels[0], counts):
+        trained = max(arm["about"]["clips"] for (_, count, _), arm in arms.items() if count == clips)
+        draw_curves(axis, groups, clips, "G1", LABELS)
+        zoom(axis, groups, clips, "G1")
+        axis.set_title(f"loss, image + text: {trained} clips{kind}", fontsize=10)
+    if len(counts) > 1:
+        draw_gains(panels[1, 0], arms, counts)
+    for axis, clips in zip(panels[-1, 1:], counts):
+        draw_ranges(axis, arms, clips)
 
 
 def draw_gains(axis, arms, counts):
@@ -142,7 +145,7 @@ def draw_gains(axis, arms, counts):
 
 
 def draw_ranges(axis, arms, clips):
-    """The same by range of timesteps, a mean over seeds; colours as above."""
+    """The gain by range of timesteps, a mean over seeds; colours as in the other panels."""
     rows = [row for row in COLOURS if row != BASELINE and any(key[:2] == (row, clips) for key in arms)]
     for i, row in enumerate(rows):
         gains = []
@@ -158,7 +161,7 @@ def draw_ranges(axis, arms, clips):
             axis.bar(places, np.mean(gains, axis=0), 0.8 / len(rows), color=COLOURS[row], align="edge")
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set_xticks(range(len(RANGES)), [f"{low}-{high - 1}" for low, high in RANGES], fontsize=8)
-    axis.set_title(f"the same by timestep, {clips} clips", fontsize=10)
+    axis.set_title(f"% lower than {LABELS[BASELINE]}'s by timestep, {clips} clips", fontsize=10)
     axis.grid(alpha=0.3, axis="y")
 
 

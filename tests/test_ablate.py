@@ -98,7 +98,9 @@ def test_a_table_has_the_scores_of_the_gaussian_beside_those_of_its_networks(tmp
     read(tmp_path, losses)
     for name in ("sti-prior", "ddu-prior"):
         path = tmp_path / f"{name}-300-0" / "arm.json"
-        result = json.loads(path.read_text()) | dict(gaussian={"image": dict(mean=2.5)})
+        result = json.loads(path.read_text())
+        result["gaussian"] = {"image": dict(mean=2.5, balanced=3.0)}
+        result["gaussian hidden"] = {"image": dict(mean=2.5, balanced=4.0)}
         result["scores"]["image"]["Gaussian"] = dict(frechet=7.0, psnr=11.0)
         path.write_text(json.dumps(result))
     arms = {key: ablation_tables.read_arm(tmp_path / "{}-{}-{}".format(*key)) for key in losses}
@@ -108,6 +110,8 @@ def test_a_table_has_the_scores_of_the_gaussian_beside_those_of_its_networks(tmp
     with_it, without = ablation_tables.NAMES["sti-prior"], ablation_tables.NAMES["ddu"]
     assert f"| {with_it} | 1 | 2.0000 | 2.0000 | 2.5000 |" in text
     assert f"| {without} | 1 | 3.0000 | 3.0000 | - |" in text
+    shown = arms["sti-prior", 300, 0]["numbers"]["the same, Gaussian: image"]
+    assert shown == 0.75  # by the weights of its training, 3 / 4
 
 
 @pytest.mark.parametrize("signs, share", [((1, 1), 1.0), ((1, -1), 0.0), ((3, 1), 0.8)])

@@ -127,7 +127,10 @@ def test_what_is_measured_on_built_in_stickers(unbroken):
     for entry in report["given frames"]["loss"]["balanced"].values():
         ratio = entry["frames"]["mean"] / entry["nothing"]["mean"]
         assert entry["alone"]["mean"] == pytest.approx(ratio) and entry["both"] != entry["frames"]
-    assert report["given frames"]["Gaussian's loss"]["Eq. 1"].keys() == CONDITIONED.keys()
+    alone = report["given frames"]["Gaussian's loss"]["Eq. 1"]
+    assert alone.keys() == CONDITIONED.keys()
+    for task, entry in report["given frames"]["loss"]["Eq. 1"].items():
+        assert all(entry[name] != alone[task][name] for name in entry)
     assert report["fvd"]["text"]["fvd"] > 0 and report["vqa"]["image"]["model"]["mean"] == 0.25
 
 

@@ -9,6 +9,7 @@ from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
+from torch._dynamo.exc import TorchRuntimeError
 from torch.overrides import TorchFunctionMode
 
 from model import STI, Conv3D
@@ -23,6 +24,7 @@ from support.machine import (
     precision,
     prepare,
     stop_requests,
+    to_device,
 )
 from tests.toys import SMALLER, toy_inputs, toy_unet
 
@@ -157,3 +159,13 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(UserError, match="--nproc_per_node 2 .* which are 1: .*CUDA_VISIBLE_DEVICES= "):
         World()
+
+
+def test_a_compiler_can_trace_the_way_to_a_gpu():
+    """Memory is pinned by no call that a compiler knows. Without a GPU the copy itself cannot be traced."""
+    compiled = torch.compile(lambda x: to_device(x, "cuda"), backend=lambda graph, _: graph, fullgraph=True)
+    if torch.cuda.is_available():
+        assert compiled(torch.ones(2)).is_cuda
+    else:
+        with pytest.raises(TorchRuntimeError, match="call_method to"):
+            compiled(torch.ones(2))

@@ -71,7 +71,7 @@ def exact():
 def to_device(tensor, device):
     """`tensor` on `device`; a GPU gets it from pinned memory, so that the copy waits for no kernel."""
     cpu_to_gpu = tensor.device.type == "cpu" and torch.device(device).type == "cuda"
-    if cpu_to_gpu and not torch.compiler.is_compiling():  # which cannot trace it
+    if cpu_to_gpu and not torch.compiler.is_compiling():  # a compiler cannot trace the next line
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
